@@ -1,0 +1,110 @@
+"""Configuration: frozen pydantic models that refuse unknown keys, read from YAML, hashed by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from recsys.errors import ConfigError
+
+KINDS_GROUP = "recsys.kinds"
+"""Entry-point group of third-party kinds; an entry point is named ``<room>.<kind>`` and names the configuration class."""
+
+
+class StrictConfig(BaseModel):
+    """Base of every configuration: frozen, typed, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the canonical JSON form: equal configurations have equal hashes in every process."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, tree: Any, *, where: str) -> Self:
+        """Validate ``tree``; a :class:`ConfigError` names each wrong key and ``where`` it was read."""
+        return parse(cls, tree, where=where)
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse(config_type: type[ConfigT] | Any, tree: Any, *, where: str) -> Any:
+    """Validate ``tree`` as ``config_type`` (a class or an annotated union), with errors that name key and file."""
+    try:
+        return TypeAdapter(config_type).validate_python(tree)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines), where=where) from error
+
+
+def union(room: str, kinds: Iterable[type[StrictConfig]]) -> Any:
+    """The discriminated union of a room: its built-in ``kinds`` and those that installed packages add.
+
+    A third-party package adds a kind with an entry point ``"<room>.<kind>"`` in the group ``recsys.kinds``.
+    """
+    members = list(kinds)
+    for entry in entry_points(group=KINDS_GROUP):
+        if entry.name.split(".", 1)[0] == room:
+            members.append(entry.load())
+    if len(members) == 1:
+        return members[0]
+    return Annotated[Union[tuple(members)], Field(discriminator="kind")]
+
+
+def load_config(
+    config_type: type[ConfigT], path: str | Path, *, overrides: Iterable[str] = (), section: str | None = None
+) -> ConfigT:
+    """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML) and validate.
+
+    An override whose first key is no top-level key of the file is looked up below ``section``, so that
+    ``--set train.epochs=3`` of the job ``train_retriever`` means ``retriever.train.epochs``.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file", path=str(path)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}", path=str(path)) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the file must hold a mapping of keys, not {type(tree).__name__}", path=str(path))
+    known = set(getattr(config_type, "model_fields", tree))
+    for override in overrides:
+        _apply_override(tree, override, known=known, section=section)
+    return parse(config_type, tree, where=str(path))
+
+
+def _apply_override(tree: dict[str, Any], override: str, *, known: set[str], section: str | None) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: write it as key.sub=value", override=override)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}", override=override) from error
+    parts = key.split(".")
+    if section is not None and parts[0] not in known:
+        parts = [section, *parts]
+    node: Any = tree
+    for part in parts[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} holds a value, not a group of keys", override=override)
+    node[parts[-1]] = value
+
+
+def to_yaml(config: StrictConfig | Mapping[str, Any]) -> str:
+    """The YAML form of a configuration, defaults included."""
+    tree = config.model_dump(mode="json") if isinstance(config, StrictConfig) else dict(config)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

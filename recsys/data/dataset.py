@@ -1,0 +1,202 @@
+"""A prepared dataset: validated, indexed, ordered and split. What every training and every evaluation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from recsys import schema
+from recsys.config import StrictConfig
+from recsys.data.histories import Histories
+from recsys.errors import DataError
+from recsys.files import read_json, write_json, write_parquet
+
+
+class Split(IntEnum):
+    """The part of a log an interaction belongs to. Within a user the parts follow each other in this order."""
+
+    TRAIN = 0
+    VALID = 1
+    TEST = 2
+
+
+class DatasetInfo(StrictConfig):
+    """What is known of a prepared dataset as a whole; saved beside it as ``dataset.json``."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of the source's content and of the preparation's configuration"""
+    id_map_fingerprint: str
+    """SHA-256 over the item ids in order of ``item_idx``: models, index and item table must agree on it"""
+    has_time: bool
+    protocol: str
+    """``rolling_next_item``, ``leave_one_out`` or ``next_basket``: how the split is evaluated"""
+    num_users: int
+    num_items: int
+    num_interactions: int
+    num_positives: int
+    num_quarantined: int
+    counts_by_split: Mapping[str, int]
+    borders_ms: tuple[int, int] | None = None
+    """For a global time split: the first millisecond of validation and of test"""
+
+
+@dataclass(frozen=True)
+class Log:
+    """Interactions as arrays, sorted by user, then time, then original row. R rows."""
+
+    user_idx: NDArray[np.int32]
+    item_idx: NDArray[np.int32]
+    timestamp_ms: NDArray[np.int64] | None
+    weight: NDArray[np.float32]
+    split: NDArray[np.int8]
+    user_offsets: NDArray[np.int64]
+    """int64 [num_users + 1]: rows ``user_offsets[u]`` to ``user_offsets[u + 1]`` are user ``u``"""
+
+    def histories(self, until: Split) -> Histories:
+        """One history per user (B = num_users, empty ones included): the rows of splits up to and with ``until``."""
+        counts = np.bincount(self.user_idx[self.split <= until], minlength=len(self.user_offsets) - 1)
+        starts = self.user_offsets[:-1]
+        return Histories(self.item_idx, starts, starts + counts, self.timestamp_ms)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Evaluation queries: given ``histories[b]``, the items ``relevant(b)`` came next. B queries."""
+
+    user_idx: NDArray[np.int32]
+    """int32 [B]: intervals are clustered by it"""
+    histories: Histories
+    """positives before the target"""
+    seen: Histories
+    """every interaction before the target, positives or not: what a served slate excludes"""
+    relevant_item_idx: NDArray[np.int32]
+    """int32 [R]"""
+    relevant_offsets: NDArray[np.int64]
+    """int64 [B+1]"""
+    now_ms: NDArray[np.int64] | None
+    """int64 [B]: when the target happened, or None where the data has order only"""
+
+    def __len__(self) -> int:
+        return len(self.user_idx)
+
+    def __getitem__(self, rows: slice) -> Targets:
+        """A contiguous run of queries."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError("targets are cut into contiguous runs only")
+        lo, hi = self.relevant_offsets[start], self.relevant_offsets[stop]
+        return Targets(
+            self.user_idx[rows],
+            self.histories[rows],
+            self.seen[rows],
+            self.relevant_item_idx[lo:hi],
+            self.relevant_offsets[start : stop + 1] - lo,
+            None if self.now_ms is None else self.now_ms[rows],
+        )
+
+    def relevant(self, row: int) -> NDArray[np.int32]:
+        """int32: the relevant items of query ``row``."""
+        return self.relevant_item_idx[self.relevant_offsets[row] : self.relevant_offsets[row + 1]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Interactions (``PREPARED_INTERACTIONS``, sorted), items (row = ``item_idx``), users (row = ``user_idx``)."""
+
+    interactions: pa.Table
+    items: pa.Table
+    users: pa.Table
+    info: DatasetInfo
+
+    def save(self, folder: str | Path) -> None:
+        """Write three Parquet files and ``dataset.json`` (last)."""
+        folder = Path(folder)
+        write_parquet(folder / "interactions.parquet", self.interactions)
+        write_parquet(folder / "items.parquet", self.items)
+        write_parquet(folder / "users.parquet", self.users)
+        write_json(folder / "dataset.json", self.info.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Dataset:
+        """Read what :meth:`save` wrote."""
+        folder = Path(folder)
+        if not (folder / "dataset.json").exists():
+            raise DataError(f"{folder}: no prepared dataset here (dataset.json is missing)", path=str(folder))
+        info = DatasetInfo.parse(read_json(folder / "dataset.json"), where=str(folder / "dataset.json"))
+        tables = [pq.read_table(folder / f"{name}.parquet") for name in ("interactions", "items", "users")]
+        return cls(*tables, info=info)
+
+    @property
+    def num_users(self) -> int:
+        return self.info.num_users
+
+    @property
+    def num_items(self) -> int:
+        return self.info.num_items
+
+    @cached_property
+    def log(self) -> Log:
+        """Every interaction."""
+        return self._log(self.interactions)
+
+    @cached_property
+    def positives(self) -> Log:
+        """Interactions with ``weight`` > 0: what models learn from and are judged on."""
+        return self._log(self.interactions.filter(pa.compute.greater(self.interactions[schema.WEIGHT], 0)))
+
+    def _log(self, table: pa.Table) -> Log:
+        def column(name: str) -> NDArray[Any]:
+            return table[name].to_numpy(zero_copy_only=False)
+
+        user_idx = column(schema.USER_IDX)
+        offsets = np.searchsorted(user_idx, np.arange(self.num_users + 1)).astype(np.int64)
+        times = table[schema.TIMESTAMP].cast(pa.int64()).to_numpy() if self.info.has_time else None
+        return Log(user_idx, column(schema.ITEM_IDX), times, column(schema.WEIGHT), column(schema.SPLIT), offsets)
+
+    def targets(self, split: Split) -> Targets:
+        """The evaluation queries of ``split`` under the dataset's protocol.
+
+        Next item (rolling or leave-one-out): every positive of the split is one query, given all before it in the
+        user's order. Next basket: the positives of one user at one time are one query, all of them relevant.
+        """
+        log, seen_log = self.positives, self.log
+        rows = np.flatnonzero(log.split == split)
+        users = log.user_idx[rows]
+        if self.info.protocol == "next_basket":
+            times = log.timestamp_ms
+            assert times is not None, "preparation refuses next_basket without time"
+            first = np.ones(len(rows), bool)
+            first[1:] = (users[1:] != users[:-1]) | (times[rows][1:] != times[rows][:-1])
+        else:
+            first = np.ones(len(rows), bool)
+        heads = np.flatnonzero(first)
+        users, stops = users[heads], rows[heads]
+        # The seen log holds the same rows and more; a target's place in it is found by the row number in the whole log.
+        whole_rows = np.flatnonzero(self._is_positive)[stops]
+        return Targets(
+            user_idx=users,
+            histories=Histories(log.item_idx, log.user_offsets[users], stops, log.timestamp_ms),
+            seen=Histories(seen_log.item_idx, seen_log.user_offsets[users], whole_rows, seen_log.timestamp_ms),
+            relevant_item_idx=log.item_idx[rows],
+            relevant_offsets=np.concatenate([heads, [len(rows)]]).astype(np.int64),
+            now_ms=None if log.timestamp_ms is None else log.timestamp_ms[stops],
+        )
+
+    @cached_property
+    def _is_positive(self) -> NDArray[np.bool_]:
+        return self.interactions[schema.WEIGHT].to_numpy() > 0
+
+    def train_counts(self, until: Split = Split.TRAIN) -> NDArray[np.int64]:
+        """int64 [num_items]: positives per item up to and with ``until``."""
+        log = self.positives
+        return np.bincount(log.item_idx[log.split <= until], minlength=self.num_items)

@@ -1,0 +1,99 @@
+"""Ragged batches of user histories, held once and viewed many times.
+
+A history is a stretch ``[start, stop)`` of one log that is sorted by user and then by time, so a million evaluation
+queries over the same log cost two integers each. Models never see padding: :meth:`Histories.pack` concatenates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PackedHistories:
+    """Histories laid end to end: ``item_idx[offsets[b]:offsets[b+1]]`` is history ``b``, oldest first."""
+
+    item_idx: NDArray[np.int32]
+    """int32 [T]"""
+    offsets: NDArray[np.int64]
+    """int64 [B+1], starts with 0, ends with T"""
+    timestamp_ms: NDArray[np.int64] | None
+    """int64 [T], milliseconds since 1970 UTC, or None where the data has order only"""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [B]"""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Histories:
+    """B views into one log; views may overlap and may be empty."""
+
+    item_idx: NDArray[np.int32]
+    """int32 [R], the whole log"""
+    starts: NDArray[np.int64]
+    """int64 [B]"""
+    stops: NDArray[np.int64]
+    """int64 [B], ``stops >= starts``"""
+    timestamp_ms: NDArray[np.int64] | None = None
+    """int64 [R] or None"""
+
+    @classmethod
+    def from_lists(
+        cls, item_idx: Sequence[Sequence[int]], timestamp_ms: Sequence[Sequence[int]] | None = None
+    ) -> Histories:
+        """Histories from plain lists, oldest first."""
+        stops = np.cumsum([len(history) for history in item_idx], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), stops[:-1]]) if len(stops) else np.zeros(0, np.int64)
+        flat = np.asarray([i for history in item_idx for i in history], dtype=np.int32)
+        times = None
+        if timestamp_ms is not None:
+            times = np.asarray([t for history in timestamp_ms for t in history], dtype=np.int64)
+        return cls(flat, starts, stops, times)
+
+    @classmethod
+    def single(cls, item_idx: NDArray[np.int32], timestamp_ms: NDArray[np.int64] | None = None) -> Histories:
+        """One history."""
+        return cls(item_idx, np.zeros(1, np.int64), np.array([len(item_idx)], np.int64), timestamp_ms)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64] | NDArray[np.bool_]) -> Histories:
+        """The histories at ``rows`` (a slice, indices or a mask), without copying the log."""
+        return Histories(self.item_idx, self.starts[rows], self.stops[rows], self.timestamp_ms)
+
+    def items(self, row: int) -> NDArray[np.int32]:
+        """int32 [L]: the items of history ``row``, oldest first."""
+        return self.item_idx[self.starts[row] : self.stops[row]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [B]"""
+        return self.stops - self.starts
+
+    def last(self, max_length: int) -> Histories:
+        """The same histories cut to their newest ``max_length`` entries."""
+        starts = np.maximum(self.starts, self.stops - max_length)
+        return Histories(self.item_idx, starts, self.stops, self.timestamp_ms)
+
+    def pack(self, max_length: int | None = None) -> PackedHistories:
+        """Copy the (newest ``max_length`` entries of the) histories end to end."""
+        view = self if max_length is None else self.last(max_length)
+        lengths = view.lengths
+        offsets = np.zeros(len(view) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        gather = np.repeat(view.starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        times = None if self.timestamp_ms is None else self.timestamp_ms[gather]
+        return PackedHistories(self.item_idx[gather], offsets, times)
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Histories]]:
+        """Cut into runs of at most ``size`` histories; yields the rows and the histories."""
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            yield rows, self[rows]

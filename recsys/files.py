@@ -1,0 +1,65 @@
+"""Files are written under a temporary name and renamed, so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and renamed onto ``path``, else removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text())
+
+
+def write_parquet(path: str | Path, table: pa.Table) -> None:
+    """Write ``table`` as Parquet, atomically."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def write_arrow(path: str | Path, table: pa.Table) -> None:
+    """Write ``table`` as an uncompressed Arrow IPC file, atomically: it can be memory-mapped and shared by processes."""
+    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+
+
+def map_arrow(path: str | Path) -> pa.Table:
+    """Memory-map an Arrow IPC file: no copy, pages shared between processes."""
+    return pa.ipc.open_file(pa.memory_map(str(path), "rb")).read_all()
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,115 @@
+"""What every retriever is, whatever its family: fitted from a dataset, it scores all items for a history.
+
+A new family is one file with a :class:`RetrieverConfig` (its ``kind``, its hyper-parameters, how to fit and load)
+and a :class:`Retriever`, plus its name in ``recsys/models/__init__.py``. The contract tests pick it up from there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from recsys.config import StrictConfig
+from recsys.data.dataset import Dataset, Split, Targets
+from recsys.data.histories import Histories
+from recsys.files import write_json
+from recsys.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class FitData:
+    """All that a retriever may learn from; nothing in it comes from after ``until``."""
+
+    histories: Histories
+    """positives, one history per user (B = num_users), oldest first"""
+    weights: NDArray[np.float32]
+    """float32 [R]: weight of each row of ``histories``' log"""
+    items: pa.Table
+    """``ITEMS`` rows in order of ``item_idx``"""
+    text_vectors: NDArray[np.float32] | None = None
+    """float32 [num_items, D_text], unit length, or None where items have no text"""
+    valid: Targets | None = None
+    """for choosing the number of epochs; None when refitting with a number already chosen"""
+    seed: int = 0
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        until: Split,
+        *,
+        text_vectors: NDArray[np.float32] | None = None,
+        valid: Targets | None = None,
+        seed: int = 0,
+    ) -> FitData:
+        """What may be learned from ``dataset`` up to and with the split ``until``."""
+        log = dataset.positives
+        return cls(log.histories(until), log.weight, dataset.items, text_vectors, valid, seed)
+
+
+class RetrieverConfig(StrictConfig, ABC):
+    """Hyper-parameters of one family. Subclasses add ``kind: Literal["..."]``."""
+
+    kind: str
+
+    @abstractmethod
+    def fit(self, data: FitData, runtime: Runtime) -> Retriever:
+        """Train on ``data``. Deterministic for one ``data.seed`` on one machine and world size."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> Retriever:
+        """Read what :meth:`Retriever.save` wrote with this very configuration."""
+
+
+class Retriever(ABC):
+    """A fitted model that scores every item for a history."""
+
+    config: RetrieverConfig
+    num_items: int
+
+    @abstractmethod
+    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """float32 [B, num_items]: higher is better; finite for every history, the empty one included.
+
+        ``now_ms`` (int64 [B]) is the time of the request; families that do not use time ignore it.
+        """
+
+    @abstractmethod
+    def save_weights(self, folder: Path) -> None:
+        """Write the fitted state into ``folder`` (safetensors, Arrow or JSON; never pickle)."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write a self-describing folder: ``config.json`` (with the kind) and the fitted state."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_weights(folder)
+        write_json(folder / "config.json", self.config.model_dump(mode="json"))
+
+
+class VectorRetriever(Retriever):
+    """A retriever whose score is the inner product of a user vector and an item vector, so that FAISS can search it."""
+
+    num_vectors: ClassVar[int] = 1
+
+    @abstractmethod
+    def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """float32 [B, K, D]: K vectors per user (1 for most families)."""
+
+    @abstractmethod
+    def item_vectors(self) -> NDArray[np.float32]:
+        """float32 [num_items, D], in order of ``item_idx``."""
+
+    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """The best inner product over the user's K vectors."""
+        users = self.encode_users(histories, now_ms)
+        return np.max(np.einsum("bkd,nd->bkn", users, self.item_vectors()), axis=1)

@@ -1,0 +1,43 @@
+"""The one protocol of all stages, local or remote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from recsys.pipeline.types import Candidates, Query
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """What a stage answers, and from which Bundle."""
+
+    candidates: Candidates
+    bundle_id: str
+    busy_ms: float
+    """milliseconds of compute inside the stage, without queueing and transport"""
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A plain Python object: candidates in, candidates out. It runs without Ray and holds no per-request state."""
+
+    name: str
+    bundle_id: str
+
+    def run_batch(self, queries: Sequence[Query], candidates: Sequence[Candidates]) -> list[Candidates]:
+        """One list of candidates per query, in order. The first stage is given empty candidates.
+
+        A result must not depend on the rest of the batch.
+        """
+        ...
+
+
+@runtime_checkable
+class AsyncStage(Protocol):
+    """What the runner calls: a local stage in a bounded executor, or a proxy to a Serve deployment."""
+
+    name: str
+
+    async def run(self, query: Query, candidates: Candidates) -> StageOutput: ...

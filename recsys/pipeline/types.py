@@ -1,0 +1,134 @@
+"""What flows through the pipeline: a query goes in, candidates pass from stage to stage, a slate comes out.
+
+All of it is small and made of ids and float32 arrays, because in a Serve graph it crosses process borders.
+Shape legend: C candidates, L history length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Hard rules of one request. Prices are in the catalogue's own unit; an item without a price fails a price bound."""
+
+    categories_any: tuple[str, ...] = ()
+    categories_none: tuple[str, ...] = ()
+    price_min: float | None = None
+    price_max: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self == _NO_FILTERS
+
+
+_NO_FILTERS = Filters()
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One recommendation to make, in internal ids. Built by the runner from a request and the user's state."""
+
+    request_id: str
+    bundle_id: str
+    now_ms: int
+    """the request's time, milliseconds since 1970 UTC"""
+    history_item_idx: Int32Array
+    """int32 [L], positives, oldest first; empty for a user nobody knows"""
+    history_timestamp_ms: Int64Array
+    """int64 [L]; zeros where the data has order only"""
+    excluded_item_idx: Int32Array
+    """int32: items that must not appear (seen, or named in the request)"""
+    top_k: int
+    num_candidates: int
+    """how many candidates retrieval hands on, at least ``top_k``"""
+    filters: Filters = _NO_FILTERS
+    diversity: float | None = None
+    """0 (by score alone) to 1 (by novelty alone); None for the configured default"""
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A candidate taken out, by which stage and why."""
+
+    item_idx: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Candidates in order, best first, with where each came from and what each stage thought of it."""
+
+    item_idx: Int32Array
+    """int32 [C], no item twice"""
+    score: FloatArray
+    """float32 [C], the score of the last stage that scored, descending unless a reranker reordered on purpose"""
+    sources: tuple[str, ...]
+    """names of the sources; ``source_bits`` refers to them"""
+    source_bits: NDArray[np.uint32]
+    """uint32 [C]: bit ``s`` is set where ``sources[s]`` proposed the candidate"""
+    stage_scores: Mapping[str, FloatArray] = field(default_factory=dict[str, FloatArray])
+    """per stage that has scored, float32 [C]"""
+    removed: tuple[Removal, ...] = ()
+    """candidates that some stage took out for a hard rule (filtered)"""
+    dropped: tuple[Removal, ...] = ()
+    """candidates that lost: cut by rank or by a soft rule (not selected)"""
+
+    def __len__(self) -> int:
+        return len(self.item_idx)
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(np.zeros(0, np.int32), np.zeros(0, np.float32), (), np.zeros(0, np.uint32))
+
+    @classmethod
+    def from_source(cls, source: str, item_idx: Int32Array, score: FloatArray) -> Self:
+        """Candidates of one source, best first."""
+        return cls(item_idx, score, (source,), np.ones(len(item_idx), np.uint32), {source: score})
+
+    def take(self, rows: Int64Array) -> Self:
+        """The candidates at ``rows``, in that order. What is left out must be accounted for by the caller."""
+        scores = {stage: values[rows] for stage, values in self.stage_scores.items()}
+        return replace(
+            self,
+            item_idx=self.item_idx[rows],
+            score=self.score[rows],
+            source_bits=self.source_bits[rows],
+            stage_scores=scores,
+        )
+
+    def scored(self, stage: str, score: FloatArray) -> Self:
+        """The same candidates with the scores of ``stage``, sorted by them (stable, descending)."""
+        order = np.argsort(-score, kind="stable")
+        return replace(self, stage_scores={**self.stage_scores, stage: score}, score=score).take(order)
+
+    def sources_of(self, row: int) -> list[str]:
+        """Names of the sources that proposed candidate ``row``."""
+        return [name for bit, name in enumerate(self.sources) if self.source_bits[row] >> bit & 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Slate:
+    """The outcome for one query. Every candidate that entered is in exactly one of selected, filtered, not selected."""
+
+    query: Query
+    selected: Candidates
+    filtered: tuple[Removal, ...]
+    not_selected: tuple[Removal, ...]
+    degraded: tuple[str, ...]
+    """names of the stages that were skipped"""
+    provenance: Mapping[str, str]
+    """per stage that answered, the ``bundle_id`` it answered from"""
+    timings_ms: Mapping[str, float]
+    """wall milliseconds per stage and ``total``"""
