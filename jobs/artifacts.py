@@ -35,6 +35,11 @@ class Artifact:
         """What the step reported about itself."""
         return read_json(self.path / "artifact.json")["metrics"]
 
+    @property
+    def seconds(self) -> float:
+        """How long the step took when it was made."""
+        return read_json(self.path / "artifact.json")["seconds"]
+
 
 def artifact_key(step: str, config: object, parents: Sequence[Artifact]) -> str:
     """16 hex digits that change with anything the step's result depends on."""

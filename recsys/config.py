@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, Union
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from recsys.errors import ConfigError
 
 KINDS_GROUP = "recsys.kinds"
-"""Entry-point group of third-party kinds; an entry point is named ``<room>.<kind>`` and names the configuration class."""
+"""Entry-point group of third-party kinds: an entry point ``<room>.<kind>`` names the configuration class."""
 
 
 class StrictConfig(BaseModel):
@@ -52,12 +54,11 @@ def union(room: str, kinds: Iterable[type[StrictConfig]]) -> Any:
     A third-party package adds a kind with an entry point ``"<room>.<kind>"`` in the group ``recsys.kinds``.
     """
     members = list(kinds)
-    for entry in entry_points(group=KINDS_GROUP):
-        if entry.name.split(".", 1)[0] == room:
-            members.append(entry.load())
+    added = (entry for entry in entry_points(group=KINDS_GROUP) if entry.name.split(".", 1)[0] == room)
+    members.extend(entry.load() for entry in added)
     if len(members) == 1:
         return members[0]
-    return Annotated[Union[tuple(members)], Field(discriminator="kind")]
+    return Annotated[functools.reduce(operator.or_, members), Field(discriminator="kind")]
 
 
 def load_config(

@@ -18,7 +18,8 @@
     ├── EventStoreError         the event store refuses or cannot answer
     ├── RequestError            the caller of the pipeline sent something unusable
     └── StageError              a stage of the pipeline failed
-        └── StageTimeoutError   ... by being too slow
+        ├── StageTimeoutError   ... by being too slow
+        └── StageOverloadedError ... by refusing more work than it can queue
 
 Errors cross process borders (Ray workers, Serve replicas), so each one pickles with its message and its
 ``details`` intact and is still catchable by class on the other side.
@@ -110,3 +111,7 @@ class StageError(RecsysError):
 
 class StageTimeoutError(StageError):
     """A stage of the pipeline was too slow for the deadline."""
+
+
+class StageOverloadedError(StageError):
+    """A stage of the pipeline has more work queued than it accepts. It is busy, not broken."""

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is flushed to disk and renamed onto ``path``, else removed."""
+    """Yield a temporary path beside ``path``: flushed to disk and renamed onto it on success, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -48,10 +48,13 @@ def write_parquet(path: str | Path, table: pa.Table) -> None:
 
 
 def write_arrow(path: str | Path, table: pa.Table) -> None:
-    """Write ``table`` as an uncompressed Arrow IPC file, atomically: it can be memory-mapped and shared by processes."""
-    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
+    """Write ``table`` as an uncompressed Arrow IPC file, atomically: it can be mapped and shared by processes."""
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table.combine_chunks())
 
 
 def map_arrow(path: str | Path) -> pa.Table:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from recsys import schema
 from recsys.config import StrictConfig
+from recsys.data.arrow import pc
 from recsys.data.histories import Histories
 from recsys.errors import DataError
 from recsys.files import read_json, write_json, write_parquet
@@ -152,7 +153,7 @@ class Dataset:
     @cached_property
     def positives(self) -> Log:
         """Interactions with ``weight`` > 0: what models learn from and are judged on."""
-        return self._log(self.interactions.filter(pa.compute.greater(self.interactions[schema.WEIGHT], 0)))
+        return self._log(self.interactions.filter(pc.greater(self.interactions[schema.WEIGHT], 0)))
 
     def _log(self, table: pa.Table) -> Log:
         def column(name: str) -> NDArray[Any]:
@@ -171,24 +172,27 @@ class Dataset:
         """
         log, seen_log = self.positives, self.log
         rows = np.flatnonzero(log.split == split)
-        users = log.user_idx[rows]
+        users, relevant = log.user_idx[rows], log.item_idx[rows]
+        heads = np.arange(len(rows))
         if self.info.protocol == "next_basket":
-            times = log.timestamp_ms
-            assert times is not None, "preparation refuses next_basket without time"
-            first = np.ones(len(rows), bool)
-            first[1:] = (users[1:] != users[:-1]) | (times[rows][1:] != times[rows][:-1])
-        else:
-            first = np.ones(len(rows), bool)
-        heads = np.flatnonzero(first)
+            heads = heads[_starts_basket(log)[rows]]
+        offsets = np.concatenate([heads, [len(rows)]]).astype(np.int64)
         users, stops = users[heads], rows[heads]
         # The seen log holds the same rows and more; a target's place in it is found by the row number in the whole log.
-        whole_rows = np.flatnonzero(self._is_positive)[stops]
+        seen_stops = np.flatnonzero(self._is_positive)[stops]
+        if self.info.protocol == "next_basket":
+            # The rest of the basket is as unknown as its positives, and an item on two of its lines is one item.
+            whole = np.arange(len(seen_log.user_idx))
+            seen_stops = np.maximum.accumulate(np.where(_starts_basket(seen_log), whole, 0))[seen_stops]
+            query = np.repeat(np.arange(len(heads)), np.diff(offsets))
+            first = np.sort(np.unique(query * self.num_items + relevant, return_index=True)[1])
+            relevant, offsets = relevant[first], np.searchsorted(query[first], np.arange(len(heads) + 1))
         return Targets(
             user_idx=users,
             histories=Histories(log.item_idx, log.user_offsets[users], stops, log.timestamp_ms),
-            seen=Histories(seen_log.item_idx, seen_log.user_offsets[users], whole_rows, seen_log.timestamp_ms),
-            relevant_item_idx=log.item_idx[rows],
-            relevant_offsets=np.concatenate([heads, [len(rows)]]).astype(np.int64),
+            seen=Histories(seen_log.item_idx, seen_log.user_offsets[users], seen_stops, seen_log.timestamp_ms),
+            relevant_item_idx=relevant,
+            relevant_offsets=offsets,
             now_ms=None if log.timestamp_ms is None else log.timestamp_ms[stops],
         )
 
@@ -200,3 +204,12 @@ class Dataset:
         """int64 [num_items]: positives per item up to and with ``until``."""
         log = self.positives
         return np.bincount(log.item_idx[log.split <= until], minlength=self.num_items)
+
+
+def _starts_basket(log: Log) -> NDArray[np.bool_]:
+    """bool [R]: whether a row is the first of its user at its time."""
+    times = log.timestamp_ms
+    assert times is not None, "preparation refuses next_basket without time"
+    starts = np.ones(len(times), bool)
+    starts[1:] = (log.user_idx[1:] != log.user_idx[:-1]) | (times[1:] != times[:-1])
+    return starts

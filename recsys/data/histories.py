@@ -82,15 +82,19 @@ class Histories:
         starts = np.maximum(self.starts, self.stops - max_length)
         return Histories(self.item_idx, starts, self.stops, self.timestamp_ms)
 
+    def rows(self) -> NDArray[np.int64]:
+        """int64 [T]: the rows of the log that the histories cover, history after history."""
+        lengths = self.lengths
+        ends = np.cumsum(lengths)
+        return np.repeat(self.starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+
     def pack(self, max_length: int | None = None) -> PackedHistories:
         """Copy the (newest ``max_length`` entries of the) histories end to end."""
         view = self if max_length is None else self.last(max_length)
-        lengths = view.lengths
-        offsets = np.zeros(len(view) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        gather = np.repeat(view.starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        times = None if self.timestamp_ms is None else self.timestamp_ms[gather]
-        return PackedHistories(self.item_idx[gather], offsets, times)
+        rows = view.rows()
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(view.lengths)])
+        times = None if self.timestamp_ms is None else self.timestamp_ms[rows]
+        return PackedHistories(self.item_idx[rows], offsets, times)
 
     def batches(self, size: int) -> Iterator[tuple[slice, Histories]]:
         """Cut into runs of at most ``size`` histories; yields the rows and the histories."""

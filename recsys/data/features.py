@@ -1,0 +1,249 @@
+"""Features of a candidate for a user at a moment: one definition, used by training and by serving.
+
+Item features are frozen at a cutoff (nothing from after it enters), so what a ranker sees in training is what it would
+have seen then. Shape legend: N items, C candidates, L history length, G categories, D retriever dimension, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from recsys.data.dataset import Dataset, Split
+from recsys.files import map_arrow, write_arrow
+
+MAX_CATEGORIES = 64
+"""The most frequent categories that get a column of their own; the rest share the last."""
+RECENT_DAYS = 30.0
+DAY_MS = 86_400_000.0
+NO_TIME = np.iinfo(np.int64).min
+"""``created_ms`` of an item whose age is unknown"""
+
+FEATURE_NAMES = (
+    "retrieval_score",
+    "similarity_last",
+    "similarity_recent_max",
+    "similarity_mean",
+    "category_overlap",
+    "category_overlap_recent",
+    "creator_share",
+    "price_log_ratio",
+    "item_log_popularity",
+    "item_log_popularity_recent",
+    "item_popularity_trend",
+    "item_mean_value",
+    "item_is_cold",
+    "item_num_categories",
+    "item_log_age_days",
+    "popularity_gap",
+    "user_log_history_length",
+    "user_mean_log_popularity",
+    "user_log_idle_hours",
+    "request_hour_sin",
+    "request_hour_cos",
+    "request_weekday_sin",
+    "request_weekday_cos",
+)
+NUM_FEATURES = len(FEATURE_NAMES)
+_RECENT = 10
+_POPULARITY, _POPULARITY_RECENT, _TREND, _MEAN_VALUE, _IS_COLD, _NUM_CATEGORIES, _LOG_PRICE = range(7)
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """What is known of every item at the cutoff."""
+
+    numeric: NDArray[np.float32]
+    """float32 [N, 7]: log popularity, recent log popularity, trend, mean value, is cold, number of categories,
+    log price (NaN where an item has no price)"""
+    categories: NDArray[np.float32]
+    """float32 [N, G], rows of unit length (or zero)"""
+    creator: NDArray[np.int32]
+    """int32 [N], -1 where unknown"""
+    created_ms: NDArray[np.int64]
+    """int64 [N]: creation, else first interaction before the cutoff, else ``NO_TIME``"""
+
+    @classmethod
+    def of(cls, dataset: Dataset, until: Split) -> ItemFeatures:
+        """Features from the interactions up to and with the split ``until``."""
+        log = dataset.log
+        rows = log.split <= until
+        num_items = dataset.num_items
+        items, weight = log.item_idx[rows], log.weight[rows]
+        positive = weight > 0
+        popularity = np.bincount(items[positive], minlength=num_items).astype(np.float64)
+        recent = popularity
+        created = _created_ms(dataset.items)
+        if log.timestamp_ms is not None:
+            times = log.timestamp_ms[rows]
+            cutoff = times.max() if len(times) else 0
+            newest = positive & (times > cutoff - RECENT_DAYS * DAY_MS)
+            recent = np.bincount(items[newest], minlength=num_items).astype(np.float64)
+            first = np.full(num_items, np.iinfo(np.int64).max)
+            np.minimum.at(first, items, times)
+            unknown = (created == NO_TIME) & (first != np.iinfo(np.int64).max)
+            created = np.where(unknown, first, created)
+        values = np.nan_to_num(dataset.interactions["value"].to_numpy(zero_copy_only=False).astype(np.float64)[rows])
+        counts = np.bincount(items, minlength=num_items)
+        overall = float(values.mean()) if len(values) else 0.0
+        # Shrunk towards the overall mean by five interactions: an item with one rating is not yet the best of all.
+        mean_value = (np.bincount(items, values, minlength=num_items) + 5.0 * overall) / (counts + 5.0)
+        categories = dataset.items["categories"]
+        num_categories = _lengths(categories).to_numpy(zero_copy_only=False).astype(np.float64)
+        price = dataset.items["price"].to_numpy(zero_copy_only=False).astype(np.float64)
+        numeric = np.stack(
+            [
+                np.log1p(popularity),
+                np.log1p(recent),
+                np.log1p(recent) / np.log(2.0 + popularity),
+                mean_value,
+                popularity == 0,
+                np.nan_to_num(num_categories),
+                np.log1p(np.maximum(price, 0.0)),
+            ],
+            axis=1,
+        )
+        return cls(
+            numeric.astype(np.float32),
+            _category_rows(categories.combine_chunks(), num_items),
+            _codes(dataset.items["creator"].combine_chunks()),
+            created,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one Arrow file that can be memory-mapped."""
+        write_arrow(
+            path,
+            pa.table(
+                {
+                    "numeric": fixed_size_list(self.numeric),
+                    "categories": fixed_size_list(self.categories),
+                    "creator": self.creator,
+                    "created_ms": self.created_ms,
+                }
+            ),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> ItemFeatures:
+        """Memory-map what :meth:`save` wrote."""
+        table = map_arrow(path)
+        return cls(
+            matrix(table["numeric"]),
+            matrix(table["categories"]),
+            table["creator"].to_numpy(),
+            table["created_ms"].to_numpy(),
+        )
+
+
+def fixed_size_list(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
+    """A [N, D] matrix as one Arrow column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A fixed-size-list column as a [N, D] matrix, without a copy where the column is one chunk."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
+
+
+def _lengths(lists: pa.Array | pa.ChunkedArray) -> Any:
+    return pc.call_function("list_value_length", [lists])
+
+
+def _created_ms(items: pa.Table) -> NDArray[np.int64]:
+    return items["created_at"].cast(pa.int64()).fill_null(NO_TIME).to_numpy()
+
+
+def _codes(values: pa.Array) -> NDArray[np.int32]:
+    return values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
+
+
+def _category_rows(categories: pa.ListArray, num_items: int) -> NDArray[np.float32]:
+    flat = categories.flatten()
+    lengths = pc.fill_null(_lengths(categories), 0).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(num_items), lengths)
+    encoded = flat.dictionary_encode()
+    codes = encoded.indices.to_numpy(zero_copy_only=False)
+    counts = np.bincount(codes, minlength=len(encoded.dictionary))
+    # Most frequent first; ties by name, so that equal data gives equal columns.
+    names = np.array(encoded.dictionary.to_pylist(), dtype=object)
+    order = np.lexsort((names.astype(str), -counts)) if len(names) else np.zeros(0, np.int64)
+    width = max(1, min(len(names), MAX_CATEGORIES))
+    column_of = np.full(len(names), width - 1)
+    column_of[order[:width]] = np.arange(width)
+    result = np.zeros((num_items, width), np.float32)
+    result[rows, column_of[codes]] = 1.0
+    norm = np.linalg.norm(result, axis=1, keepdims=True)
+    return result / np.maximum(norm, 1.0)
+
+
+def candidate_features(
+    items: ItemFeatures,
+    unit_vectors: NDArray[np.float32],
+    *,
+    history_item_idx: NDArray[np.int32],
+    history_timestamp_ms: NDArray[np.int64] | None,
+    candidate_item_idx: NDArray[np.int32],
+    retrieval_score: NDArray[np.float32],
+    now_ms: int | None,
+) -> NDArray[np.float32]:
+    """float32 [C, F], columns as in ``FEATURE_NAMES``. A row depends on its own candidate only.
+
+    Args:
+        items: item features at the cutoff.
+        unit_vectors: float32 [N, D], the retriever's item vectors scaled to unit length.
+        history_item_idx: int32 [L], positives, oldest first; may be empty.
+        history_timestamp_ms: int64 [L], or None where the data has order only.
+        candidate_item_idx: int32 [C].
+        retrieval_score: float32 [C].
+        now_ms: the time of the request, or None where the data has order only.
+    """
+    numeric = items.numeric[candidate_item_idx]
+    popularity = numeric[:, _POPULARITY]
+    features = np.zeros((len(candidate_item_idx), NUM_FEATURES), np.float32)
+    features[:, 0] = retrieval_score
+    num_history = len(history_item_idx)
+    if num_history:
+        history = items.numeric[history_item_idx]
+        recent = history_item_idx[-_RECENT:]
+        vectors, categories = unit_vectors[candidate_item_idx], items.categories[candidate_item_idx]
+        near = vectors @ unit_vectors[recent].T
+        features[:, 1] = near[:, -1]
+        features[:, 2] = near.max(axis=1)
+        features[:, 3] = vectors @ unit_vectors[history_item_idx].mean(axis=0)
+        features[:, 4] = categories @ items.categories[history_item_idx].mean(axis=0)
+        features[:, 5] = categories @ items.categories[recent].mean(axis=0)
+        creator = items.creator[candidate_item_idx]
+        known = creator >= 0
+        if known.any():
+            features[:, 6] = known * (creator[:, None] == items.creator[history_item_idx][None, :]).mean(axis=1)
+        prices = history[:, _LOG_PRICE]
+        if np.isfinite(prices).any():
+            features[:, 7] = np.nan_to_num(numeric[:, _LOG_PRICE] - np.nanmean(prices))
+        mean_popularity = history[:, _POPULARITY].mean()
+        features[:, 15] = popularity - mean_popularity
+        features[:, 17] = mean_popularity
+    features[:, 8] = popularity
+    features[:, 9] = numeric[:, _POPULARITY_RECENT]
+    features[:, 10] = numeric[:, _TREND]
+    features[:, 11] = numeric[:, _MEAN_VALUE]
+    features[:, 12] = numeric[:, _IS_COLD]
+    features[:, 13] = numeric[:, _NUM_CATEGORIES]
+    features[:, 16] = np.log1p(num_history)
+    if now_ms is not None:
+        created = items.created_ms[candidate_item_idx]
+        age_days = np.where(created == NO_TIME, 0.0, (now_ms - created.astype(np.float64)) / DAY_MS)
+        features[:, 14] = np.log1p(np.maximum(age_days, 0.0))
+        if num_history and history_timestamp_ms is not None:
+            features[:, 18] = np.log1p(max(0.0, (now_ms - int(history_timestamp_ms[-1])) / 3_600_000.0))
+        day = 2 * np.pi * (now_ms / DAY_MS % 1.0)
+        week = 2 * np.pi * (now_ms / DAY_MS / 7.0 % 1.0)
+        features[:, 19:23] = np.sin(day), np.cos(day), np.sin(week), np.cos(week)
+    return features

@@ -1,0 +1,87 @@
+"""A person's own interactions in Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from recsys.data.sources.base import Source, TimestampEncoding
+from recsys.data.sources.files import BATCH_ROWS, InteractionColumns, ItemsFile, check_columns, existing, fingerprint
+from recsys.errors import EmptyDataError, SchemaError
+
+
+class ParquetSource(Source):
+    """Interactions in one Parquet file or a folder of them (read in order of their names), items in another file.
+
+    Rows are streamed, so a file may be larger than memory. A column that is neither mapped nor ignored is an error.
+    """
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = Field(description="Path of a .parquet file, or of a folder with such files (subfolders included).")
+    columns: InteractionColumns = Field(default=InteractionColumns(), description="Which column holds which field.")
+    ignore: tuple[str, ...] = Field(
+        default=(),
+        description='Columns to leave out; "*" leaves out all that are not mapped. Any other column is an error.',
+    )
+    timestamp_unit: TimestampEncoding = Field(
+        default="ms",
+        description="s, ms or us since 1970 UTC, or iso for text; timestamp and date columns need no unit.",
+    )
+    event: str = Field(
+        default="interaction", min_length=1, description="Event of every row where columns.event is null."
+    )
+    catalogue: ItemsFile | None = Field(default=None, description="The items' file; null where there is none.")
+
+    @property
+    def has_time(self) -> bool:
+        return self.columns.timestamp is not None
+
+    @property
+    def timestamp_encoding(self) -> TimestampEncoding:
+        return self.timestamp_unit
+
+    @property
+    def default_event(self) -> str:
+        return self.event
+
+    def _files(self) -> list[Path]:
+        path = existing(self.path)
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise EmptyDataError(f"{path}: the folder holds no .parquet file", path=str(path))
+        return files
+
+    def read(self) -> Iterator[pa.Table]:
+        mapping = {field: column for field, column in self.columns.model_dump().items() if column is not None}
+        for path in self._files():
+            with _open(path) as file:
+                check_columns(file.schema_arrow.names, mapping, self.ignore, path)
+                for batch in file.iter_batches(BATCH_ROWS, columns=list(mapping.values())):
+                    yield pa.Table.from_batches([batch]).select(list(mapping.values())).rename_columns(list(mapping))
+
+    def items(self) -> pa.Table | None:
+        return None if self.catalogue is None else self.catalogue.read()
+
+    def fingerprint(self) -> str:
+        catalogue = None if self.catalogue is None else self.catalogue.model_copy(update={"path": ""})
+        files = self._files() + ([] if self.catalogue is None else [existing(self.catalogue.path)])
+        return fingerprint(self.model_copy(update={"catalogue": catalogue}), files)
+
+    def num_rows(self) -> int:
+        total = 0
+        for path in self._files():
+            with _open(path) as file:
+                total += file.metadata.num_rows
+        return total
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise SchemaError(f"{path}: not a readable Parquet file: {error}", path=str(path)) from error
