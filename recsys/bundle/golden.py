@@ -1,0 +1,75 @@
+"""One query with its answer, carried by the Bundle: a replica proves itself with it before it takes traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from recsys.config import StrictConfig
+from recsys.errors import BundleMismatchError
+from recsys.pipeline.types import Filters
+
+
+class GoldenEvent(StrictConfig):
+    """One entry of the pinned history."""
+
+    item_id: str
+    event: str
+    timestamp_ms: int = Field(0, description="milliseconds since 1970 UTC; 0 where the data has order only")
+    value: float | None = None
+
+
+class GoldenQuery(StrictConfig):
+    """A request whose history and time are pinned, and the slate it must give."""
+
+    history: tuple[GoldenEvent, ...] = Field(description="oldest first; nothing else is known of the user")
+    now_ms: int = Field(description="time of the request, milliseconds since 1970 UTC")
+    top_k: int = Field(ge=1)
+    filters: Filters = Filters()
+    exclude_seen: bool = True
+    item_ids: tuple[str, ...] = Field(description="the expected slate, in order")
+    scores: tuple[float, ...] = Field(description="its scores")
+    tolerance: float = Field(1e-3, ge=0.0, description="largest absolute difference between scores that count as equal")
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if not len(self.item_ids) == len(self.scores) <= self.top_k or not self.item_ids:
+            raise ValueError("item_ids and scores must be of one length, from 1 to top_k")
+        return self
+
+    def compare(self, item_ids: Sequence[str], scores: Sequence[float]) -> list[str]:
+        """What is wrong with an answer; empty where nothing is.
+
+        Scores must agree within the tolerance, rank by rank and item by item. Ids must agree too, except that items
+        whose expected scores are that close may swap, and that one at the border of the slate (as close to its lowest
+        expected score) may give way to another.
+        """
+        if len(item_ids) != len(self.item_ids) or len(scores) != len(item_ids):
+            return [f"{len(item_ids)} items with {len(scores)} scores, expected {len(self.item_ids)}"]
+        if len(set(item_ids)) < len(item_ids):
+            return ["an item appears twice"]
+        expected = dict(zip(self.item_ids, self.scores, strict=True))
+        close = 2 * self.tolerance  # two scores, each off by the tolerance
+        border = min(self.scores)
+        problems: list[str] = []
+        for rank, (wanted, got) in enumerate(zip(self.item_ids, item_ids, strict=True)):
+            score = float(scores[rank])
+            if not abs(score - self.scores[rank]) <= self.tolerance:
+                problems.append(f"rank {rank}: score {score:.6g}, expected {self.scores[rank]:.6g}")
+            if got in expected and not abs(score - expected[got]) <= self.tolerance:
+                problems.append(f"rank {rank}: {got!r} scored {score:.6g}, expected {expected[got]:.6g}")
+            if got not in expected and not abs(score - border) <= close:
+                problems.append(f"rank {rank}: {got!r} is not expected (there should be {wanted!r})")
+        problems += [
+            f"{missing!r} is missing"
+            for missing in expected.keys() - set(item_ids)
+            if expected[missing] - border > close
+        ]
+        return problems
+
+    def check(self, item_ids: Sequence[str], scores: Sequence[float]) -> None:
+        """Raise :class:`BundleMismatchError` with every problem :meth:`compare` finds."""
+        if problems := self.compare(item_ids, scores):
+            raise BundleMismatchError("the golden query is answered wrongly: " + "; ".join(problems), problems=problems)

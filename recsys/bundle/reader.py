@@ -1,0 +1,317 @@
+"""Reading a Bundle: every hash is checked, parts are loaded when they are asked for and must agree with each other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from numpy.typing import NDArray
+
+from recsys.bundle import manifest as layout
+from recsys.bundle.golden import GoldenQuery
+from recsys.bundle.location import Location
+from recsys.bundle.manifest import MANIFEST, Manifest, refuse_pickle
+from recsys.config import StrictConfig
+from recsys.data.histories import Histories
+from recsys.data.positives import PositivePolicy
+from recsys.errors import BundleCorruptError, BundleMismatchError, BundleNotFoundError, ConfigError, ModelError
+from recsys.files import map_arrow, read_json
+
+if TYPE_CHECKING:
+    from recsys.index import VectorIndex
+    from recsys.models.base import Retriever
+    from recsys.models.ranking import Ranker
+    from recsys.pipeline.catalogue import Catalogue
+    from recsys.pipeline.config import PipelineConfig
+
+CACHE_VARIABLE = "RECSYS_CACHE"
+"""Environment variable that names the folder for copies of remote Bundles; ``~/.cache/recsys`` without it."""
+
+HISTORIES_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("item_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("timestamps_ms", pa.list_(pa.int64()), nullable=False),
+        pa.field("events", pa.list_(pa.string()), nullable=False),
+        pa.field("values", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""``histories.parquet``: one row per user, lists aligned and oldest first; time 0 and value NaN where there is none."""
+
+PartT = TypeVar("PartT")
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+class Bundle:
+    """An immutable, verified set of parts on local disk. Accessors load once and are cached."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Without any check of files: use :meth:`open`."""
+        self.path = path
+        self.manifest = manifest
+        self._parts: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, uri: str | Path, *, cache: str | Path | None = None) -> Bundle:
+        """Open a Bundle's folder, or the current Bundle of a store, at a local path or any fsspec URI.
+
+        A remote Bundle is copied below ``cache`` first, once per content, whatever number of processes ask for it.
+
+        :raises BundleNotFoundError: when there is neither a Bundle nor a store with a current one.
+        :raises BundleCorruptError: when a file is missing, changed or not in the manifest; it names the file.
+        :raises BundleMismatchError: when parts disagree, or a newer library wrote it.
+        """
+        location = Location.of(uri)
+        if not (location / MANIFEST).exists():
+            from recsys.bundle.store import BundleStore
+
+            location = BundleStore(uri).current_location()
+        manifest = read_manifest(location)
+        if location.local is not None:
+            path = location.local
+            manifest.check_files(path)
+        else:
+            path = _cached(location, manifest, Path(cache) if cache is not None else default_cache())
+        refuse_pickle(path)
+        bundle = cls(path, manifest)
+        bundle.check_tables()
+        return bundle
+
+    @property
+    def bundle_id(self) -> str:
+        return self.manifest.bundle_id
+
+    def has(self, part: str) -> bool:
+        """Whether the Bundle holds ``part`` (see :data:`recsys.bundle.manifest.PARTS`)."""
+        return (self.path / part).exists()
+
+    def part(self, name: str) -> Path:
+        """The local path of a part.
+
+        :raises BundleNotFoundError: when the Bundle does not hold it.
+        """
+        if not self.has(name):
+            raise BundleNotFoundError(f"{self.path}: this Bundle holds no {name!r}", part=name, path=str(self.path))
+        return self.path / name
+
+    def catalogue(self) -> Catalogue:
+        """Items and id map; as many and the same as the manifest says."""
+        from recsys.pipeline.catalogue import Catalogue
+
+        def load(folder: Path) -> Catalogue:
+            catalogue = Catalogue.load(folder)
+            self._same("items", "items", catalogue.num_items, self.manifest.num_items)
+            found = catalogue.id_map_fingerprint
+            self._same("items", "id map fingerprint", found, self.manifest.id_map_fingerprint)
+            return catalogue
+
+        return self._load(layout.ITEMS, load)
+
+    def retriever(self) -> Retriever:
+        """The fitted retriever; for as many items, and of the same dimension, as the manifest says."""
+        from recsys.models import load_retriever
+        from recsys.models.base import VectorRetriever
+
+        def load(folder: Path) -> Retriever:
+            retriever = load_retriever(folder)
+            self._same("retriever", "items", retriever.num_items, self.manifest.num_items)
+            if isinstance(retriever, VectorRetriever):
+                nobody = retriever.encode_users(Histories.from_lists([[]], [[]]), np.zeros(1, np.int64))
+                self._same("retriever", "dimensions", nobody.shape[-1], self.manifest.embedding_dim)
+            return retriever
+
+        return self._load(layout.RETRIEVER, load)
+
+    def index(self) -> VectorIndex:
+        """The vector index, memory-mapped; with as many rows and dimensions as the manifest says."""
+        from recsys.index import load_index
+
+        def load(folder: Path) -> VectorIndex:
+            index = load_index(folder)
+            self._same("index", "items", index.num_items, self.manifest.num_items)
+            self._same("index", "dimensions", index.dim, self.manifest.embedding_dim)
+            return index
+
+        return self._load(layout.INDEX, load)
+
+    def ranker(self) -> Ranker:
+        """The fitted ranker, its item side as large as the manifest says."""
+        from recsys.models import load_ranker
+
+        def load(folder: Path) -> Ranker:
+            ranker = load_ranker(folder)
+            num_items, dim = ranker.items.unit_vectors.shape
+            self._same("ranker", "items", num_items, self.manifest.num_items)
+            if self.manifest.embedding_dim:
+                self._same("ranker", "dimensions", dim, self.manifest.embedding_dim)
+            return ranker
+
+        return self._load(layout.RANKER, load)
+
+    def popular(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Fallback candidates, best first: item_idx int32 [P], score float32 [P]."""
+
+        def load(path: Path) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+            table = map_arrow(path)
+            item_idx: NDArray[np.int32] = table["item_idx"].to_numpy()
+            if len(item_idx) and not 0 <= item_idx.min() <= item_idx.max() < self.manifest.num_items:
+                raise BundleMismatchError(
+                    f"{path}: names an item_idx outside the {self.manifest.num_items} items", part=layout.POPULAR
+                )
+            return item_idx, table["score"].to_numpy()
+
+        return self._load(layout.POPULAR, load)
+
+    def histories(self) -> pa.Table:
+        """What users did up to publication: :data:`HISTORIES_SCHEMA`. Read anew on every call, as it is large."""
+        table = pq.read_table(self.part(layout.HISTORIES))
+        if table.column_names != HISTORIES_SCHEMA.names:
+            raise BundleMismatchError(f"{layout.HISTORIES} has the columns {table.column_names}", part=layout.HISTORIES)
+        return table
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the job that made the Bundle, as plain values."""
+        return yaml.safe_load(self.part(layout.CONFIG).read_text())
+
+    @property
+    def pipeline_config(self) -> PipelineConfig:
+        """How the Bundle's stages are put together."""
+        from recsys.pipeline.config import PipelineConfig
+
+        return self._parsed(PipelineConfig, "pipeline")
+
+    @property
+    def positive_policy(self) -> PositivePolicy:
+        """What counts as a positive, for turning events into a history."""
+        return self._parsed(PositivePolicy, "data", "positives")
+
+    @property
+    def golden(self) -> GoldenQuery | None:
+        """The query a replica proves itself with, if the Bundle has one."""
+        if not self.has(layout.GOLDEN):
+            return None
+        return self._load(layout.GOLDEN, lambda path: GoldenQuery.parse(read_json(path), where=str(path)))
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Offline metrics; empty where there are none."""
+        return read_json(self.part(layout.METRICS)) if self.has(layout.METRICS) else {}
+
+    def check_tables(self) -> None:
+        """Check the parts that are only mapped, not loaded: catalogue, index and popular items."""
+        for name, accessor in (
+            (layout.ITEMS, self.catalogue),
+            (layout.INDEX, self.index),
+            (layout.POPULAR, self.popular),
+        ):
+            if self.has(name):
+                accessor()
+
+    def check(self) -> None:
+        """Load every part there is and check that they agree.
+
+        :raises BundleMismatchError: when they do not.
+        """
+        self.check_tables()
+        for name, accessor in ((layout.RETRIEVER, self.retriever), (layout.RANKER, self.ranker)):
+            if self.has(name):
+                accessor()
+        if self.has(layout.HISTORIES):
+            self.histories()
+        if self.has(layout.CONFIG):
+            _ = self.pipeline_config, self.positive_policy
+        _ = self.golden, self.metrics
+
+    def _load(self, name: str, load: Callable[[Path], PartT], key: str = "") -> PartT:
+        """What ``load`` makes of part ``name``; ``key`` tells several things made of one part from each other."""
+        if name + key not in self._parts:
+            try:
+                self._parts[name + key] = load(self.part(name))
+            except (ModelError, ConfigError, pa.ArrowInvalid) as error:
+                # The hashes are right, so whoever wrote the part and this library do not understand each other.
+                raise BundleMismatchError(f"{self.path / name}: cannot be loaded: {error}", part=name) from error
+        return self._parts[name + key]
+
+    def _parsed(self, config_type: type[ConfigT], *keys: str) -> ConfigT:
+        where = ".".join(keys)
+
+        def load(path: Path) -> ConfigT:
+            tree: Any = self.config
+            for key in keys:
+                if not isinstance(tree, dict) or key not in tree:
+                    raise ConfigError(f"{where} is missing", path=str(path))
+                tree = tree[key]
+            return config_type.parse(tree, where=where)
+
+        return self._load(layout.CONFIG, load, where)
+
+    def _same(self, part: str, what: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise BundleMismatchError(
+                f"{self.path / part}: {what} {found}, but the manifest says {expected}: parts do not belong together",
+                part=part,
+                found=found,
+                expected=expected,
+            )
+
+
+def read_manifest(location: Location) -> Manifest:
+    """The checked manifest of the Bundle at ``location``.
+
+    :raises BundleNotFoundError: when there is none.
+    """
+    try:
+        content = (location / MANIFEST).read()
+    except FileNotFoundError:
+        raise BundleNotFoundError(f"{location}: no Bundle here ({MANIFEST} is missing)", path=str(location)) from None
+    return Manifest.from_bytes(content, where=str(location / MANIFEST))
+
+
+def default_cache() -> Path:
+    """Where copies of remote Bundles are kept."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "recsys") / "bundles"
+
+
+def _cached(location: Location, manifest: Manifest, cache: Path) -> Path:
+    """A verified local copy; its name is a hash of all that is in it, the manifest included."""
+    target = cache / manifest.checksum
+    if target.exists():
+        try:
+            manifest.check_files(target)
+        except (BundleCorruptError, FileNotFoundError):
+            # Set aside in one step: another process may be about to do the same.
+            aside = cache / f".{manifest.checksum}.{uuid.uuid4().hex}.corrupt"
+            with suppress(FileNotFoundError):
+                target.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            return target
+    temporary = cache / f".{manifest.checksum}.{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        for name in manifest.files:
+            try:
+                (location / name).download(temporary / name)
+            except FileNotFoundError:
+                raise BundleCorruptError(f"{location / name}: the file is missing", path=name) from None
+        (temporary / MANIFEST).write_bytes(manifest.to_bytes())
+        manifest.check_files(temporary)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / MANIFEST).exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
