@@ -1,0 +1,55 @@
+"""The served stages over many queries at once, without a server: for evaluation, ranker training and batch slates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.data.dataset import Targets
+from recsys.pipeline.stage import Stage
+from recsys.pipeline.types import Candidates, Query
+
+
+def queries_of(targets: Targets, *, num_candidates: int, max_history: int, top_k: int) -> list[Query]:
+    """The queries a server would have been asked just before each target happened, what was seen excluded."""
+    queries: list[Query] = []
+    histories, times = targets.histories.last(max_history), targets.histories.timestamp_ms
+    for row in range(len(targets)):
+        history = histories.items(row)
+        span = slice(int(histories.starts[row]), int(histories.stops[row]))
+        queries.append(
+            Query(
+                request_id=str(row),
+                bundle_id="",
+                now_ms=0 if targets.now_ms is None else int(targets.now_ms[row]),
+                history_item_idx=history,
+                history_timestamp_ms=np.zeros(len(history), np.int64) if times is None else times[span],
+                excluded_item_idx=np.unique(targets.seen.items(row)),
+                top_k=top_k,
+                num_candidates=num_candidates,
+            )
+        )
+    return queries
+
+
+def run_stages(stages: Sequence[Stage], queries: Sequence[Query], *, batch_size: int = 128) -> list[Candidates]:
+    """What comes out of the last of ``stages``, per query. No deadline and no fallback: an error is an error."""
+    results: list[Candidates] = []
+    for start in range(0, len(queries), batch_size):
+        batch = queries[start : start + batch_size]
+        candidates = [Candidates.empty() for _ in batch]
+        for stage in stages:
+            candidates = stage.run_batch(batch, candidates)
+        results.extend(candidates)
+    return results
+
+
+def ranked_items(candidates: Sequence[Candidates], depth: int) -> NDArray[np.int32]:
+    """int32 [B, depth]: the best ``depth`` items per query, -1 where there are fewer."""
+    ranked = np.full((len(candidates), depth), -1, np.int32)
+    for row, one in enumerate(candidates):
+        best = one.item_idx[:depth]
+        ranked[row, : len(best)] = best
+    return ranked

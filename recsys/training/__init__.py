@@ -1,0 +1,1 @@
+"""Training: the loop, losses, negative sampling, checkpoints, and the runtime that places them."""
