@@ -20,7 +20,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Hard rules of one request. Prices are in the catalogue's own unit; an item without a price fails a price bound."""
+    """Hard rules of one request. Prices are in the catalogue's own unit; one without a price fails a price bound."""
 
     categories_any: tuple[str, ...] = ()
     categories_none: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Filters:
 _NO_FILTERS = Filters()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Query:
     """One recommendation to make, in internal ids. Built by the runner from a request and the user's state."""
 
@@ -57,16 +57,17 @@ class Query:
     """0 (by score alone) to 1 (by novelty alone); None for the configured default"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Removal:
-    """A candidate taken out, by which stage and why."""
+    """Candidates taken out together, by which stage and why. One array, because a slate leaves hundreds behind."""
 
-    item_idx: int
+    item_idx: Int32Array
+    """int32 [n]"""
     stage: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
     """Candidates in order, best first, with where each came from and what each stage thought of it."""
 
@@ -81,7 +82,7 @@ class Candidates:
     stage_scores: Mapping[str, FloatArray] = field(default_factory=dict[str, FloatArray])
     """per stage that has scored, float32 [C]"""
     removed: tuple[Removal, ...] = ()
-    """candidates that some stage took out for a hard rule (filtered)"""
+    """candidates that a hard rule took out (filtered)"""
     dropped: tuple[Removal, ...] = ()
     """candidates that lost: cut by rank or by a soft rule (not selected)"""
 
@@ -93,9 +94,35 @@ class Candidates:
         return cls(np.zeros(0, np.int32), np.zeros(0, np.float32), (), np.zeros(0, np.uint32))
 
     @classmethod
-    def from_source(cls, source: str, item_idx: Int32Array, score: FloatArray) -> Self:
-        """Candidates of one source, best first."""
-        return cls(item_idx, score, (source,), np.ones(len(item_idx), np.uint32), {source: score})
+    def from_source(cls, source: str, item_idx: Int32Array, score: FloatArray, *, stage: str = "retrieval") -> Self:
+        """Candidates of one source, best first, scored by ``stage``."""
+        return cls(item_idx, score, (source,), np.ones(len(item_idx), np.uint32), {stage: score})
+
+    def then(self, other: Self) -> Self:
+        """These candidates followed by those of ``other``, which shares no item with them.
+
+        Scores of a stage that saw only one of the two parts are NaN for the other.
+        """
+        sources = self.sources + tuple(name for name in other.sources if name not in self.sources)
+        bits = np.zeros(len(other), np.uint32)
+        for bit, name in enumerate(other.sources):
+            bits |= (other.source_bits >> np.uint32(bit) & np.uint32(1)) << np.uint32(sources.index(name))
+        stage_scores = {
+            stage: np.concatenate(
+                [part.stage_scores.get(stage, np.full(len(part), np.nan, np.float32)) for part in (self, other)]
+            )
+            for stage in {**self.stage_scores, **other.stage_scores}
+        }
+        return replace(
+            self,
+            item_idx=np.concatenate([self.item_idx, other.item_idx]),
+            score=np.concatenate([self.score, other.score]),
+            sources=sources,
+            source_bits=np.concatenate([self.source_bits, bits]),
+            stage_scores=stage_scores,
+            removed=self.removed + other.removed,
+            dropped=self.dropped + other.dropped,
+        )
 
     def take(self, rows: Int64Array) -> Self:
         """The candidates at ``rows``, in that order. What is left out must be accounted for by the caller."""
@@ -118,7 +145,7 @@ class Candidates:
         return [name for bit, name in enumerate(self.sources) if self.source_bits[row] >> bit & 1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Slate:
     """The outcome for one query. Every candidate that entered is in exactly one of selected, filtered, not selected."""
 
@@ -128,6 +155,8 @@ class Slate:
     not_selected: tuple[Removal, ...]
     degraded: tuple[str, ...]
     """names of the stages that were skipped"""
+    failures: Mapping[str, str]
+    """per skipped stage, why"""
     provenance: Mapping[str, str]
     """per stage that answered, the ``bundle_id`` it answered from"""
     timings_ms: Mapping[str, float]

@@ -1,0 +1,1 @@
+"""Answering requests: retrieval, ranking and reranking under hard rules and a deadline, in plain Python."""

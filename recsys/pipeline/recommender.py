@@ -1,0 +1,406 @@
+"""The front of everything in process: a request goes in, a recommendation comes out.
+
+In a notebook, without a server::
+
+    recommender = Recommender.load("runs/bundles")
+    recommender.recommend(user_id="42", top_k=5)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.data.positives import PositivePolicy
+from recsys.errors import BundleError, EventStoreError, RequestError
+from recsys.events import UserState
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.popular import CATALOGUE, POPULAR, PopularItems
+from recsys.pipeline.requests import (
+    HistoryItem,
+    Recommendation,
+    RecommendedItem,
+    RecommendRequest,
+    RequestFilters,
+    SimilarRequest,
+)
+from recsys.pipeline.rules import HardRules
+from recsys.pipeline.runner import LocalStage, Runner
+from recsys.pipeline.similarity import ItemSimilarity
+from recsys.pipeline.stage import AsyncStage, Stage
+from recsys.pipeline.stages import STAGES, build_stage
+from recsys.pipeline.stages.reranking import PINNED, RerankingStage
+from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
+from recsys.pipeline.users import NOBODY, HistoriesTable, Profiles, UserStates
+
+if TYPE_CHECKING:
+    from recsys.bundle import Bundle, GoldenQuery
+
+ResultT = TypeVar("ResultT")
+STATE = "state"
+_MAX_REASONS = 2
+_MIN_COSINE = 0.1
+"""below this two items have too little in common to name one as the reason for the other"""
+_log = logging.getLogger(__name__)
+
+
+class Recommender:
+    """Answers requests.
+
+    ``recommend`` and ``similar`` may be called from any thread, also from a notebook, where an event loop is running;
+    ``arecommend`` is the coroutine that servers await in their own loop.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        runner: Runner,
+        users: UserStates | None,
+        policy: PositivePolicy,
+        bundle_id: str,
+        config: PipelineConfig | None = None,
+        similarity: ItemSimilarity | None = None,
+    ) -> None:
+        """``users`` None knows nobody; ``similarity`` None compares items by their categories."""
+        self.catalogue = catalogue
+        self.runner = runner
+        self.users = users
+        self.policy = policy
+        self.bundle_id = bundle_id
+        self.config = config or PipelineConfig()
+        self.similarity = similarity or ItemSimilarity(catalogue)
+        self._profiles = Profiles(
+            catalogue, policy, max_history=self.config.max_history, cache_size=self.config.user_cache
+        )
+        self._loop: _LoopThread | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        stages: Sequence[AsyncStage] | None = None,
+        users: UserStates | None = None,
+        *,
+        config: PipelineConfig | None = None,
+    ) -> Self:
+        """The recommender of ``bundle`` over ``stages``, local or remote; None computes all of them in the event loop.
+
+        ``users`` None knows nobody; ``config`` defaults to the Bundle's.
+        """
+        catalogue = bundle.catalogue()
+        config = config or bundle.pipeline_config
+        stages = local_stages(bundle, config, inline=True) if stages is None else stages
+        item_idx, score = bundle.popular() if bundle.has("popular.arrow") else (NOBODY.item_idx, _NO_SCORES)
+        runner = Runner(stages, HardRules(catalogue), PopularItems(len(catalogue), item_idx, score), config)
+        similarity = ItemSimilarity.of(bundle)
+        return cls(catalogue, runner, users, bundle.positive_policy, bundle.bundle_id, config, similarity)
+
+    @classmethod
+    def load(
+        cls,
+        uri: str | Path,
+        store: UserStates | None = None,
+        *,
+        config: PipelineConfig | None = None,
+        inline: bool = False,
+    ) -> Self:
+        """Open the Bundle at ``uri`` and run its stages in this process.
+
+        ``store`` says what is known of users; without one it is the histories in the Bundle, read-only. ``inline``
+        computes in the event loop instead of threads: faster for one caller, but no deadline can interrupt a stage.
+
+        :raises BundleError: when there is no usable Bundle.
+        """
+        from recsys.bundle import Bundle
+
+        bundle = Bundle.open(uri)
+        config = config or bundle.pipeline_config
+        if store is None and bundle.has("histories.parquet"):
+            store = HistoriesTable(bundle.histories())
+        stages = local_stages(bundle, config, inline=inline)
+        warm_up([stage.stage for stage in stages])
+        return cls.of(bundle, stages, store, config=config)
+
+    def recommend(
+        self,
+        request: RecommendRequest | None = None,
+        *,
+        history: Sequence[HistoryItem | str] = (),
+        filters: RequestFilters | None = None,
+        **fields: Any,
+    ) -> Recommendation:
+        """Recommend, from ordinary code. Give a :class:`RecommendRequest`, or its fields by name; ``history`` may then
+        be plain item ids.
+
+        :raises RequestError: when the request cannot be answered as it is; its ``field`` says what is wrong.
+        """
+        if request is None:
+            items = [HistoryItem(item) if isinstance(item, str) else item for item in history]
+            try:
+                request = RecommendRequest(history=items, filters=filters or RequestFilters(), **fields)
+            except TypeError as error:
+                raise RequestError(f"recommend() has no such field: {error}") from error
+        return self._wait(self.arecommend(request))
+
+    async def arecommend(self, request: RecommendRequest, *, now_ms: int | None = None) -> Recommendation:
+        """Recommend, from a coroutine. ``now_ms`` pins the time of the request (milliseconds since 1970 UTC).
+
+        A stage that fails is skipped and named in the answer; it is never an error.
+
+        :raises RequestError: see :meth:`recommend`.
+        """
+        started = time.perf_counter()
+        request.check(self.config)
+        now_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+        request_id = request.request_id or uuid.uuid4().hex
+        degraded: tuple[str, ...] = ()
+        try:
+            profile = self._profiles.of(self._state(request.user_id))
+        except EventStoreError as error:
+            _log.warning("request %s: nothing is known of its user: %s", request_id, error)
+            profile, degraded = NOBODY, (STATE,)
+        history, times, seen, unknown_items = profile.item_idx, profile.timestamp_ms, profile.seen_item_idx, 0
+        if request.history:
+            told, told_times, told_seen, unknown_items = self._told(request.history, now_ms)
+            history = np.concatenate([history, told])[-self.config.max_history :]
+            times = np.concatenate([times, told_times])[-self.config.max_history :]
+            seen = np.concatenate([seen, told_seen])
+        excluded = seen if request.exclude_seen else NOBODY.item_idx
+        if request.filters.exclude_items:
+            named = self.catalogue.id_map.rows(request.filters.exclude_items)
+            excluded = np.concatenate([excluded, named[named >= 0]])
+        query = Query(
+            request_id=request_id,
+            bundle_id=self.bundle_id,
+            now_ms=now_ms,
+            history_item_idx=history,
+            history_timestamp_ms=times,
+            excluded_item_idx=excluded,
+            top_k=request.top_k,
+            num_candidates=max(self.config.num_candidates, request.top_k),
+            filters=request.hard_filters(),
+            diversity=request.diversity,
+        )
+        state_ms = (time.perf_counter() - started) * 1e3
+        deadline_ms = self.config.deadline_ms if request.deadline_ms is None else request.deadline_ms
+        slate = await self.runner.run(query, deadline_ms - state_ms)
+        reasons = self._reasons(query, slate.selected) if request.explain else None
+        items = self._items(slate.selected, reasons)
+        timings_ms = {**slate.timings_ms, STATE: state_ms, "total": (time.perf_counter() - started) * 1e3}
+        return Recommendation(
+            request_id,
+            self.bundle_id,
+            request.user_id,
+            items,
+            degraded + slate.degraded,
+            timings_ms,
+            unknown_items,
+        )
+
+    def answer_golden(self, golden: GoldenQuery) -> Recommendation:
+        """The answer to a Bundle's golden query, no stage skipped.
+
+        :raises BundleError: when a stage was skipped.
+        """
+        answer = self._wait(self.arecommend(golden_request(golden, self.config), now_ms=golden.now_ms))
+        if answer.degraded:
+            raise BundleError(f"Bundle {self.bundle_id}: the golden query was answered without {answer.degraded}")
+        return answer
+
+    def similar(self, request: SimilarRequest | str, top_k: int = 10) -> Recommendation:
+        """The available items most like one item, itself left out; scores are cosines.
+
+        :raises RequestError: when ``top_k`` is out of range, or no item has this id (``details["unknown"]``).
+        """
+        started = time.perf_counter()
+        if isinstance(request, str):
+            request = SimilarRequest(request, top_k)
+        request.check(self.config)
+        row = self._item_idx(request.item_id)
+        if row is None:
+            raise RequestError(f"item_id {request.item_id!r} is not in the catalogue", field="item_id", unknown=True)
+        allowed = self.catalogue.allowed(Filters(), np.array([row], np.int32))
+        item_idx, cosines = self.similarity.neighbours(row, request.top_k, allowed)
+        items = self._items(Candidates.from_source("similar", item_idx, cosines, stage="similarity"), None)
+        timings_ms = {"total": (time.perf_counter() - started) * 1e3}
+        return Recommendation(request.request_id or uuid.uuid4().hex, self.bundle_id, None, items, (), timings_ms)
+
+    def user(self, user_id: str) -> UserState | None:
+        """What is known of a user, or None."""
+        return self._state(user_id)
+
+    def item(self, item_id: str) -> dict[str, Any] | None:
+        """The catalogue's row of an item as plain values (``created_at`` is a datetime), or None."""
+        row = self._item_idx(item_id)
+        return None if row is None else self.catalogue.item(row)
+
+    def close(self) -> None:
+        """Stop the threads of this object. The event store is its owner's to close."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.close()
+                self._loop = None
+        for stage in self.runner.stages:
+            if isinstance(stage, LocalStage):
+                stage.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _state(self, user_id: str | None) -> UserState | None:
+        return None if user_id is None or self.users is None else self.users.user(user_id)
+
+    def _item_idx(self, item_id: str) -> int | None:
+        row = int(self.catalogue.id_map.rows([item_id])[0])
+        return row if row >= 0 else None
+
+    def _told(self, history: Sequence[HistoryItem], now_ms: int) -> tuple[Int32Array, Int64Array, Int32Array, int]:
+        """Positives and their times, everything known among it, and how many entries are unknown."""
+        rows = self.catalogue.id_map.rows([item.item_id for item in history])
+        times = np.array([now_ms if h.timestamp_ms is None else h.timestamp_ms for h in history], np.int64)
+        known = rows >= 0
+        positive = known
+        if any(item.event is not None for item in history):
+            events = pa.array([item.event for item in history], pa.string())
+            weights = self.policy.weights(events, pa.array([item.value for item in history], pa.float32()))
+            plain = np.array([item.event is None for item in history])
+            positive = known & (plain | (weights > 0))
+        return rows[positive], times[positive], rows[known], int(len(rows) - np.count_nonzero(known))
+
+    def _items(self, selected: Candidates, reasons: list[tuple[str, ...]] | None) -> tuple[RecommendedItem, ...]:
+        if not len(selected):
+            return ()
+        ids = self.catalogue.id_map.take(selected.item_idx)
+        titles = self.catalogue.titles(selected.item_idx)
+        scores = selected.score.tolist()
+        stages = [(stage, values.tolist()) for stage, values in selected.stage_scores.items()]
+        sources: dict[int, tuple[str, ...]] = {}
+        items: list[RecommendedItem] = []
+        for rank, bits in enumerate(selected.source_bits.tolist()):
+            if bits not in sources:
+                sources[bits] = tuple(selected.sources_of(rank))
+            # A stage that did not see the item has NaN for it, which is no score.
+            stage_scores = {stage: values[rank] for stage, values in stages if values[rank] == values[rank]}
+            why = None if reasons is None else reasons[rank]
+            items.append(
+                RecommendedItem(ids[rank], titles[rank], scores[rank], rank, sources[bits], stage_scores, why)
+            )  # fmt: skip
+        return tuple(items)
+
+    def _reasons(self, query: Query, selected: Candidates) -> list[tuple[str, ...]]:
+        """For each item, the entries of the history most like it, and what its source says."""
+        history = np.unique(query.history_item_idx)
+        cosines = self.similarity.cosines(selected.item_idx, history) if len(history) and len(selected) else None
+        titles = self.catalogue.titles(history) if len(history) else []
+        reasons: list[tuple[str, ...]] = []
+        for row in range(len(selected)):
+            found: list[str] = []
+            sources = selected.sources_of(row)
+            if PINNED in sources:
+                found.append("placed here by a rule")
+            if cosines is not None:
+                best = np.argsort(-cosines[row], kind="stable")[:_MAX_REASONS]
+                found += [f"because of {titles[i]}" for i in best.tolist() if cosines[row, i] >= _MIN_COSINE]
+            if POPULAR in sources:
+                found.append("popular now")
+            if CATALOGUE in sources:
+                found.append("from the catalogue, as nothing better matches")
+            if not found:
+                found.append("fits the history as a whole" if len(history) else "a good start for someone new")
+            reasons.append(tuple(found))
+        return reasons
+
+    def _wait(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        with self._lock:
+            if self._loop is None:
+                self._loop = _LoopThread()
+            loop = self._loop
+        return loop.wait(coroutine)
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, so that blocking calls work where a loop is running already."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="recommender", daemon=True)
+        self._thread.start()
+
+    def wait(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+_NO_SCORES: FloatArray = np.zeros(0, np.float32)
+
+
+def golden_request(golden: GoldenQuery, config: PipelineConfig) -> RecommendRequest:
+    """The request that a golden query stands for; its time is given to ``arecommend`` beside it."""
+    wanted = golden.filters
+    return RecommendRequest(
+        history=[HistoryItem(e.item_id, e.timestamp_ms, e.event, e.value) for e in golden.history],
+        top_k=golden.top_k,
+        filters=RequestFilters(
+            wanted.categories_any, wanted.categories_none, price_min=wanted.price_min, price_max=wanted.price_max
+        ),
+        exclude_seen=golden.exclude_seen,
+        deadline_ms=config.max_deadline_ms,
+        request_id="golden",
+    )
+
+
+def local_stages(bundle: Bundle, config: PipelineConfig, *, inline: bool) -> list[LocalStage]:
+    """The stages of ``bundle``, in this process. Reranking is so short that a thread would cost more than it does."""
+    stages = [stage for name in STAGES if (stage := build_stage(bundle, name)) is not None]
+    return [
+        LocalStage(
+            stage,
+            threads=config.threads,
+            max_queued=config.max_queued,
+            inline=inline or stage.name == RerankingStage.name,
+        )
+        for stage in stages
+    ]
+
+
+def warm_up(stages: Sequence[Stage]) -> None:
+    """Run each stage for a user nobody knows and one with a history, so that the first request is not the slowest.
+
+    :raises RecsysError: what a stage raises when it cannot work at all.
+    """
+    if not stages:
+        return
+    nobody = Query(
+        request_id="warm-up",
+        bundle_id=stages[0].bundle_id,
+        now_ms=0,
+        history_item_idx=NOBODY.item_idx,
+        history_timestamp_ms=NOBODY.timestamp_ms,
+        excluded_item_idx=NOBODY.item_idx,
+        top_k=1,
+        num_candidates=200,
+    )
+    somebody = replace(nobody, history_item_idx=np.zeros(1, np.int32), history_timestamp_ms=np.zeros(1, np.int64))
+    for query in (nobody, somebody):
+        candidates = Candidates.empty()
+        for stage in stages:
+            (candidates,) = stage.run_batch([query], [candidates])

@@ -1,0 +1,277 @@
+"""The one async runner: it owns order, deadlines, the ladder of fallbacks, and provenance.
+
+Stages run one after another. One that raises, is too slow, or has failed so often that its circuit breaker is open is
+skipped and named in ``degraded``: without reranking the ranked order stands, without ranking the retrieved one, without
+retrieval the popular items do. Hard rules are no stage and are never skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from recsys.errors import StageError, StageOverloadedError, StageTimeoutError
+from recsys.pipeline.catalogue import contains
+from recsys.pipeline.config import BreakerConfig, PipelineConfig
+from recsys.pipeline.popular import POPULAR, PopularItems
+from recsys.pipeline.rules import HardRules
+from recsys.pipeline.stage import AsyncStage, Stage, StageOutput
+from recsys.pipeline.types import Candidates, Query, Removal, Slate
+
+RUNNER = "runner"
+"""the name under which the runner records candidates it cut itself"""
+_NEEDS_RETRIEVAL = frozenset({"ranking"})
+"""stages that read retrieval's scores; popularity is no substitute for them"""
+_RESERVE_S = 0.002
+"""seconds of the deadline kept for the final check and for composing the answer"""
+_log = logging.getLogger(__name__)
+
+
+class LocalStage:
+    """A plain stage in this process. Its class is an :class:`~recsys.pipeline.stage.AsyncStage`.
+
+    With threads, a request that gives up leaves its call running: Python cannot stop a thread. The calls in flight are
+    bounded, so a stage that hangs costs its threads, then refuses, then its breaker opens. ``inline`` calls the stage
+    in the event loop itself: the lowest latency for one caller at a time, but nothing can interrupt it.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        threads: int = 2,
+        max_queued: int = 64,
+        inline: bool = False,
+        executor: Executor | None = None,
+    ) -> None:
+        """``executor`` None makes a pool of ``threads``; at most ``threads + max_queued`` calls are in flight."""
+        self.stage = stage
+        self.name = stage.name
+        self._limit = threads + max_queued
+        self._in_flight = 0
+        self._lock = threading.Lock()
+        self._executor = executor
+        if executor is None and not inline:
+            self._executor = ThreadPoolExecutor(threads, thread_name_prefix=f"stage-{stage.name}")
+
+    async def run(self, query: Query, candidates: Candidates) -> StageOutput:
+        """Run the stage on a batch of one."""
+        if self._executor is None:
+            return self._call(query, candidates)
+        with self._lock:
+            if self._in_flight >= self._limit:
+                raise StageOverloadedError(f"{self.name}: {self._limit} calls are in flight already", stage=self.name)
+            self._in_flight += 1
+        try:
+            future = self._executor.submit(self._call, query, candidates)
+        except BaseException:
+            self._done()
+            raise
+        future.add_done_callback(self._done)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Accept no more work; calls that run go on."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, query: Query, candidates: Candidates) -> StageOutput:
+        started = time.perf_counter()
+        (found,) = self.stage.run_batch([query], [candidates])
+        return StageOutput(found, self.stage.bundle_id, (time.perf_counter() - started) * 1e3)
+
+    def _done(self, future: Future[StageOutput] | None = None) -> None:
+        with self._lock:
+            self._in_flight -= 1
+
+
+class CircuitBreaker:
+    """Closed until ``config.failures`` calls in a row have failed, then open for ``config.open_s`` seconds, then half
+    open: one call probes, and closes or opens it again. For one event loop.
+    """
+
+    def __init__(self, config: BreakerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._failures = 0
+        self._retry_at: float | None = None
+        self._probing = False
+
+    @property
+    def open(self) -> bool:
+        """Whether calls are being refused or only probing."""
+        return self._retry_at is not None
+
+    def allow(self) -> bool:
+        """Whether to call now. A True must be followed by :meth:`success`, :meth:`failure` or :meth:`undecided`."""
+        if self._retry_at is None:
+            return True
+        if self._probing or self._clock() < self._retry_at:
+            return False
+        self._probing = True
+        return True
+
+    def success(self) -> None:
+        self._failures, self._retry_at, self._probing = 0, None, False
+
+    def failure(self) -> None:
+        self._failures += 1
+        if self._failures >= self._config.failures:
+            self._retry_at = self._clock() + self._config.open_s
+        self._probing = False
+
+    def undecided(self) -> None:
+        """The call ended for a reason that says nothing about the stage."""
+        self._probing = False
+
+
+class Runner:
+    """Runs the stages for one query after another or for many at once, all in one event loop."""
+
+    def __init__(
+        self,
+        stages: Sequence[AsyncStage],
+        rules: HardRules,
+        popular: PopularItems,
+        config: PipelineConfig | None = None,
+    ) -> None:
+        """``stages`` in order, the first one retrieves. Each name must have a budget in ``config.budgets_ms``."""
+        self.stages = tuple(stages)
+        self.rules = rules
+        self.popular = popular
+        self.config = config or PipelineConfig()
+        budgets = self.config.budgets_ms.model_dump()
+        self._budgets_s = {stage.name: budgets[stage.name] / 1e3 for stage in stages}
+        self.breakers = {stage.name: CircuitBreaker(self.config.breaker) for stage in stages}
+
+    async def run(self, query: Query, deadline_ms: float | None = None) -> Slate:
+        """The slate for ``query``, within ``deadline_ms`` of now (None for the configured one).
+
+        It never raises for a stage's failure, and holds ``top_k`` items while so many are allowed.
+        """
+        started = time.perf_counter()
+        end = started + (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3 - _RESERVE_S
+        before, candidates = Candidates.empty(), Candidates.empty()
+        failures: dict[str, str] = {}
+        provenance: dict[str, str] = {}
+        timings_ms: dict[str, float] = {}
+        for position, stage in enumerate(self.stages):
+            if stage.name in _NEEDS_RETRIEVAL and failures:
+                failures[stage.name] = "skipped, because retrieval was"
+                continue
+            stage_started = time.perf_counter()
+            try:
+                output = await self._call(stage, query, candidates, end - stage_started)
+            except Exception as error:  # noqa: BLE001 whatever it was, the answer goes out without this stage
+                failures[stage.name] = f"{type(error).__name__}: {error}"
+                ours = isinstance(error, StageError)
+                _log.log(
+                    logging.INFO if ours else logging.WARNING,
+                    "request %s: skipped %s: %s",
+                    query.request_id,
+                    stage.name,
+                    failures[stage.name],
+                    exc_info=None if ours else error,
+                )
+                if position == 0:
+                    provenance[POPULAR] = query.bundle_id
+                    candidates = self.popular.best(query.num_candidates, self.rules.allowed(query))
+            else:
+                before, candidates = candidates, output.candidates
+                provenance[stage.name] = output.bundle_id
+            timings_ms[stage.name] = (time.perf_counter() - stage_started) * 1e3
+        selected, filtered, not_selected = self._finish(query, candidates, before, provenance)
+        timings_ms["total"] = (time.perf_counter() - started) * 1e3
+        return Slate(query, selected, filtered, not_selected, tuple(failures), failures, provenance, timings_ms)
+
+    async def _call(self, stage: AsyncStage, query: Query, candidates: Candidates, left_s: float) -> StageOutput:
+        budget_s = self._budgets_s[stage.name]
+        timeout_s = min(budget_s, left_s)
+        if timeout_s <= 0:
+            raise StageTimeoutError(f"{stage.name}: no time was left before the deadline", stage=stage.name)
+        breaker = self.breakers[stage.name]
+        if not breaker.allow():
+            raise StageError(f"{stage.name}: its circuit breaker is open", stage=stage.name)
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(timeout_s):
+                output = await stage.run(query, candidates)
+            self._check(stage, query, output)
+        except TimeoutError as error:
+            if timeout_s < budget_s:
+                breaker.undecided()  # this request's own short deadline; no verdict on the stage
+            else:
+                breaker.failure()
+            raise StageTimeoutError(
+                f"{stage.name}: no answer within {timeout_s * 1e3:.0f} ms", stage=stage.name
+            ) from error
+        except StageOverloadedError:
+            breaker.undecided()  # busy, and refusing costs it nothing
+            raise
+        except Exception:
+            breaker.failure()
+            raise
+        except BaseException:  # the request was cancelled
+            breaker.undecided()
+            raise
+        if time.perf_counter() - started > budget_s:
+            breaker.failure()  # an inline stage cannot be interrupted: its answer is used, its slowness counts
+        else:
+            breaker.success()
+        return output
+
+    def _check(self, stage: AsyncStage, query: Query, output: StageOutput) -> None:
+        # Another Bundle numbers its items differently, so its candidates would be read as other items.
+        if output.bundle_id != query.bundle_id:
+            raise StageError(
+                f"{stage.name} answered from Bundle {output.bundle_id}, not {query.bundle_id}", stage=stage.name
+            )
+        items, num_items = output.candidates.item_idx, len(self.rules.catalogue)
+        if len(items) and not 0 <= items.min() <= items.max() < num_items:
+            raise StageError(f"{stage.name} names an item beyond the {num_items} of the catalogue", stage=stage.name)
+        if not np.isfinite(output.candidates.score).all():
+            raise StageError(f"{stage.name} gives a score that is no finite number", stage=stage.name)
+
+    def _finish(
+        self, query: Query, candidates: Candidates, before: Candidates, provenance: dict[str, str]
+    ) -> tuple[Candidates, tuple[Removal, ...], tuple[Removal, ...]]:
+        """The last check of the hard rules, the cut to ``top_k``, and, where it is short, the top-up."""
+        checked = self.rules.final_check(query, candidates)
+        selected, dropped = checked, checked.dropped
+        if len(checked) > query.top_k:
+            selected = checked.take(np.arange(query.top_k))
+            dropped += (Removal(checked.item_idx[query.top_k :], RUNNER, "below_top_k"),)
+        if len(selected) < query.top_k:
+            selected = self._top_up(query, selected, before, provenance)
+            dropped = _without(dropped, selected)
+        return replace(selected, removed=(), dropped=()), checked.removed, dropped
+
+    def _top_up(self, query: Query, selected: Candidates, before: Candidates, provenance: dict[str, str]) -> Candidates:
+        """``selected`` followed by the best of what the last stage was given, then by popular items."""
+        missing = query.top_k - len(selected)
+        spare = self.rules.final_check(query, before)
+        rows = np.flatnonzero(~contains(selected.item_idx, spare.item_idx))[:missing]
+        if len(rows):
+            selected = selected.then(replace(spare.take(rows), removed=(), dropped=()))
+        missing = query.top_k - len(selected)
+        if missing:
+            allowed = self.rules.allowed(query)
+            allowed[selected.item_idx] = False
+            popular = self.popular.best(missing, allowed)
+            if len(popular):
+                provenance[POPULAR] = query.bundle_id
+                selected = selected.then(popular)
+        return selected
+
+
+def _without(removals: tuple[Removal, ...], selected: Candidates) -> tuple[Removal, ...]:
+    """``removals`` less the items that were selected after all."""
+    kept = (replace(r, item_idx=r.item_idx[~contains(selected.item_idx, r.item_idx)]) for r in removals)
+    return tuple(removal for removal in kept if len(removal.item_idx))

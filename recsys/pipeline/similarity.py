@@ -1,0 +1,66 @@
+"""How alike two items are: by the retriever's item vectors, or by categories where it has none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recsys.pipeline.catalogue import BoolArray, Catalogue
+from recsys.pipeline.types import FloatArray, Int32Array
+
+if TYPE_CHECKING:
+    from recsys.bundle import Bundle
+    from recsys.index import VectorIndex
+
+_OVERFETCH = 4
+"""so many times ``k`` are fetched: the index finds by inner product, which favours long vectors, not by cosine"""
+
+
+class ItemSimilarity:
+    """Cosines between items."""
+
+    def __init__(
+        self, catalogue: Catalogue, item_vectors: FloatArray | None = None, index: VectorIndex | None = None
+    ) -> None:
+        """``item_vectors`` float32 [N, D] in order of ``item_idx``; ``index`` holds the same vectors."""
+        self.catalogue = catalogue
+        self.item_vectors = item_vectors
+        self._index = index if item_vectors is not None else None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> ItemSimilarity:
+        """What ``bundle`` offers."""
+        return cls(bundle.catalogue(), bundle_item_vectors(bundle), bundle.index() if bundle.has("index") else None)
+
+    def cosines(self, rows: Int32Array, columns: Int32Array) -> FloatArray:
+        """float32 [rows, columns], -1 to 1 (0 to 1 by categories)."""
+        items = np.concatenate([rows, columns])
+        if self.item_vectors is None:
+            units = self.catalogue.category_rows(items)
+        else:
+            vectors = self.item_vectors[items]
+            units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+        return units[: len(rows)] @ units[len(rows) :].T
+
+    def neighbours(self, item_idx: int, k: int, allowed: BoolArray) -> tuple[Int32Array, FloatArray]:
+        """The ``k`` allowed items most like ``item_idx``, and their cosines, descending. ``allowed`` is bool [N]."""
+        if self._index is not None and self.item_vectors is not None:
+            query = self.item_vectors[item_idx][None]
+            _, found = self._index.search(query, min(_OVERFETCH * k, len(self.catalogue)), allowed)
+            items = found[0][found[0] >= 0]
+        else:
+            items = np.flatnonzero(allowed).astype(np.int32)
+        if not len(items):
+            return items, np.zeros(0, np.float32)
+        cosines = self.cosines(np.array([item_idx], np.int32), items)[0]
+        order = np.lexsort((items, -cosines))[:k]
+        return items[order], cosines[order]
+
+
+def bundle_item_vectors(bundle: Bundle) -> FloatArray | None:
+    """float32 [N, D] of the Bundle's retriever, or None where its kind has no vectors."""
+    from recsys.models.base import VectorRetriever
+
+    retriever = bundle.retriever()
+    return retriever.item_vectors() if isinstance(retriever, VectorRetriever) else None

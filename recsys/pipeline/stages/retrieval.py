@@ -1,0 +1,138 @@
+"""Retrieval: the few hundred items of the catalogue that fit a user best, hard rules applied inside the search.
+
+Shape legend: B queries, K vectors per user, D dimensions, N items, k results.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from recsys.data.histories import Histories
+from recsys.errors import BundleMismatchError
+from recsys.index import VectorIndex
+from recsys.models.base import Retriever, VectorRetriever
+from recsys.pipeline.catalogue import BoolArray, Catalogue, contains
+from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
+
+_MAX_OVERFETCH = 1024
+"""A query that excludes more items than this searches under a mask of its own instead of fetching more and dropping."""
+_MAX_SCORES = 1 << 25
+"""scores held at once (float32) where a retriever scores all items"""
+
+
+class RetrievalStage:
+    """A vector retriever searches the index; any other retriever scores every item.
+
+    While allowed items remain, a query gets ``num_candidates`` of them. With an exact index the result is what a search
+    among the allowed items alone gives.
+    """
+
+    name = "retrieval"
+
+    def __init__(
+        self,
+        bundle_id: str,
+        retriever: Retriever,
+        index: VectorIndex | None,
+        catalogue: Catalogue,
+        *,
+        source: str | None = None,
+    ) -> None:
+        """``index`` holds the retriever's item vectors; None where it has none. ``source`` defaults to its kind.
+
+        :raises BundleMismatchError: when retriever, index and catalogue do not count the same items.
+        """
+        self.bundle_id = bundle_id
+        self.retriever = retriever
+        self.catalogue = catalogue
+        self.source = source or retriever.config.kind
+        self._vector_retriever = retriever if isinstance(retriever, VectorRetriever) else None
+        self._index = index if self._vector_retriever is not None else None
+        counts = {"retriever": retriever.num_items, "catalogue": len(catalogue)}
+        if self._index is not None:
+            counts["index"] = self._index.num_items
+        if len(set(counts.values())) != 1:
+            raise BundleMismatchError(f"parts of Bundle {bundle_id} count different items: {counts}", **counts)
+
+    def run_batch(self, queries: Sequence[Query], candidates: Sequence[Candidates]) -> list[Candidates]:
+        """Fresh candidates for each query; ``candidates`` are not looked at."""
+        if not queries:
+            return []
+        histories = _histories(queries)
+        now_ms = np.array([query.now_ms for query in queries], np.int64)
+        if self._vector_retriever is not None and self._index is not None:
+            users_BKD = self._vector_retriever.encode_users(histories, now_ms)
+            return self._search(self._index, queries, users_BKD)
+        found: list[Candidates] = []
+        for rows, part in histories.batches(max(1, _MAX_SCORES // max(1, len(self.catalogue)))):
+            scores_BN = self.retriever.score(part, now_ms[rows])
+            for query, scores_N in zip(queries[rows], scores_BN, strict=True):
+                allowed = self.catalogue.allowed(query.filters, query.excluded_item_idx)
+                item_idx = np.flatnonzero(allowed).astype(np.int32)
+                found.append(self._best(item_idx, scores_N[item_idx], query.num_candidates))
+        return found
+
+    def _search(self, index: VectorIndex, queries: Sequence[Query], users_BKD: FloatArray) -> list[Candidates]:
+        """Queries under one mask share one search; what a query gets does not depend on who shares it."""
+        groups: defaultdict[tuple[Filters, int, int], list[int]] = defaultdict(list)
+        for row, query in enumerate(queries):
+            num_excluded = len(query.excluded_item_idx)
+            if num_excluded <= _MAX_OVERFETCH:
+                groups[query.filters, _power_of_two(query.num_candidates + num_excluded), -1].append(row)
+            else:
+                groups[query.filters, query.num_candidates, row].append(row)
+        found: dict[int, Candidates] = {}
+        for (filters, fetch, own), rows in groups.items():
+            mask: BoolArray | None
+            if own >= 0:
+                mask = self.catalogue.allowed(filters, queries[own].excluded_item_idx)
+            else:
+                matching = self.catalogue.matching(filters)
+                mask = None if matching.count == len(self.catalogue) else matching.allowed
+            users_bKD = users_BKD[rows]
+            num_vectors = users_bKD.shape[1]
+            fetch = min(fetch, len(self.catalogue))
+            scores, items = index.search(users_bKD.reshape(len(rows) * num_vectors, -1), fetch, mask)
+            scores_bk = scores.reshape(len(rows), -1)
+            items_bk = items.reshape(len(rows), -1)
+            for row, row_scores, row_items in zip(rows, scores_bk, items_bk, strict=True):
+                query = queries[row]
+                keep = (row_items >= 0) & ~contains(query.excluded_item_idx, row_items)
+                item_idx, score = row_items[keep], row_scores[keep]
+                if num_vectors > 1:
+                    item_idx, score = _best_of_each(item_idx, score)
+                found[row] = self._best(item_idx, score, query.num_candidates)
+        return [found[row] for row in range(len(queries))]
+
+    def _best(self, item_idx: Int32Array, score: FloatArray, k: int) -> Candidates:
+        """The ``k`` best, descending; equal scores in order of ``item_idx``, so the result is the same every time."""
+        if len(score) > 4 * k:
+            threshold = np.partition(score, len(score) - k)[len(score) - k]
+            rows = np.flatnonzero(score >= threshold)
+            item_idx, score = item_idx[rows], score[rows]
+        order = np.lexsort((item_idx, -score))[:k]
+        return Candidates.from_source(self.source, item_idx[order], score[order], stage=self.name)
+
+
+def _histories(queries: Sequence[Query]) -> Histories:
+    lengths = np.array([len(query.history_item_idx) for query in queries], np.int64)
+    stops = np.cumsum(lengths)
+    item_idx: Int32Array = np.concatenate([query.history_item_idx for query in queries])
+    times: Int64Array = np.concatenate([query.history_timestamp_ms for query in queries])
+    return Histories(item_idx, stops - lengths, stops, times)
+
+
+def _best_of_each(item_idx: Int32Array, score: FloatArray) -> tuple[Int32Array, FloatArray]:
+    """Each item once, with the best score any of the K vectors gave it."""
+    order = np.lexsort((-score, item_idx))
+    item_idx, score = item_idx[order], score[order]
+    first = np.ones(len(item_idx), np.bool_)
+    first[1:] = item_idx[1:] != item_idx[:-1]
+    return item_idx[first], score[first]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

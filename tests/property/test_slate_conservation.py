@@ -1,0 +1,130 @@
+"""Whatever the rules, the filters and the failures: no candidate is lost, no rule is broken, no slate is short."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.config import Boost, Bury, Pin, PipelineConfig, RerankingConfig
+from recsys.pipeline.popular import PopularItems
+from recsys.pipeline.rules import HardRules
+from recsys.pipeline.runner import LocalStage, Runner
+from recsys.pipeline.stages.reranking import RerankingStage
+from recsys.pipeline.types import Candidates, Filters, Removal
+from recsys.testing.pipeline import FunctionStage, items_table, make_query, raises
+
+NUM_ITEMS = 24
+CATEGORIES = ("a", "b", "c")
+
+item_lists = st.lists(st.integers(0, NUM_ITEMS - 1), unique=True, max_size=NUM_ITEMS)
+few_items = st.lists(st.integers(0, NUM_ITEMS - 1), unique=True, max_size=5) | item_lists
+item_ids = st.lists(st.integers(0, NUM_ITEMS + 2).map("i{}".format), min_size=1, max_size=4).map(tuple)
+some_categories = st.lists(st.sampled_from(CATEGORIES), max_size=2, unique=True).map(tuple)
+selections = st.fixed_dictionaries({"item_ids": item_ids, "categories": some_categories})
+configs = st.builds(
+    RerankingConfig,
+    diversity=st.sampled_from([0.0, 0.4, 1.0]),
+    max_per_creator=st.integers(0, 2),
+    pins=st.lists(st.builds(lambda s, p: Pin(**s, position=p), selections, st.integers(0, 12)), max_size=3).map(tuple),
+    boosts=st.lists(st.builds(lambda s: Boost(**s, amount=0.5), selections), max_size=2).map(tuple),
+    buries=st.lists(st.builds(lambda s: Bury(**s), selections), max_size=2).map(tuple),
+)
+filters = st.builds(
+    Filters,
+    some_categories,
+    some_categories,
+    st.none() | st.floats(0, 1, width=32),
+    st.none() | st.floats(0, 1, width=32),
+)
+
+
+def items_of(removals: tuple[Removal, ...]) -> list[int]:
+    return [item for removal in removals for item in removal.item_idx.tolist()]
+
+
+@settings(max_examples=200)
+@given(
+    found=st.permutations(range(NUM_ITEMS)).flatmap(lambda order: st.integers(0, NUM_ITEMS).map(lambda n: order[:n])),
+    proposed_again=item_lists,
+    excluded=few_items,
+    unavailable=few_items,
+    wanted=filters,
+    config=configs,
+    top_k=st.integers(1, 8) | st.integers(1, NUM_ITEMS + 5),
+    broken=st.just(set[str]()) | st.sets(st.sampled_from(["retrieval", "ranking", "reranking"])),
+    seed=st.integers(0, 1000),
+)
+def test_every_candidate_ends_in_exactly_one_place(
+    found: list[int],
+    proposed_again: list[int],
+    excluded: list[int],
+    unavailable: list[int],
+    wanted: Filters,
+    config: RerankingConfig,
+    top_k: int,
+    broken: set[str],
+    seed: int,
+):
+    rng = np.random.default_rng(seed)
+    catalogue = Catalogue.build(
+        items_table(
+            NUM_ITEMS,
+            categories=[rng.choice(CATEGORIES, rng.integers(0, 3), replace=False).tolist() for _ in range(NUM_ITEMS)],
+            creators=[None if n == 3 else f"creator {n}" for n in rng.integers(0, 4, NUM_ITEMS)],
+            prices=[None if p < 0.2 else float(p) for p in rng.random(NUM_ITEMS)],
+            available=[row not in unavailable for row in range(NUM_ITEMS)],
+        )
+    )
+    entered: set[int] = set()
+
+    def noting(function: Any) -> Any:
+        def wrapped(query: Any, candidates: Candidates) -> Candidates:
+            entered.update(candidates.item_idx.tolist())
+            output = function(query, candidates)
+            entered.update(output.item_idx.tolist())
+            return output
+
+        return wrapped
+
+    # A retrieval that knows no rules: worse than any real one.
+    score = np.sort(rng.random(len(found)).astype(np.float32))[::-1]
+    retrieved = Candidates.from_source("fake", np.array(found, np.int32), score)
+    reranking = RerankingStage("bundle", catalogue, config)
+    working = {
+        "retrieval": lambda _q, _c: retrieved,
+        "ranking": lambda _q, c: c.scored("ranking", rng.standard_normal(len(c)).astype(np.float32)),
+        "reranking": lambda q, c: reranking.run_batch([q], [c])[0],
+    }
+    stages = [
+        LocalStage(raises(name) if name in broken else FunctionStage(name, noting(function)), inline=True)
+        for name, function in working.items()
+    ]
+    popular = PopularItems(
+        NUM_ITEMS, np.array(proposed_again, np.int32), np.arange(len(proposed_again), 0, -1).astype(np.float32)
+    )
+    query = make_query(excluded=excluded, top_k=top_k, num_candidates=max(10, top_k), filters=wanted)
+    slate = asyncio.run(Runner(stages, HardRules(catalogue), popular, PipelineConfig()).run(query))
+
+    selected = slate.selected.item_idx.tolist()
+    filtered, not_selected = items_of(slate.filtered), items_of(slate.not_selected)
+    everything = selected + filtered + not_selected
+    assert len(everything) == len(set(everything))
+    assert entered <= set(everything)
+
+    allowed = catalogue.allowed(wanted, query.excluded_item_idx)
+    assert allowed[selected].all()
+    assert not allowed[filtered].any()
+    assert len(selected) == min(top_k, int(allowed.sum()))
+    assert np.isfinite(slate.selected.score).all()
+    assert broken <= set(slate.degraded)
+    for removal in slate.filtered + slate.not_selected:
+        assert removal.stage
+        assert removal.reason
+    for values in slate.selected.stage_scores.values():
+        assert len(values) == len(selected)
+    assert all(slate.selected.sources_of(row) for row in range(len(selected)))

@@ -1,0 +1,137 @@
+"""From a Bundle on disk to an answer, with real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recsys import Recommender
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery
+from recsys.config import StrictConfig
+from recsys.data.config import DataConfig
+from recsys.data.dataset import DatasetInfo
+from recsys.data.histories import Histories
+from recsys.data.positives import PositivePolicy
+from recsys.data.sources import SyntheticSource
+from recsys.events import Event, SqliteEventStoreConfig
+from recsys.index import FlatIndex
+from recsys.models import ESASRec, ItemKNN
+from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.config import PipelineConfig
+from recsys.testing.pipeline import items_table
+from recsys.training.loop import TrainConfig
+from recsys.training.runtime import Runtime
+
+NUM_ITEMS, NUM_USERS = 60, 80
+MODELS: dict[str, RetrieverConfig] = {
+    "esasrec": ESASRec(dim=16, hidden_dim=16, num_blocks=1, max_length=10, train=TrainConfig(epochs=1)),
+    "item_knn": ItemKNN(),
+}
+PATIENT = PipelineConfig.parse(
+    {"deadline_ms": 9000, "budgets_ms": {"retrieval": 3000, "ranking": 3000, "reranking": 3000}, "num_candidates": 30},
+    where="test",
+)
+
+
+class Resolved(StrictConfig):
+    data: DataConfig = DataConfig(source=SyntheticSource())
+    pipeline: PipelineConfig = PATIENT
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    rng = np.random.default_rng(0)
+    sequences = [((np.arange(8) + start) % NUM_ITEMS).tolist() for start in rng.integers(0, NUM_ITEMS, NUM_USERS)]
+    items = items_table(NUM_ITEMS, categories=[[f"c{row % 3}"] for row in range(NUM_ITEMS)])
+    catalogue = Catalogue.build(items)
+    times = [list(range(1000, 1008))] * NUM_USERS
+    data = FitData(Histories.from_lists(sequences, times), np.ones(8 * NUM_USERS, np.float32), items)
+    model = MODELS[request.param].fit(data, Runtime("cpu"))
+    info = DatasetInfo(
+        name="tiny",
+        fingerprint="0" * 64,
+        id_map_fingerprint=catalogue.id_map_fingerprint,
+        has_time=True,
+        protocol="rolling_next_item",
+        num_users=NUM_USERS,
+        num_items=NUM_ITEMS,
+        num_interactions=8 * NUM_USERS,
+        num_positives=8 * NUM_USERS,
+        num_quarantined=0,
+        counts_by_split={},
+    )
+    histories = {
+        "user_id": [f"u{row}" for row in range(NUM_USERS)],
+        "item_ids": [[f"i{item}" for item in sequence] for sequence in sequences],
+        "timestamps_ms": times,
+        "events": [["interaction"] * 8] * NUM_USERS,
+        "values": [[float("nan")] * 8] * NUM_USERS,
+    }
+    with BundleWriter(folder) as writer:
+        catalogue.save(writer.part("items"))
+        model.save(writer.part("retriever"))
+        dim = 1
+        if isinstance(model, VectorRetriever):
+            dim = model.item_vectors().shape[1]
+            FlatIndex().build(model.item_vectors()).save(writer.part("index"))
+        writer.add_popular(np.arange(5, dtype=np.int32), np.arange(5, 0, -1).astype(np.float32))
+        writer.add_histories(pa.table(histories, schema=HISTORIES_SCHEMA))
+        writer.add_config(Resolved())
+        question = {
+            "history": tuple(GoldenEvent(item_id=f"i{row}", event="interaction", timestamp_ms=5) for row in (3, 4)),
+            "now_ms": 10_000,
+            "top_k": 5,
+        }
+        with Recommender.of(writer.draft(info, embedding_dim=dim)) as recommender:
+            answer = recommender.answer_golden(GoldenQuery.model_construct(**question))
+        writer.add_golden(
+            GoldenQuery.model_validate(question | {"item_ids": tuple(answer.item_ids), "scores": tuple(answer.scores)})
+        )
+        return writer.finish(info, embedding_dim=dim)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_loads_answers_and_proves_itself(bundle: Bundle, inline: bool):
+    with Recommender.load(bundle.path, inline=inline) as recommender:
+        state = recommender.user("u0")
+        assert state is not None
+        answer = recommender.recommend(user_id="u0", top_k=10, explain=True)
+        assert answer.degraded == ()
+        assert answer.bundle_id == bundle.bundle_id
+        assert len(set(answer.item_ids)) == 10
+        assert not set(answer.item_ids) & set(state.item_ids)
+        assert all(item.reasons for item in answer.items)
+        assert recommender.recommend(user_id="u0", top_k=10).item_ids == answer.item_ids
+        assert len(recommender.recommend().items) == 10
+        assert len(recommender.similar("i3").items) == 10
+        golden = bundle.golden
+        assert golden is not None
+        answer = recommender.answer_golden(golden)
+        golden.check(answer.item_ids, answer.scores)
+
+
+def test_an_event_is_in_the_next_answer(bundle: Bundle, tmp_path: Path):
+    with SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")).open() as store:
+        store.seed(bundle.bundle_id, bundle.histories())
+        with Recommender.load(bundle.path, store) as recommender:
+            before = recommender.recommend(user_id="u0", top_k=5)
+            item_id = before.item_ids[0]
+            store.append([Event("e1", "u0", item_id, "click", 2000)])
+            after = recommender.recommend(user_id="u0", top_k=5)
+    assert item_id not in after.item_ids
+    assert len(after.items) == 5
+    assert PositivePolicy().weight("click") > 0
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    import subprocess
+    import sys
+
+    code = "import recsys, sys; print([m for m in ('torch', 'faiss', 'pyarrow', 'pydantic') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.config import Boost, Bury, Pin, RerankingConfig
+from recsys.pipeline.stages.reranking import RerankingStage
+from recsys.pipeline.types import Candidates, Filters, Query
+from recsys.testing.pipeline import items_table, make_query
+
+CREATORS = ["ann", "ann", "ann", "bob", None, None, None, "eve", "eve", "bob"]
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    categories = [["x"] if row < 5 else ["y"] for row in range(10)]
+    return Catalogue.build(
+        items_table(10, categories=categories, creators=CREATORS, available=[row != 9 for row in range(10)])
+    )
+
+
+def rerank(
+    catalogue: Catalogue,
+    *,
+    items: list[int] | None = None,
+    query: Query | None = None,
+    vectors: np.ndarray | None = None,
+    **config: Any,
+) -> Candidates:
+    items = list(range(8)) if items is None else items
+    score = np.linspace(2.0, -3.0, len(items), dtype=np.float32)
+    candidates = Candidates.from_source("source", np.array(items, np.int32), score)
+    stage = RerankingStage("bundle", catalogue, RerankingConfig(**config), vectors)
+    (found,) = stage.run_batch([query or make_query(top_k=4)], [candidates])
+    return found
+
+
+def reasons(candidates: Candidates) -> dict[str, list[int]]:
+    return {removal.reason: sorted(removal.item_idx.tolist()) for removal in candidates.dropped + candidates.removed}
+
+
+def test_by_default_the_order_stands_and_the_rest_is_accounted_for(catalogue: Catalogue):
+    found = rerank(catalogue)
+    assert found.item_idx.tolist() == [0, 1, 2, 3]
+    assert reasons(found) == {"below_top_k": [4, 5, 6, 7]}
+    assert found.stage_scores["reranking"].tolist() == pytest.approx([1, 6 / 7, 5 / 7, 4 / 7])
+
+
+def test_diversity_follows_maximal_marginal_relevance(catalogue: Catalogue):
+    rng = np.random.default_rng(3)
+    vectors = rng.standard_normal((10, 4)).astype(np.float32) * 5
+    for diversity in (0.3, 0.8, 1.0):
+        found = rerank(catalogue, vectors=vectors, diversity=diversity)
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        relevance, chosen = np.linspace(1, 0, 8), list[int]()
+        while len(chosen) < 4:
+            value = [
+                (1 - diversity) * relevance[i]
+                - diversity * max([0.0, *(float(unit[i] @ unit[j]) for j in chosen)])
+                - (99 if i in chosen else 0)
+                for i in range(8)
+            ]
+            chosen.append(int(np.argmax(value)))
+        assert found.item_idx.tolist() == chosen
+
+
+def test_diversity_by_categories_alternates_and_the_request_overrides(catalogue: Catalogue):
+    assert rerank(catalogue, diversity=0.6).item_idx.tolist()[:2] == [0, 5]
+    query = make_query(top_k=4, diversity=0.0)
+    assert rerank(catalogue, query=query, diversity=0.6).item_idx.tolist() == [0, 1, 2, 3]
+    query = make_query(top_k=4, diversity=0.6)
+    found = rerank(catalogue, query=query)
+    assert found.item_idx.tolist()[:2] == [0, 5]
+    assert "diversity" in reasons(found)
+
+
+def test_the_creator_cap_spares_items_without_a_creator(catalogue: Catalogue):
+    found = rerank(catalogue, max_per_creator=1, query=make_query(top_k=5))
+    assert found.item_idx.tolist() == [0, 3, 4, 5, 6]
+    assert reasons(found) == {"creator_cap": [1, 2], "below_top_k": [7]}
+
+
+def test_the_creator_cap_gives_way_before_the_slate_gets_short(catalogue: Catalogue):
+    found = rerank(catalogue, items=[0, 1, 2, 3], max_per_creator=1)
+    assert found.item_idx.tolist() == [0, 3, 1, 2]
+
+
+def test_pins_take_their_places(catalogue: Catalogue):
+    found = rerank(catalogue, pins=(Pin(item_ids=("i8", "i2"), position=1), Pin(categories=("y",), position=1)))
+    assert found.item_idx.tolist() == [0, 8, 2, 5]
+    assert found.sources_of(1) == ["pinned"]
+    assert np.isnan(found.stage_scores["retrieval"][1])
+    assert reasons(found) == {"below_top_k": [1, 3, 4, 6, 7]}
+
+
+def test_pins_obey_hard_rules_and_the_size_of_the_slate(catalogue: Catalogue):
+    query = make_query(top_k=3, excluded=[8], filters=Filters(categories_any=("y",)))
+    found = rerank(
+        catalogue,
+        items=[5, 6, 7],
+        query=query,
+        pins=(Pin(item_ids=("i9",)), Pin(item_ids=("i8",)), Pin(item_ids=("i0",)), Pin(item_ids=("i6",), position=900)),
+    )
+    assert found.item_idx.tolist() == [5, 6, 7]
+    assert reasons(found) == {
+        "pinned_but_unavailable": [9],
+        "pinned_but_excluded": [8],
+        "pinned_but_category": [0],
+    }
+
+
+def test_a_pin_far_down_ends_a_short_slate(catalogue: Catalogue):
+    query = make_query(top_k=10)
+    found = rerank(catalogue, items=[1, 0], query=query, pins=(Pin(item_ids=("i1",), position=5),))
+    assert found.item_idx.tolist() == [0, 1]
+    assert rerank(catalogue, items=[], query=query, pins=(Pin(item_ids=("i1",)),)).item_idx.tolist() == [1]
+
+
+def test_a_pin_counts_for_the_creator_cap_and_for_diversity(catalogue: Catalogue):
+    found = rerank(catalogue, pins=(Pin(item_ids=("i2",)),), max_per_creator=1)
+    assert found.item_idx.tolist() == [2, 3, 4, 5]
+
+
+def test_boosts_add_to_relevance(catalogue: Catalogue):
+    found = rerank(catalogue, boosts=(Boost(item_ids=("i7",), amount=1.0), Boost(categories=("y",), amount=0.05)))
+    assert found.item_idx.tolist()[:2] == [7, 0]
+    assert rerank(catalogue, boosts=(Boost(item_ids=("i0",), amount=-1.0),)).item_idx.tolist() == [1, 2, 3, 4]
+
+
+def test_the_buried_come_last_but_before_a_short_slate(catalogue: Catalogue):
+    found = rerank(catalogue, buries=(Bury(categories=("x",)),), query=make_query(top_k=4))
+    assert found.item_idx.tolist() == [5, 6, 7, 0]
+    assert reasons(found) == {"buried": [1, 2, 3, 4]}
+
+
+def test_equal_scores_and_no_candidates(catalogue: Catalogue):
+    stage = RerankingStage("bundle", catalogue, RerankingConfig(diversity=0.5))
+    same = Candidates.from_source("source", np.array([4, 2], np.int32), np.full(2, 3.0, np.float32))
+    found, empty = stage.run_batch([make_query(), make_query()], [same, Candidates.empty()])
+    assert found.item_idx.tolist() == [4, 2]
+    assert len(empty) == 0
+
+
+def test_rules_for_unknown_items_are_reported_and_ignored(catalogue: Catalogue, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        found = rerank(catalogue, pins=(Pin(item_ids=("gone",)),))
+    assert found.item_idx.tolist() == [0, 1, 2, 3]
+    assert "gone" in caplog.text
+
+
+def test_a_rule_about_nothing_is_a_mistake():
+    with pytest.raises(ValidationError, match="name at least one"):
+        Pin()

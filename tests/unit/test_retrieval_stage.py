@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from recsys.data.histories import Histories
+from recsys.errors import BundleMismatchError
+from recsys.index import FlatIndex
+from recsys.models.base import Retriever, RetrieverConfig, VectorRetriever
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.stages import retrieval
+from recsys.pipeline.stages.retrieval import RetrievalStage
+from recsys.pipeline.types import Candidates, Filters, Query
+from recsys.testing.pipeline import items_table, make_query
+
+NUM_ITEMS, DIM = 300, 8
+
+
+class FakeConfig(RetrieverConfig):
+    kind: Literal["fake"] = "fake"
+
+    def fit(self, data: Any, runtime: Any) -> Retriever:
+        raise AssertionError
+
+    def load(self, folder: Path) -> Retriever:
+        raise AssertionError
+
+
+class MeanRetriever(VectorRetriever):
+    """K vectors: means of the history, each under another rotation of the dimensions."""
+
+    config = FakeConfig()
+
+    def __init__(self, vectors: np.ndarray, num_vectors: int = 1) -> None:
+        self.vectors = vectors
+        self.num_items = len(vectors)
+        self.k = num_vectors
+
+    def encode_users(self, histories: Histories, now_ms: Any = None) -> np.ndarray:
+        users = np.zeros((len(histories), self.k, self.vectors.shape[1]), np.float32)
+        for row in range(len(histories)):
+            mean = self.vectors[histories.items(row)].sum(axis=0) + 0.01
+            for k in range(self.k):
+                users[row, k] = np.roll(mean, k)
+        return users
+
+    def item_vectors(self) -> np.ndarray:
+        return self.vectors
+
+    def save_weights(self, folder: Path) -> None:
+        raise AssertionError
+
+
+class ScoringRetriever(Retriever):
+    """The same scores without vectors to search."""
+
+    config = FakeConfig()
+
+    def __init__(self, inner: MeanRetriever) -> None:
+        self.inner = inner
+        self.num_items = inner.num_items
+
+    def score(self, histories: Histories, now_ms: Any = None) -> np.ndarray:
+        return self.inner.score(histories, now_ms)
+
+    def save_weights(self, folder: Path) -> None:
+        raise AssertionError
+
+
+@pytest.fixture(scope="module")
+def catalogue() -> Catalogue:
+    rng = np.random.default_rng(1)
+    return Catalogue.build(
+        items_table(
+            NUM_ITEMS,
+            categories=[["a"] if row % 50 == 0 else ["b", "c"][: 1 + row % 2] for row in range(NUM_ITEMS)],
+            prices=rng.random(NUM_ITEMS).tolist(),
+            available=[row % 7 != 0 for row in range(NUM_ITEMS)],
+        )
+    )
+
+
+def make_stage(catalogue: Catalogue, kind: str) -> tuple[RetrievalStage, MeanRetriever]:
+    vectors = np.random.default_rng(0).standard_normal((NUM_ITEMS, DIM)).astype(np.float32)
+    model = MeanRetriever(vectors, num_vectors=3 if kind == "many vectors" else 1)
+    if kind == "scores":
+        return RetrievalStage("bundle", ScoringRetriever(model), None, catalogue), model
+    return RetrievalStage("bundle", model, FlatIndex().build(vectors), catalogue), model
+
+
+QUERIES = [
+    make_query(history=[3, 4], excluded=[3, 4], num_candidates=20),
+    make_query(history=[3, 4], excluded=[3, 4], num_candidates=20, filters=Filters(categories_any=("a",))),
+    make_query(),
+    make_query(history=[9], excluded=range(1, 280), num_candidates=30),
+    make_query(history=[1, 5, 8], excluded=[5], num_candidates=1, filters=Filters(price_max=0.3)),
+    make_query(history=[1], num_candidates=NUM_ITEMS * 3),
+    make_query(history=[1], filters=Filters(categories_any=("nothing",))),
+]
+
+
+def expected_of(catalogue: Catalogue, model: MeanRetriever, query: Query) -> list[int]:
+    scores = model.score(Histories.single(query.history_item_idx))[0]
+    allowed = catalogue.allowed(query.filters, query.excluded_item_idx)
+    order = [row for row in np.argsort(-scores, kind="stable").tolist() if allowed[row]]
+    return order[: query.num_candidates]
+
+
+def run(stage: RetrievalStage, queries: list[Query]) -> list[Candidates]:
+    return stage.run_batch(queries, [Candidates.empty() for _ in queries])
+
+
+@pytest.mark.parametrize("kind", ["one vector", "many vectors", "scores"])
+@pytest.mark.parametrize("max_overfetch", [0, 5, 1024])
+def test_exactly_the_best_allowed_items(
+    catalogue: Catalogue, kind: str, max_overfetch: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(retrieval, "_MAX_OVERFETCH", max_overfetch)
+    stage, model = make_stage(catalogue, kind)
+    for query, found in zip(QUERIES, run(stage, QUERIES), strict=True):
+        assert found.item_idx.tolist() == expected_of(catalogue, model, query)
+        assert (np.diff(found.score) <= 0).all()
+        assert found.sources == ("fake",)
+        np.testing.assert_array_equal(found.stage_scores["retrieval"], found.score)
+
+
+@pytest.mark.parametrize("kind", ["one vector", "many vectors", "scores"])
+def test_a_result_does_not_depend_on_the_batch(catalogue: Catalogue, kind: str):
+    stage, _ = make_stage(catalogue, kind)
+    alone = [run(stage, [query])[0] for query in QUERIES]
+    for order in (range(len(QUERIES)), range(len(QUERIES) - 1, -1, -1)):
+        together = run(stage, [QUERIES[row] for row in order] * 2)
+        for row, found in zip([*order, *order], together, strict=True):
+            assert found.item_idx.tolist() == alone[row].item_idx.tolist()
+            np.testing.assert_allclose(found.score, alone[row].score, rtol=1e-5)
+
+
+def test_an_empty_batch(catalogue: Catalogue):
+    assert run(make_stage(catalogue, "one vector")[0], []) == []
+
+
+def test_parts_that_count_differently_are_refused(catalogue: Catalogue):
+    model = MeanRetriever(np.ones((NUM_ITEMS - 1, DIM), np.float32))
+    with pytest.raises(BundleMismatchError, match="count different items"):
+        RetrievalStage("bundle", model, FlatIndex().build(model.vectors), catalogue)
