@@ -1,0 +1,168 @@
+"""What every event store is: a durable, idempotent log of events and the state of each user that follows from it.
+
+A user's state is the history that a Bundle was published with (the *seed*) plus the events of the log that the
+Bundle does not contain yet. Which those are is told by the *watermark*: an opaque name of a place in one log.
+
+A new store is one file with an :class:`EventStoreConfig` (its ``kind`` and settings) and an :class:`EventStore`, plus
+its name in ``recsys/events/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from recsys.config import StrictConfig
+from recsys.errors import RequestError
+
+MAX_ID_LENGTH = 256
+"""Longest accepted id or event name, in characters."""
+MAX_FUTURE_MS = 24 * 60 * 60 * 1000
+"""How far ahead of this machine's clock an event may claim to be, in milliseconds (wrong time zones)."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something a user did to an item. ``event_id`` makes sending it twice harmless."""
+
+    event_id: str
+    user_id: str
+    item_id: str
+    event: str
+    timestamp_ms: int
+    """when it happened, milliseconds since 1970 UTC"""
+    value: float | None = None
+    request_id: str | None = None
+    """the recommendation it followed from, if any"""
+    slate_position: int | None = None
+    """rank of the item in that recommendation, from 0"""
+    surface: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """What became of a batch: ``accepted + duplicates`` is its length."""
+
+    accepted: int
+    duplicates: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserState:
+    """What is known of a user: the newest interactions, oldest first. L entries, aligned."""
+
+    user_id: str
+    version: int
+    """differs from every earlier version of this user's state when the state differs"""
+    item_ids: tuple[str, ...]
+    timestamps_ms: NDArray[np.int64]
+    """int64 [L], milliseconds since 1970 UTC; 0 for seeded entries that have order only"""
+    events: tuple[str, ...]
+    values: NDArray[np.float32]
+    """float32 [L], NaN where the event has no value"""
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+
+class EventStore(ABC):
+    """Safe to use from many threads. Errors are :class:`~recsys.errors.EventStoreError`."""
+
+    @abstractmethod
+    def append(self, events: Sequence[Event]) -> AppendResult:
+        """Add events to the log, all or none; durable on disk before it returns.
+
+        An ``event_id`` already in the log (or earlier in ``events``) is counted as a duplicate and changes nothing.
+        A malformed event raises :class:`~recsys.errors.RequestError` naming the row, and none of the batch is kept.
+        """
+
+    @abstractmethod
+    def user(self, user_id: str) -> UserState | None:
+        """The user's state, every event acknowledged so far included, or None for a user nobody knows.
+
+        Entries are ordered by (timestamp, arrival), so a late event lands where it belongs.
+        """
+
+    @abstractmethod
+    def seed(self, bundle_id: str, histories: pa.Table, watermark: str | None = None) -> bool:
+        """Make ``histories`` what user states start from; True if done now, False if this Bundle was seeded before.
+
+        ``histories`` has one row per user: ``user_id`` string and, aligned and oldest first, ``item_ids``
+        list<string>, ``timestamps_ms`` list<int64>, ``events`` list<string>, ``values`` list<float32>. They replace
+        the histories seeded before. Events of the log up to ``watermark`` (see :meth:`watermark`; None for nothing)
+        are taken to be in ``histories`` and count no more on their own; all others still do.
+        A watermark of some other log names nothing of this one.
+        """
+
+    @abstractmethod
+    def watermark(self) -> str:
+        """Where the log ends now: the place up to which a Bundle published from it contains its events."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what was accepted and release the store. Closing twice is harmless."""
+
+    def __enter__(self) -> EventStore:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class EventStoreConfig(StrictConfig, ABC):
+    """Settings of one kind of store. Subclasses add ``kind: Literal["..."]``."""
+
+    @abstractmethod
+    def open(self) -> EventStore:
+        """Open the store, making it if there is none yet."""
+
+
+def check_events(events: Sequence[Event], now_ms: int | None = None) -> None:
+    """Raise :class:`~recsys.errors.RequestError`, naming row and field, for the first event no store may accept."""
+    latest_ms = (time.time_ns() // 1_000_000 if now_ms is None else now_ms) + MAX_FUTURE_MS
+    for row, event in enumerate(events):
+        for name in ("event_id", "user_id", "item_id", "event"):
+            _check_text(row, name, getattr(event, name))
+        for name in ("request_id", "surface"):
+            if (text := getattr(event, name)) is not None:
+                _check_text(row, name, text)
+        _check_integer(row, "timestamp_ms", event.timestamp_ms)
+        if not 0 <= event.timestamp_ms <= latest_ms:
+            raise _bad(row, "timestamp_ms", f"{event.timestamp_ms} is before 1970 or more than a day in the future")
+        if event.slate_position is not None:
+            _check_integer(row, "slate_position", event.slate_position)
+            if not 0 <= event.slate_position < 2**31:
+                raise _bad(row, "slate_position", f"{event.slate_position} is not in 0 to 2147483647")
+        if event.value is not None and not (_is_number(event.value) and abs(event.value) <= _FLOAT32_MAX):
+            raise _bad(row, "value", f"{event.value!r} is not a finite 32-bit number")
+
+
+def _check_text(row: int, name: str, text: Any) -> None:
+    if not isinstance(text, str) or not text:
+        raise _bad(row, name, f"must be a non-empty string, not {text!r}")
+    if len(text) > MAX_ID_LENGTH:
+        raise _bad(row, name, f"is {len(text)} characters long, more than {MAX_ID_LENGTH}")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise _bad(row, name, "holds a NUL or an unpaired surrogate, which is no text")
+
+
+def _check_integer(row: int, name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _bad(row, name, f"must be an integer, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bad(row: int, name: str, why: str) -> RequestError:
+    return RequestError(f"event {row}: {name} {why}", row=row, field=name)

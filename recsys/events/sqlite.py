@@ -1,0 +1,437 @@
+"""The embedded event store: one SQLite file, any number of processes of one machine, nothing to install.
+
+Write-ahead logging lets readers go on while somebody writes. All appends of a process pass through one writer thread
+that commits whatever has queued up meanwhile in one transaction, so that concurrent callers share one ``fsync``.
+The log keeps every event for good; the current seed and the watermark decide which of them a user's state adds.
+"""
+
+from __future__ import annotations
+
+import platform
+import queue
+import sqlite3
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from pydantic import Field
+
+from recsys.errors import EventStoreError
+from recsys.events.base import AppendResult, Event, EventStore, EventStoreConfig, UserState, check_events
+
+pc: Any = pyarrow.compute  # its functions are made at import, out of a type checker's sight
+FORMAT = 1
+_SEPARATOR = "\0"
+_GENERATION_BITS = 40
+_POSITION_MASK = (1 << _GENERATION_BITS) - 1
+_COMMIT_EVENTS = 10_000
+_SEED_ROWS = 16_384
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE seeds (
+    generation INTEGER PRIMARY KEY AUTOINCREMENT,
+    bundle_id TEXT NOT NULL UNIQUE,
+    log_position INTEGER NOT NULL
+);
+CREATE TABLE histories (
+    user_id TEXT PRIMARY KEY, item_ids TEXT NOT NULL, timestamps_ms BLOB NOT NULL, events TEXT NOT NULL,
+    vals BLOB NOT NULL
+);
+CREATE TABLE events (
+    position INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id TEXT NOT NULL UNIQUE, user_id TEXT NOT NULL, item_id TEXT NOT NULL, event TEXT NOT NULL,
+    timestamp_ms INTEGER NOT NULL, value REAL, request_id TEXT, slate_position INTEGER, surface TEXT,
+    in_state INTEGER NOT NULL
+);
+CREATE INDEX events_by_time ON events (user_id, timestamp_ms, position) WHERE in_state = 1;
+CREATE INDEX events_by_arrival ON events (user_id, position) WHERE in_state = 1;
+"""
+_INSERT_EVENT = """
+INSERT INTO events
+    (event_id, user_id, item_id, event, timestamp_ms, value, request_id, slate_position, surface, in_state)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING
+"""
+_SELECT_SEED = "SELECT generation, log_position FROM seeds ORDER BY generation DESC LIMIT 1"
+_SELECT_HISTORY = "SELECT item_ids, timestamps_ms, events, vals FROM histories WHERE user_id = ?"
+_SELECT_LAST = """
+SELECT max(position) FROM events INDEXED BY events_by_arrival WHERE in_state = 1 AND user_id = ?
+"""
+_SELECT_NEWEST = """
+SELECT position, item_id, timestamp_ms, event, value FROM events INDEXED BY events_by_time
+WHERE in_state = 1 AND user_id = ? AND position > ? ORDER BY timestamp_ms DESC, position DESC LIMIT ?
+"""
+_SELECT_ARRIVED = """
+SELECT position, item_id, timestamp_ms, event, value FROM events INDEXED BY events_by_arrival
+WHERE in_state = 1 AND user_id = ? AND position > ? ORDER BY position
+"""
+
+
+class SqliteEventStoreConfig(EventStoreConfig):
+    """One file on a local disk, for all processes of one machine."""
+
+    kind: Literal["sqlite"] = "sqlite"
+    path: str = Field(
+        default="runs/events.sqlite", min_length=1, description="file on a local disk; made if there is none"
+    )
+    max_history: int = Field(
+        default=500, ge=1, le=100_000, description="newest interactions kept in a user's state (entries, 1 to 100000)"
+    )
+    cached_users: int = Field(
+        default=4096,
+        ge=1,
+        description="users whose state is kept in memory, brought up to date at each read (users per process)",
+    )
+    log_only: tuple[str, ...] = Field(
+        default=("impression",), description="event names that are recorded but are no part of a user's state"
+    )
+    busy_timeout_s: float = Field(
+        default=30.0, gt=0, le=600, description="longest wait for another process that is writing (seconds, up to 600)"
+    )
+    take_over: bool = Field(
+        default=False, description="claim a file that another machine made; only when no process there uses it any more"
+    )
+
+    def open(self) -> SqliteEventStore:
+        return SqliteEventStore(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Append:
+    rows: list[tuple[Any, ...]]
+    done: Future[AppendResult]
+
+
+class SqliteEventStore(EventStore):
+    """See the module; made by :meth:`SqliteEventStoreConfig.open`."""
+
+    def __init__(self, config: SqliteEventStoreConfig) -> None:
+        self.config = config
+        self.path = Path(config.path).absolute()
+        self._log_only = frozenset(config.log_only)
+        self._states: dict[str, UserState] = {}
+        self._readers: deque[sqlite3.Connection] = deque()
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[_Append | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._closed = False
+        with self._errors("cannot be opened"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            connection = self._connect()
+            try:
+                self._log_id = self._prepare(connection)
+            finally:
+                connection.close()
+
+    def append(self, events: Sequence[Event]) -> AppendResult:
+        check_events(events)
+        rows = [
+            (
+                e.event_id,
+                e.user_id,
+                e.item_id,
+                e.event,
+                e.timestamp_ms,
+                e.value,
+                e.request_id,
+                e.slate_position,
+                e.surface,
+                e.event not in self._log_only,
+            )
+            for e in events
+        ]
+        request = _Append(rows, Future())
+        with self._lock:
+            self._refuse_closed()
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, name="event-writer", daemon=True)
+                self._writer.start()
+            self._queue.put(request)
+        return request.done.result()
+
+    def user(self, user_id: str) -> UserState | None:
+        cached = self._states.get(user_id)
+        with self._errors("cannot be read"), self._reader() as connection:
+            connection.execute("BEGIN")  # all reads see the same state of the file
+            try:
+                generation, log_position = connection.execute(_SELECT_SEED).fetchone() or (0, 0)
+                if cached is not None and cached.version >> _GENERATION_BITS == generation:
+                    last = cached.version & _POSITION_MASK
+                    rows = connection.execute(_SELECT_ARRIVED, (user_id, last)).fetchall()
+                    if not rows:
+                        return cached
+                    state, last = cached, rows[-1][0]
+                    rows.sort(key=itemgetter(2))
+                else:
+                    (last,) = connection.execute(_SELECT_LAST, (user_id,)).fetchone()
+                    history = connection.execute(_SELECT_HISTORY, (user_id,)).fetchone()
+                    if history is None and (last or 0) <= log_position:
+                        return None
+                    state = _seeded(user_id, history)
+                    limit = self.config.max_history
+                    rows = connection.execute(_SELECT_NEWEST, (user_id, log_position, limit)).fetchall()[::-1]
+            finally:
+                connection.execute("COMMIT")
+        state = _extended(state, rows, generation << _GENERATION_BITS | (last or 0), self.config.max_history)
+        with self._lock:
+            self._states.pop(user_id, None)
+            self._states[user_id] = state
+            if len(self._states) > self.config.cached_users:
+                del self._states[next(iter(self._states))]
+        return state
+
+    def seed(self, bundle_id: str, histories: pa.Table, watermark: str | None = None) -> bool:
+        log_id, _, position = (watermark or "").rpartition(":")
+        log_position = int(position) if log_id == self._log_id else 0
+        self._refuse_closed()
+        with self._errors("cannot be seeded"):
+            connection = self._connect()
+            try:
+                connection.execute("PRAGMA cache_size = -65536")
+                connection.execute("BEGIN IMMEDIATE")
+                if connection.execute("SELECT 1 FROM seeds WHERE bundle_id = ?", (bundle_id,)).fetchone():
+                    return False
+                connection.execute("DELETE FROM histories")
+                insert = "INSERT INTO histories VALUES (?, ?, ?, ?, ?)"
+                for batch in histories.to_batches(_SEED_ROWS):
+                    connection.executemany(insert, _history_rows(batch, self.config.max_history))
+                connection.execute(
+                    "INSERT INTO seeds (bundle_id, log_position) VALUES (?, ?)", (bundle_id, log_position)
+                )
+                connection.execute("COMMIT")
+            except sqlite3.IntegrityError as error:
+                raise EventStoreError(
+                    f"the histories of Bundle {bundle_id} name a user twice or not at all: {error}", bundle_id=bundle_id
+                ) from error
+            finally:
+                connection.close()  # rolls back what was not committed
+        return True
+
+    def watermark(self) -> str:
+        with self._errors("cannot be read"), self._reader() as connection:
+            (position,) = connection.execute("SELECT coalesce(max(position), 0) FROM events").fetchone()
+        return f"{self._log_id}:{position}"
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._queue.put(None)
+        if self._writer is not None:
+            self._writer.join()
+        while self._readers:
+            self._readers.pop().close()
+
+    def _write(self) -> None:
+        connection: sqlite3.Connection | None = None
+        running = True
+        while running:
+            requests: list[_Append] = []
+            request = self._queue.get()
+            while request is not None:
+                requests.append(request)
+                if sum(len(r.rows) for r in requests) >= _COMMIT_EVENTS or self._queue.empty():
+                    break
+                request = self._queue.get()
+            running = request is not None
+            if not requests:
+                continue
+            try:
+                with self._errors("did not keep the events"):
+                    connection = connection or self._connect()
+                    results = self._commit(connection, requests)
+            except Exception as error:  # noqa: BLE001 whatever it is, the waiting callers must hear of it
+                for request in requests:
+                    request.done.set_exception(error)
+            else:
+                for request, result in zip(requests, results, strict=True):
+                    request.done.set_result(result)
+        if connection is not None:
+            connection.close()
+
+    def _commit(self, connection: sqlite3.Connection, requests: list[_Append]) -> list[AppendResult]:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            results: list[AppendResult] = []
+            for request in requests:
+                accepted = max(0, connection.executemany(_INSERT_EVENT, request.rows).rowcount)
+                results.append(AppendResult(accepted, len(request.rows) - accepted))
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return results
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path, timeout=self.config.busy_timeout_s, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    @contextmanager
+    def _reader(self) -> Generator[sqlite3.Connection, None, None]:
+        self._refuse_closed()
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self._connect()
+            connection.execute("PRAGMA query_only = ON")
+            connection.execute("PRAGMA mmap_size = 268435456")
+        try:
+            yield connection
+        finally:
+            if self._closed:
+                connection.close()
+            else:
+                self._readers.append(connection)
+
+    def _prepare(self, connection: sqlite3.Connection) -> str:
+        """Create the tables in a fresh file, refuse a foreign one; the log's id."""
+        self._use_wal(connection)
+        connection.execute("BEGIN IMMEDIATE")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        machine, boot = _machine(), _boot()
+        if version == 0:
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                raise EventStoreError(f"{self.path} is a SQLite file of something else", path=str(self.path))
+            for statement in _TABLES.split(";\n"):
+                connection.execute(statement)
+            known = {"log_id": uuid.uuid4().hex, "machine": machine, "boot": boot}
+        elif version == FORMAT:
+            known = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+            if known["machine"] != machine and known["boot"] != boot and not self.config.take_over:
+                raise EventStoreError(
+                    f"{self.path} belongs to the machine {known['machine']}, this is {machine}: the embedded event "
+                    "store serves the processes of one machine only, several machines need a shared store. If the file "
+                    "was moved here for good and nothing uses it elsewhere, open it once with take_over: true",
+                    path=str(self.path),
+                    machine=machine,
+                )
+            known |= {"machine": machine, "boot": boot}
+        else:
+            raise EventStoreError(f"{self.path} has format {version}, this version reads {FORMAT}", path=str(self.path))
+        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", known.items())
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
+        connection.execute("COMMIT")
+        return known["log_id"]
+
+    def _use_wal(self, connection: sqlite3.Connection) -> None:
+        deadline = time.monotonic() + self.config.busy_timeout_s
+        while True:
+            try:
+                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                break
+            except sqlite3.OperationalError as error:
+                # Another process is switching the same fresh file; SQLite does not wait for that by itself.
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        if mode != "wal":
+            raise EventStoreError(
+                f"{self.path}: this file system cannot share memory between processes, so the embedded event store "
+                "cannot be kept there; use a local disk",
+                path=str(self.path),
+            )
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise EventStoreError(f"the event store {self.path} is closed", path=str(self.path))
+
+    @contextmanager
+    def _errors(self, what: str) -> Generator[None, None, None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise EventStoreError(f"the event store {self.path} {what}: {error}", path=str(self.path)) from error
+
+
+def _seeded(user_id: str, history: tuple[str, bytes, str, bytes] | None) -> UserState:
+    if history is None or not history[1]:
+        return UserState(user_id, 0, (), np.zeros(0, np.int64), (), np.zeros(0, np.float32))
+    items, times, events, values = history
+    return UserState(
+        user_id,
+        0,
+        tuple(items.split(_SEPARATOR)),
+        np.frombuffer(times, np.int64),
+        tuple(events.split(_SEPARATOR)),
+        np.frombuffer(values, np.float32),
+    )
+
+
+def _extended(state: UserState, rows: Sequence[tuple[Any, ...]], version: int, max_history: int) -> UserState:
+    """``state`` with the ``rows`` (sorted by time, then arrival) that came after it, in order of time."""
+    _, new_items, new_times, new_events, new_values = zip(*rows, strict=True) if rows else ((),) * 5
+    items = state.item_ids + new_items
+    events = state.events + new_events
+    times = np.concatenate([state.timestamps_ms, np.array(new_times, np.int64)])
+    values = np.concatenate([state.values, np.array(new_values, np.float32)])  # None becomes NaN
+    num_old = len(state)
+    if rows and num_old and times[num_old] < times[num_old - 1]:
+        order = np.argsort(times, kind="stable")
+        items, events = tuple(items[i] for i in order), tuple(events[i] for i in order)
+        times, values = times[order], values[order]
+    times.flags.writeable = values.flags.writeable = False  # the state is shared by all who read it
+    return UserState(
+        state.user_id, version, items[-max_history:], times[-max_history:], events[-max_history:], values[-max_history:]
+    )
+
+
+def _history_rows(batch: pa.RecordBatch, max_history: int) -> Iterator[tuple[Any, ...]]:
+    """One compact row per user of ``batch``, cut to the newest ``max_history`` entries."""
+    lengths = pc.fill_null(pc.list_value_length(batch["item_ids"]), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    kept = np.minimum(lengths, max_history)
+    kept_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
+    rows = np.repeat(offsets[1:] - kept - kept_offsets[:-1], kept) + np.arange(kept_offsets[-1])
+
+    def flat(name: str, type_: pa.DataType, default: Any) -> pa.Array:
+        values = pc.list_flatten(batch[name])
+        if len(values) != offsets[-1]:
+            raise EventStoreError(f"histories: column {name} has {len(values)} entries, item_ids {offsets[-1]}")
+        return pc.fill_null(values.take(pa.array(rows)).cast(type_), default)
+
+    def joined(name: str) -> list[str]:
+        texts = flat(name, pa.string(), "")
+        if pc.any(pc.match_substring(texts, _SEPARATOR)).as_py():
+            raise EventStoreError(f"histories: column {name} holds a NUL character, which is no text")
+        lists = pa.ListArray.from_arrays(pa.array(kept_offsets, pa.int32()), texts)
+        return pc.binary_join(lists, _SEPARATOR).to_pylist()
+
+    times = flat("timestamps_ms", pa.int64(), 0).to_numpy(zero_copy_only=False).tobytes()
+    values = flat("values", pa.float32(), float("nan")).to_numpy(zero_copy_only=False).tobytes()
+    bounds = kept_offsets[:-1].tolist(), kept_offsets[1:].tolist()
+    columns = zip(batch["user_id"].to_pylist(), joined("item_ids"), joined("events"), strict=True)
+    for (user_id, items, events), start, stop in zip(columns, *bounds, strict=True):
+        yield user_id, items, times[8 * start : 8 * stop], events, values[4 * start : 4 * stop]
+
+
+def _machine() -> str:
+    """A name of this machine that survives a restart: images share machine ids, so the host name is part of it."""
+    try:
+        machine_id = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine_id = ""
+    return f"{platform.node()}/{machine_id or uuid.getnode()}"
+
+
+def _boot() -> str:
+    """The id of the running kernel, the same in all containers of a machine; unique where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return uuid.uuid4().hex

@@ -1,0 +1,128 @@
+"""A small but complete Bundle: transformer of one epoch, index, untrained ranker, histories, golden query."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recsys import schema
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery
+from recsys.data.dataset import DatasetInfo
+from recsys.data.features import ItemFeatures
+from recsys.data.histories import Histories
+from recsys.data.positives import PositivePolicy
+from recsys.index.flat import FlatIndex
+from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, RankerNetwork, item_content, project
+from recsys.models.base import FitData
+from recsys.models.esasrec import ESASRec
+from recsys.models.ranking import RankingItems
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.id_map import fingerprint_ids
+from recsys.pipeline.recommender import Recommender
+from recsys.training.runtime import Runtime
+
+NUM_ITEMS, NUM_USERS, DIM = 300, 40, 16
+START_MS = 1_700_000_000_000
+
+
+def make_bundle(parent: Path, pipeline: PipelineConfig | None = None, *, seed: int = 0) -> Bundle:
+    """``parent/<bundle_id>``: users ``u0`` to ``u39`` with 3 to 12 ratings each of items ``i0`` to ``i299``."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    generator = np.random.default_rng(seed)
+    items = pa.table(
+        {
+            "item_id": [f"i{row}" for row in range(NUM_ITEMS)],
+            "title": [f"Item {row}" for row in range(NUM_ITEMS)],
+            "description": pa.nulls(NUM_ITEMS, pa.string()),
+            "categories": [["even" if row % 2 == 0 else "odd"] for row in range(NUM_ITEMS)],
+            "creator": [f"creator {row % 7}" for row in range(NUM_ITEMS)],
+            "price": [float(row) for row in range(NUM_ITEMS)],
+            "created_at": pa.nulls(NUM_ITEMS, schema.TIMESTAMP_TYPE),
+            "available": [row != 13 for row in range(NUM_ITEMS)],
+            "image": pa.nulls(NUM_ITEMS, pa.string()),
+        }
+    ).cast(schema.ITEMS)
+    lengths = generator.integers(3, 13, NUM_USERS)
+    histories = [generator.choice(NUM_ITEMS, length, replace=False).tolist() for length in lengths]
+    times = [[START_MS + 60_000 * place for place in range(length)] for length in lengths]
+    counts = np.bincount(np.concatenate(histories), minlength=NUM_ITEMS).astype(np.float32)
+    info = DatasetInfo(
+        name="tiny",
+        fingerprint="tiny",
+        id_map_fingerprint=fingerprint_ids(items["item_id"]),
+        has_time=True,
+        protocol="rolling_next_item",
+        num_users=NUM_USERS,
+        num_items=NUM_ITEMS,
+        num_interactions=int(lengths.sum()),
+        num_positives=int(lengths.sum()),
+        num_quarantined=0,
+        counts_by_split={"train": int(lengths.sum())},
+    )
+    text = generator.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    log = Histories.from_lists(histories, times)
+    settings = ESASRec.parse(
+        {"dim": DIM, "num_blocks": 1, "hidden_dim": 16, "train": {"epochs": 1}}, where="tiny bundle"
+    )
+    with tempfile.TemporaryDirectory() as checkpoints:
+        retriever = settings.fit(
+            FitData(log, np.ones(len(log.item_idx), np.float32), items, text, seed=seed),
+            Runtime("cpu", checkpoints=checkpoints),
+        )
+    features = ItemFeatures(
+        generator.normal(size=(NUM_ITEMS, 7)).astype(np.float32),
+        np.eye(2, dtype=np.float32)[np.arange(NUM_ITEMS) % 2],
+        (np.arange(NUM_ITEMS) % 7).astype(np.int32),
+        np.full(NUM_ITEMS, START_MS),
+    )
+    ranker_config = AttentionRankerConfig.parse(
+        {"dim": 16, "num_heads": 2, "hidden": 32, "max_history": 8}, where="tiny"
+    )
+    network = RankerNetwork(ranker_config, 2)
+    content = item_content(None, features)
+    ranker = AttentionRanker(
+        ranker_config,
+        network,
+        RankingItems.of(features, retriever.item_vectors()),
+        project(network, content),
+        uses_time=True,
+    )
+    with BundleWriter(parent) as writer:
+        Catalogue.build(items).save(writer.part("items"))
+        retriever.save(writer.part("retriever"))
+        FlatIndex().build(retriever.item_vectors()).save(writer.part("index"))
+        ranker.save(writer.part("ranker"))
+        best = np.argsort(-counts, kind="stable").astype(np.int32)
+        writer.add_popular(best, counts[best])
+        columns = [
+            [f"u{user}" for user in range(NUM_USERS)],
+            [[f"i{item}" for item in history] for history in histories],
+            times,
+            [["rating"] * length for length in lengths],
+            [[5.0] * length for length in lengths],
+        ]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, HISTORIES_SCHEMA, strict=True)]
+        writer.add_histories(pa.table(arrays, schema=HISTORIES_SCHEMA))
+        settings_tree = (pipeline or PipelineConfig()).model_dump(mode="json")
+        policy = PositivePolicy().model_dump(mode="json")
+        writer.add_config({"pipeline": settings_tree, "data": {"positives": policy}})
+        question = GoldenQuery.model_construct(
+            history=tuple(
+                GoldenEvent(item_id=f"i{item}", event="rating", timestamp_ms=time, value=5.0)
+                for item, time in zip(histories[0], times[0], strict=True)
+            ),
+            now_ms=START_MS + 3_600_000,
+            top_k=10,
+        )
+        with Recommender.of(writer.draft(info, embedding_dim=DIM)) as recommender:
+            answer = recommender.answer_golden(question)
+        item_ids, scores = zip(*((item.item_id, item.score) for item in answer.items), strict=True)
+        writer.add_golden(question.model_copy(update={"item_ids": item_ids, "scores": scores}))
+        return writer.finish(info, embedding_dim=DIM)

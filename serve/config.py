@@ -1,0 +1,110 @@
+"""Settings of the serving graph: where the stages run, how they scale and what a caller may ask for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from recsys.config import StrictConfig
+from recsys.events import AnyEventStore, SqliteEventStoreConfig
+
+STAGES = ("retrieval", "ranking", "reranking")
+INLINE = frozenset({"reranking"})
+"""stages so short that handing them to a thread would cost more than they do"""
+
+
+class ScalingConfig(StrictConfig):
+    """How many replicas of one deployment there are and what each gets."""
+
+    min_replicas: int = Field(default=1, ge=1, le=10_000, description="replicas that always run")
+    max_replicas: int = Field(default=4, ge=1, le=10_000, description="replicas at the highest load")
+    target_ongoing_requests: float = Field(
+        default=8.0, gt=0, le=10_000, description="requests in flight per replica that autoscaling aims at"
+    )
+    upscale_delay_s: float = Field(default=3.0, ge=0, le=3600, description="overload that long adds replicas (seconds)")
+    downscale_delay_s: float = Field(
+        default=120.0, ge=0, le=86_400, description="idleness that long removes some (seconds)"
+    )
+    num_cpus: float = Field(default=0.25, ge=0, le=1024, description="CPUs that Ray reserves per replica")
+    threads: int = Field(default=1, ge=1, le=1024, description="threads of torch, OpenMP and FAISS per replica")
+    max_ongoing_requests: int = Field(
+        default=100, ge=1, le=100_000, description="requests in flight per replica, at most"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+    def autoscaling(self) -> dict[str, Any]:
+        """Ray Serve's ``autoscaling_config``."""
+        return {
+            "min_replicas": self.min_replicas,
+            "initial_replicas": self.min_replicas,
+            "max_replicas": self.max_replicas,
+            "target_ongoing_requests": self.target_ongoing_requests,
+            "upscale_delay_s": self.upscale_delay_s,
+            "downscale_delay_s": self.downscale_delay_s,
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 3.0,
+        }
+
+
+class StageConfig(ScalingConfig):
+    """One stage as a deployment of its own (``topology: graph``)."""
+
+    max_batch_size: int = Field(
+        default=16, ge=1, le=1024, description="queries that one call of the stage takes together"
+    )
+    batch_wait_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        description="wait for more queries before a batch starts (milliseconds, 0 to 2); with 0 a batch is what "
+        "arrived while the one before was computed, so an idle replica answers at once and a busy one still batches",
+    )
+
+
+class GatewayConfig(ScalingConfig):
+    """The gateway: HTTP, user state and the runner; in ``topology: fused`` the stages as well."""
+
+    max_body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 28, description="largest request body (bytes)")
+    max_events: int = Field(default=1000, ge=1, le=100_000, description="events per call of /v1/events")
+    retry_after_s: int = Field(default=1, ge=1, le=3600, description="when a refused caller may come again (seconds)")
+    event_threads: int = Field(
+        default=16, ge=1, le=256, description="calls of /v1/events that wait for the disk together"
+    )
+    ready_timeout_s: float = Field(
+        default=300.0, gt=0, le=3600, description="longest wait of a new gateway for the stages to come up (seconds)"
+    )
+
+
+class ServeConfig(StrictConfig):
+    """Arguments of ``serve.app:build``."""
+
+    bundle_uri: str = Field(min_length=1, description="a Bundle: local folder or fsspec URI")
+    topology: Literal["graph", "fused"] = Field(
+        default="graph",
+        description="graph: gateway and stages scale apart; fused: all of it in each replica of the gateway",
+    )
+    event_store: AnyEventStore = Field(
+        default=SqliteEventStoreConfig(), description="where events and user state are kept"
+    )
+    gateway: GatewayConfig = Field(default=GatewayConfig(), description="the HTTP side")
+    retrieval: StageConfig = Field(default=StageConfig(), description="finds candidates")
+    ranking: StageConfig = Field(default=StageConfig(), description="scores candidates")
+    reranking: StageConfig = Field(default=StageConfig(), description="orders the slate")
+    local_stages: tuple[Literal["retrieval", "ranking", "reranking"], ...] = Field(
+        default=(),
+        description="stages that run inside the gateway in topology graph, too: they save a hop and do not scale alone",
+    )
+
+    def is_local(self, stage: str) -> bool:
+        """Whether ``stage`` runs inside the gateway."""
+        return self.topology == "fused" or stage in self.local_stages
+
+    def stage(self, name: str) -> StageConfig:
+        """The settings of one stage."""
+        return {"retrieval": self.retrieval, "ranking": self.ranking, "reranking": self.reranking}[name]

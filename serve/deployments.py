@@ -1,0 +1,134 @@
+"""One deployment per stage, and the proxy through which the gateway's runner calls it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from recsys.bundle import Bundle
+from recsys.errors import BundleMismatchError, StageError, StageOverloadedError
+from recsys.pipeline.stage import Stage, StageOutput
+from recsys.pipeline.stages import build_stage
+from recsys.pipeline.types import Candidates, Query
+from serve.config import INLINE, ServeConfig, StageConfig
+from serve.gateway import http_app
+from serve.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class StageInfo:
+    """What a stage replica says of itself once it is up."""
+
+    name: str
+    bundle_id: str
+    present: bool
+    """False where the Bundle has no such stage: a Bundle without a ranker is served without ranking"""
+
+
+class StageDeployment:
+    """Wraps any plain stage: batches queries and computes in a thread, off the replica's event loop.
+
+    While one batch is computed the next one collects, so batches grow with the load and an idle replica starts at once.
+    """
+
+    def __init__(self, name: str, bundle_uri: str, config: Mapping[str, Any]) -> None:
+        settings = StageConfig.parse(config, where=f"deployment {name}")
+        limit_threads(settings.threads)
+        bundle = Bundle.open(bundle_uri)
+        self._stage: Stage | None = build_stage(bundle, name)
+        self._info = StageInfo(name, bundle.bundle_id, self._stage is not None)
+        batching: Any = self.run
+        batching.set_max_batch_size(settings.max_batch_size)
+        batching.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)
+    async def run(self, calls: list[tuple[Query, Candidates]]) -> list[StageOutput]:
+        """Called with one query and its candidates; Serve makes the list."""
+        if self._info.name in INLINE:
+            return self._compute(calls)
+        return await asyncio.to_thread(self._compute, calls)
+
+    async def info(self) -> StageInfo:
+        """Name and Bundle of the stage."""
+        return self._info
+
+    def _compute(self, calls: Sequence[tuple[Query, Candidates]]) -> list[StageOutput]:
+        if self._stage is None:
+            raise StageError(f"Bundle {self._info.bundle_id} has no stage {self._info.name}", stage=self._info.name)
+        started = time.perf_counter()
+        queries, candidates = zip(*calls, strict=True)
+        results = self._stage.run_batch(queries, candidates)
+        busy_ms = (time.perf_counter() - started) * 1e3
+        return [StageOutput(result, self._stage.bundle_id, busy_ms) for result in results]
+
+
+class RemoteStage:
+    """A stage that runs in a deployment; for the runner it is an async stage like any other."""
+
+    def __init__(self, name: str, handle: DeploymentHandle[Any]) -> None:
+        self.name = name
+        # What crosses is made of plain dataclasses and arrays: pickle by reference is enough, and faster.
+        self._handle = handle.options(request_serialization="pickle", response_serialization="pickle")
+
+    async def run(self, query: Query, candidates: Candidates) -> StageOutput:
+        """One hop. Whatever Ray reports becomes a :class:`~recsys.errors.StageError`, which the runner survives."""
+        try:
+            return await self._handle.run.remote((query, candidates))
+        except BackPressureError as error:
+            raise StageOverloadedError(f"{self.name}: its queue is full", stage=self.name) from error
+        except (RayError, RayServeException) as error:
+            raise StageError(f"{self.name}: {type(error).__name__}: {error}", stage=self.name) from error
+
+    async def info(self) -> StageInfo:
+        """Wait for a replica and ask it who it is."""
+        return await self._handle.info.remote()
+
+
+@serve.ingress()  # pyright: ignore[reportUntypedClassDecorator]
+class Gateway:
+    """One replica of the gateway: HTTP, user state, the runner, and those stages that are local."""
+
+    async def __init__(self, config: Mapping[str, Any], remote: Mapping[str, DeploymentHandle[Any]]) -> None:
+        """Returns, and so lets Serve send traffic, only once the Bundle's golden query was answered as it must be."""
+        self._config = ServeConfig.parse(config, where="deployment gateway")
+        limit_threads(self._config.gateway.threads)
+        timeout_s = self._config.gateway.ready_timeout_s
+        stages = {name: RemoteStage(name, handle) for name, handle in remote.items()}
+        async with asyncio.timeout(timeout_s):
+            infos = await asyncio.gather(*(stage.info() for stage in stages.values()))
+        present = {info.name: stages[info.name] for info in infos if info.present}
+        absent = [info.name for info in infos if not info.present]
+        self._service = await asyncio.to_thread(Service.open, self._config, present, absent)
+        for info in infos:
+            if info.bundle_id != self._service.bundle_id:
+                raise BundleMismatchError(
+                    f"{info.name} serves Bundle {info.bundle_id}, the gateway {self._service.bundle_id}"
+                )
+        await self._service.prove(timeout_s)
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        return http_app(self._service, self._config.gateway)
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose event store cannot be read."""
+        self._service.store.watermark()
+
+
+def limit_threads(threads: int) -> None:
+    """Threads of torch, FAISS and whatever else reads ``OMP_NUM_THREADS`` in this process."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import faiss
+    import torch
+
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)

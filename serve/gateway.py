@@ -1,0 +1,234 @@
+"""The HTTP side of the gateway: routes, their documentation, and errors. No Ray here: any ASGI server runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import orjson
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from recsys.errors import EventStoreError, RequestError, StageOverloadedError
+from recsys.events import Event, UserState
+from serve import wire
+from serve.config import GatewayConfig
+from serve.middleware import PROBLEM_JSON, Limits, printable, problem
+from serve.service import Service
+
+_DESCRIPTION = """Real-time recommendations.
+
+Errors are `application/problem+json` (RFC 9457) and carry the `request_id` under which the log knows them.
+What a user did (`POST /v1/events`) is in the very next recommendation."""
+
+Answers = dict[int | str, dict[str, Any]]
+
+
+def http_app(service: Service, config: GatewayConfig) -> FastAPI:
+    """The API over ``service``."""
+    executor = ThreadPoolExecutor(config.event_threads, thread_name_prefix="events")
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        executor.shutdown(wait=True)
+
+    app = FastAPI(
+        title="recsys",
+        description=_DESCRIPTION,
+        version=service.version,
+        lifespan=lifespan,
+        redoc_url=None,
+        strict_content_type=False,
+        responses=_problems(422, 503),
+    )
+    retry_after = {"retry-after": str(config.retry_after_s)}
+    _answer_errors(app, retry_after)
+
+    @app.post(
+        "/v1/recommend",
+        tags=["recommendations"],
+        summary="Recommend items to a user",
+        responses=_ok(wire.RecommendAnswer),
+    )
+    async def recommend(body: wire.RecommendBody, request: Request) -> Response:
+        """Items for a known user, for a history given here, for both together, or for a stranger.
+
+        Stages that are slow or down are skipped and named in `degraded`; availability and filters never are.
+        """
+        answer = await service.recommender.arecommend(wire.recommend_request(body, _request_id(request)))
+        return _json(wire.recommend_answer(answer))
+
+    @app.post(
+        "/v1/similar",
+        tags=["recommendations"],
+        summary="Items like one item",
+        responses=_ok(wire.RecommendAnswer) | _problems(404),
+    )
+    async def similar(body: wire.SimilarBody, request: Request) -> Response:
+        """Items whose vectors are nearest to those of `item_id`, best first, without the item itself."""
+        if service.recommender.item(body.item_id) is None:
+            return _missing(request, f"no item {body.item_id!r} in the catalogue")
+        answer = await asyncio.to_thread(service.recommender.similar, wire.similar_request(body, _request_id(request)))
+        return _json(wire.recommend_answer(answer))
+
+    @app.post("/v1/events", tags=["events"], summary="Record what users did", responses=_ok(wire.EventsAnswer))
+    async def events(body: wire.EventsBody) -> Response:
+        """Answered only once the events are durable. Sending a batch again is harmless: `event_id` tells it."""
+        if len(body.events) > config.max_events:
+            raise RequestError(f"{len(body.events)} events in one call, at most {config.max_events} are taken")
+        batch = [_event(event) for event in body.events]
+        result = await asyncio.get_running_loop().run_in_executor(executor, service.store.append, batch)
+        return _json({"accepted": result.accepted, "duplicates": result.duplicates})
+
+    @app.get(
+        "/v1/users/{user_id}",
+        tags=["look-ups"],
+        summary="What is known of a user",
+        responses=_ok(wire.UserAnswer) | _problems(404),
+    )
+    async def user(user_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
+        """The newest interactions, those of the Bundle and those that came as events, oldest first."""
+        state = service.store.user(user_id)
+        return (
+            _missing(request, f"nothing is known of user {user_id!r}")
+            if state is None
+            else _json(_user(service, state))
+        )
+
+    @app.get(
+        "/v1/items/{item_id}",
+        tags=["look-ups"],
+        summary="One item of the catalogue",
+        responses=_ok(wire.CatalogueItemAnswer) | _problems(404),
+    )
+    async def item(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
+        """The item as the Bundle has it."""
+        row = service.recommender.item(item_id)
+        return _missing(request, f"no item {item_id!r} in the catalogue") if row is None else _json(row)
+
+    @app.get("/v1/bundle", tags=["look-ups"], summary="The Bundle that answers", responses=_ok(wire.BundleAnswer))
+    async def bundle() -> Response:
+        """Id and manifest, without the list of files."""
+        return _json({"bundle_id": service.bundle_id, "manifest": service.manifest})
+
+    @app.get("/healthz", tags=["probes"], summary="Is the process alive?", responses=_ok(wire.HealthAnswer))
+    async def healthz() -> Response:
+        """Answered whatever the load."""
+        return _json({"status": "ok"})
+
+    @app.get("/readyz", tags=["probes"], summary="May it get traffic?", responses=_ok(wire.HealthAnswer))
+    async def readyz(request: Request) -> Response:
+        """Yes once the golden query of the Bundle was answered as it must be and the event store can be read."""
+        if not service.proven:
+            return problem(503, "the golden query has not been answered yet", _request_id(request), headers=retry_after)
+        service.store.watermark()
+        return _json({"status": "ready"})
+
+    app.add_middleware(Limits, config=config)
+    return app
+
+
+def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
+    """Errors of this library and of the framework, as problems."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        found = error.errors()
+        if any(each["type"] == "json_invalid" for each in found):
+            where = found[0]["ctx"].get("error", "") if found[0].get("ctx") else ""
+            return problem(
+                400, f"the body is not valid JSON: {where} at character {found[0]['loc'][-1]}", _request_id(request)
+            )
+        content_type = request.headers.get("content-type", "json")
+        if "json" not in content_type and any(each["loc"] == ("body",) for each in found):
+            return problem(415, f"send the body as application/json, not {content_type}", _request_id(request))
+        fields = [
+            {"field": ".".join(printable(str(key)) for key in each["loc"]), "message": printable(each["msg"])}
+            for each in found[:20]
+        ]
+        detail = "; ".join(f"{each['field']}: {each['message']}" for each in fields[:3])
+        return problem(422, detail, _request_id(request), errors=fields)
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        name = error.details.get("field")
+        if "row" in error.details:
+            name = f"events.{error.details['row']}.{name}"
+        errors = None if name is None else [{"field": f"body.{name}", "message": printable(error.message)}]
+        return problem(422, error.message, _request_id(request), errors=errors)
+
+    @app.exception_handler(EventStoreError)
+    @app.exception_handler(StageOverloadedError)
+    async def unavailable(request: Request, error: EventStoreError | StageOverloadedError) -> Response:
+        return problem(503, error.message, _request_id(request), headers=dict(retry_after))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        headers = None if error.headers is None else dict(error.headers)
+        return problem(error.status_code, str(error.detail), _request_id(request), headers=headers)
+
+
+def _request_id(request: Request) -> str:
+    return request.scope["request_id"]
+
+
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+
+def _missing(request: Request, detail: str) -> Response:
+    return problem(404, detail, _request_id(request))
+
+
+def _ok(model: type) -> Answers:
+    # Named for the documentation only: answers are made from our own data and are not validated once more.
+    return {200: {"model": model, "description": "The answer"}}
+
+
+def _problems(*statuses: int) -> Answers:
+    texts = {
+        404: "Nothing of that name",
+        422: "The request is well-formed JSON but not usable; malformed JSON is answered 400, a large body 413",
+        503: "Too much load or not ready; `Retry-After` says when to come again",
+    }
+    schema = {PROBLEM_JSON: {"schema": wire.Problem.model_json_schema()}}
+    return {status: {"description": texts[status], "content": schema} for status in statuses}
+
+
+def _event(body: wire.EventBody) -> Event:
+    return Event(
+        event_id=body.event_id,
+        user_id=body.user_id,
+        item_id=body.item_id,
+        event=body.event,
+        timestamp_ms=wire.milliseconds(body.timestamp),
+        value=body.value,
+        request_id=body.request_id,
+        slate_position=body.position,
+        surface=body.surface,
+    )
+
+
+def _user(service: Service, state: UserState) -> dict[str, Any]:
+    titles = service.titles(state.item_ids)
+    columns = zip(
+        state.item_ids, titles, state.events, state.timestamps_ms.tolist(), state.values.tolist(), strict=True
+    )
+    history = [
+        {
+            "item_id": item_id,
+            "title": title,
+            "event": event,
+            "timestamp": datetime.fromtimestamp(timestamp_ms / 1e3, UTC) if timestamp_ms else None,
+            "value": None if math.isnan(value) else value,
+        }
+        for item_id, title, event, timestamp_ms, value in columns
+    ]
+    return {"user_id": state.user_id, "version": state.version, "history": history}

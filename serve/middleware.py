@@ -1,0 +1,104 @@
+"""What happens to every HTTP request before and after its route: an id, limits, and errors as RFC 9457 problems."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.config import GatewayConfig
+
+PROBLEM_JSON = "application/problem+json"
+_NEVER_REFUSED = frozenset({"/healthz", "/readyz"})
+_log = logging.getLogger(__name__)
+
+
+class Limits:
+    """Pure ASGI: numbers requests, refuses what is too much or too large, and answers 500 for what nobody expected."""
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+        self._app = app
+        self._max_body_bytes = config.max_body_bytes
+        self._max_in_flight = config.max_ongoing_requests
+        self._retry_after = {"retry-after": str(config.retry_after_s)}
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["request_id"] = uuid.uuid4().hex
+        if self._in_flight >= self._max_in_flight and scope["path"] not in _NEVER_REFUSED:
+            detail = f"{self._in_flight} requests are being answered already; try again soon"
+            await problem(503, detail, request_id, headers=self._retry_after)(scope, receive, send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        self._in_flight += 1
+        try:
+            await self._app(scope, self._bounded(scope, receive), watched_send)
+        except Exception:
+            _log.exception("request %s: unexpected error", request_id)
+            if started:
+                raise
+            detail = "an unexpected error; the log has it under this request_id"
+            await problem(500, detail, request_id)(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """``receive`` that refuses a body as soon as it is known to be too large, announced or not."""
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            self._refuse_large(int(announced) if announced.isdigit() else 0)
+            message = await receive()
+            received += len(message.get("body", b""))
+            self._refuse_large(received)
+            return message
+
+        return bounded
+
+    def _refuse_large(self, num_bytes: int) -> None:
+        if num_bytes > self._max_body_bytes:
+            raise HTTPException(413, f"the body is larger than {self._max_body_bytes} bytes")
+
+
+def problem(
+    status: int,
+    detail: str,
+    request_id: str,
+    *,
+    errors: Sequence[dict[str, Any]] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """An error as ``application/problem+json``."""
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": printable(detail),
+        "request_id": request_id,
+    }
+    if errors is not None:
+        body["errors"] = errors
+    return Response(orjson.dumps(body), status, headers, media_type=PROBLEM_JSON)
+
+
+def printable(text: str) -> str:
+    """``text`` with what is no valid Unicode replaced: error messages quote what callers send."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,168 @@
+"""``python -m serve.run --bundle URI``: the whole graph on this machine, until Ctrl-C.
+
+Sets the fast path's environment before Ray is imported, starts a Ray of its own (or joins the one at ``--address``),
+deploys, waits until a recommendation can be asked for, and on the way out ends every process it started.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recsys.errors import ConfigError, RecsysError
+from serve import fastpath
+from serve.config import ServeConfig
+
+_SESSION = "RECSYS_SERVE_SESSION"
+_END_S = 10.0
+"""how long processes may take to end by themselves"""
+
+
+@contextmanager
+def serving(
+    config: ServeConfig, *, port: int = 8000, num_cpus: int | None = None, address: str | None = None
+) -> Generator[str, None, None]:
+    """Inside, ``config`` is served at the URL that is yielded, on the loopback interface.
+
+    A Ray is started with ``num_cpus`` (None: those of the machine) and ended with everything it started; with
+    ``address`` a running one is joined, which must have been started with the variables of
+    :func:`serve.fastpath.fast_path`, and only the application is taken down. Ray must not have been imported before.
+    """
+    _refuse_taken(port)
+    folder = Path(tempfile.mkdtemp(prefix="recsys-", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108 a socket's path is short
+    session = uuid.uuid4().hex
+    os.environ[_SESSION] = session
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    environment = fastpath.fast_path(folder)
+    if address is None:
+        # The whole Ray ends with this process, so nobody else's balancer needs time to notice.
+        environment["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+    fastpath.apply(environment)
+    import ray
+    from ray import serve
+
+    from serve.app import APP_NAME, build
+
+    http_options = {"host": fastpath.LOOPBACK, "port": port}
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False)
+        serve.start(proxy_location="EveryNode", http_options=http_options)
+        try:
+            serve.run(build(config.model_dump(mode="json")), name=APP_NAME, route_prefix="/")
+            url = f"http://{fastpath.LOOPBACK}:{port}"
+            _wait_until_ready(url, config.gateway.ready_timeout_s)
+            yield url
+        finally:
+            serve.delete(APP_NAME) if address is not None else serve.shutdown()
+    finally:
+        ray.shutdown()
+        if address is None:
+            _end_processes(session)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(
+    bundle: Annotated[str, typer.Option(help="Bundle to serve: folder, store or fsspec URI")],
+    topology: Annotated[str, typer.Option(help="graph: stages scale apart; fused: all in each replica")] = "graph",
+    port: Annotated[int, typer.Option(help="HTTP port on the loopback interface", min=1, max=65535)] = 8000,
+    events: Annotated[str, typer.Option(help="file of the embedded event store")] = "runs/events.sqlite",
+    num_cpus: Annotated[int, typer.Option(help="CPUs of a Ray started here; 0 for all of this machine", min=0)] = 0,
+    address: Annotated[str, typer.Option(help="join the Ray at this address instead of starting one")] = "",
+) -> None:
+    """Serve recommendations until Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    tree = {
+        "bundle_uri": bundle if "://" in bundle else str(Path(bundle).absolute()),
+        "topology": topology,
+        "event_store": {"kind": "sqlite", "path": str(Path(events).absolute())},
+    }
+    try:
+        config = ServeConfig.parse(tree, where="command line")
+        with serving(config, port=port, num_cpus=num_cpus or None, address=address or None) as url:
+            sys.stdout.write(f"ready: {url}/docs\n")
+            sys.stdout.flush()
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in between
+            while True:
+                time.sleep(3600)
+    except KeyboardInterrupt:
+        sys.stdout.write("stopped\n")
+    except RecsysError as error:
+        sys.stderr.write(f"{error}\n")
+        raise typer.Exit(1) from error
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((fastpath.LOOPBACK, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} is taken: {error.strerror}; choose another with --port", port=port
+            ) from error
+
+
+def _wait_until_ready(url: str, timeout_s: float) -> None:
+    import httpx
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            answer = httpx.get(f"{url}/readyz", timeout=5.0)
+            if answer.is_success:
+                return
+            seen = f"{answer.status_code}: {answer.text[:200]}"
+        except httpx.TransportError as error:
+            seen = str(error)
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{url} did not become ready within {timeout_s:.0f} s; last seen: {seen}")
+        time.sleep(0.2)
+
+
+def _end_processes(session: str) -> None:
+    """End what still lives of this session: an HAProxy outlives the actor that started it when that is killed."""
+    deadline = time.monotonic() + _END_S
+    while left := _processes(session):
+        number = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
+        for pid in left:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.2)
+
+
+def _processes(session: str) -> list[int]:
+    mark = f"{_SESSION}={session}".encode()
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(folder.name) != os.getpid() and mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it ended meanwhile, or is somebody else's
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

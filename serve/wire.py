@@ -1,0 +1,274 @@
+"""What goes over HTTP: requests, answers and errors, with the descriptions that ``/docs`` shows.
+
+Bounds here are those that need no Bundle; what depends on one (the largest ``top_k``, an unknown category) is checked
+by the recommender and answered as 422, too.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+
+from recsys.events.base import MAX_ID_LENGTH
+from recsys.pipeline.requests import (
+    HistoryItem,
+    Recommendation,
+    RecommendedItem,
+    RecommendRequest,
+    RequestFilters,
+    SimilarRequest,
+)
+
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
+
+
+def _only_text(value: Any) -> Any:
+    # A bare number could be seconds or milliseconds: ask, never guess.
+    if isinstance(value, int | float):
+        raise ValueError(  # noqa: TRY004 pydantic reports it as a bad value
+            'write the time as an ISO 8601 string with its zone, such as "2025-06-01T12:00:00Z"'
+        )
+    return value
+
+
+Timestamp = Annotated[AwareDatetime, BeforeValidator(_only_text)]
+
+
+class _Body(BaseModel):
+    """Unknown keys are errors: a misspelt filter must not be dropped in silence."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class HistoryEntry(_Body):
+    item_id: Id = Field(description="an item the catalogue lacks is ignored")
+    timestamp: Timestamp | None = Field(
+        None, description="ISO 8601 with zone; without one the order of the list counts"
+    )
+    event: Id | None = Field(None, description="name of the event; without one the entry counts as a positive")
+    value: float | None = Field(None, description="value of the event, such as the stars of a rating")
+
+
+class FiltersBody(_Body):
+    categories_any: tuple[str, ...] = Field((), description="keep items of at least one of these categories")
+    categories_none: tuple[str, ...] = Field((), description="drop items of any of these categories")
+    exclude_items: tuple[Id, ...] = Field((), description="drop these items")
+    price_min: float | None = Field(None, description="lowest price; an item without a price fails it")
+    price_max: float | None = Field(None, description="highest price; an item without a price fails it")
+
+
+class ContextBody(_Body):
+    surface: str | None = Field(None, max_length=MAX_ID_LENGTH, description="where the slate is shown")
+    device: str | None = Field(None, max_length=MAX_ID_LENGTH)
+    locale: str | None = Field(None, max_length=MAX_ID_LENGTH)
+
+
+class RecommendBody(_Body):
+    """A request for recommendations. All of it is optional: an empty object asks for what a stranger gets."""
+
+    user_id: Id | None = Field(None, description="a user nobody knows is answered like a stranger")
+    history: tuple[HistoryEntry, ...] = Field(
+        (), description="interactions, oldest first, added to what is known of the user for this request only"
+    )
+    top_k: int = Field(10, ge=1, le=10_000, strict=True, description="items wanted; a Bundle may allow fewer")
+    filters: FiltersBody | None = Field(None, description="hard rules of this request, never skipped")
+    exclude_seen: bool = Field(True, description="leave out what the user has interacted with")
+    diversity: float | None = Field(None, ge=0, le=1, description="0 orders by score alone, 1 by novelty alone")
+    context: ContextBody | None = Field(None, description="where the request comes from")
+    explain: bool = Field(False, description="give the reasons of each item")
+    deadline_ms: float | None = Field(None, gt=0, le=60_000, description="answer within this time (milliseconds)")
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"user_id": "42", "top_k": 10},
+                {
+                    "history": [{"item_id": "1"}, {"item_id": "50", "timestamp": "2025-06-01T12:00:00Z"}],
+                    "top_k": 5,
+                    "filters": {"categories_any": ["Comedy"], "exclude_items": ["296"]},
+                    "diversity": 0.3,
+                },
+            ]
+        }
+    )
+
+
+class SimilarBody(_Body):
+    """A request for items like one item."""
+
+    item_id: Id = Field(description="an item of the catalogue")
+    top_k: int = Field(10, ge=1, le=10_000, strict=True, description="items wanted; a Bundle may allow fewer")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"item_id": "1", "top_k": 10}]})
+
+
+class EventBody(_Body):
+    event_id: Id = Field(description="idempotency key: sending the same event again changes nothing")
+    user_id: Id
+    item_id: Id = Field(description="may be an item that the catalogue does not have yet")
+    event: Id = Field(description="what happened, such as view, click, purchase, rating, hide or impression")
+    timestamp: Timestamp = Field(description="when it happened, ISO 8601 with zone; late events land in place")
+    value: float | None = Field(None, description="value of the event, such as the stars of a rating")
+    request_id: Id | None = Field(None, description="the recommendation it followed from")
+    position: int | None = Field(None, ge=0, lt=2**31, description="rank of the item in that recommendation, from 0")
+    surface: Id | None = Field(None, description="where the slate was shown")
+
+
+class EventsBody(_Body):
+    """A batch of events, accepted as a whole or refused as a whole."""
+
+    events: tuple[EventBody, ...] = Field(min_length=1)
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "events": [
+                        {
+                            "event_id": "8c6f1f6e",
+                            "user_id": "42",
+                            "item_id": "50",
+                            "event": "click",
+                            "timestamp": "2025-06-01T12:00:00Z",
+                        }
+                    ]
+                }
+            ]
+        }
+    )
+
+
+class ItemAnswer(BaseModel):
+    item_id: str
+    title: str
+    score: float = Field(description="score of the last stage that scored; comparable within one answer only")
+    rank: int = Field(description="place in the slate, from 0: what an event reports as its position")
+    sources: list[str] = Field(description="what proposed the item")
+    stage_scores: dict[str, float] = Field(description="what each stage that saw the item thought of it")
+    reasons: list[str] | None = Field(None, description="with explain only")
+
+
+class RecommendAnswer(BaseModel):
+    request_id: str = Field(description="quote it in events that follow from this slate")
+    bundle_id: str = Field(description="the Bundle that answered")
+    user_id: str | None = None
+    items: list[ItemAnswer]
+    degraded: list[str] = Field(description="parts that were skipped to answer in time; empty when all is well")
+    timings_ms: dict[str, float] = Field(description="wall milliseconds: total, state, and each stage")
+    unknown_items: int = Field(
+        description="entries of the history that are no item of the catalogue; they were ignored"
+    )
+
+
+class EventsAnswer(BaseModel):
+    """Given only once the events are durable."""
+
+    accepted: int
+    duplicates: int = Field(description="events whose event_id was known already")
+
+
+class HistoryAnswer(BaseModel):
+    item_id: str
+    title: str | None = Field(description="null for an item that the catalogue does not have")
+    event: str
+    timestamp: str | None = Field(description="null where the data has order only")
+    value: float | None
+
+
+class UserAnswer(BaseModel):
+    user_id: str
+    version: int = Field(description="changes whenever the state does")
+    history: list[HistoryAnswer] = Field(description="newest interactions, oldest first")
+
+
+class CatalogueItemAnswer(BaseModel):
+    item_id: str
+    title: str
+    description: str | None
+    categories: list[str]
+    creator: str | None
+    price: float | None
+    created_at: str | None
+    available: bool
+    image: str | None
+
+
+class BundleAnswer(BaseModel):
+    bundle_id: str
+    manifest: dict[str, Any] = Field(description="what the Bundle says of itself")
+
+
+class HealthAnswer(BaseModel):
+    status: str
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[dict[str, Any]] | None = Field(None, description="for 422: each field at fault")
+
+
+def recommend_request(body: RecommendBody, request_id: str) -> RecommendRequest:
+    """The request as the pipeline knows it."""
+    filters = RequestFilters() if body.filters is None else RequestFilters(**dict(body.filters))
+    return RecommendRequest(
+        user_id=body.user_id,
+        history=[
+            HistoryItem(h.item_id, None if h.timestamp is None else milliseconds(h.timestamp), h.event, h.value)
+            for h in body.history
+        ],
+        top_k=body.top_k,
+        filters=filters,
+        exclude_seen=body.exclude_seen,
+        diversity=body.diversity,
+        context={} if body.context is None else body.context.model_dump(exclude_none=True),
+        explain=body.explain,
+        deadline_ms=body.deadline_ms,
+        request_id=request_id,
+    )
+
+
+def similar_request(body: SimilarBody, request_id: str) -> SimilarRequest:
+    """The request as the pipeline knows it."""
+    return SimilarRequest(body.item_id, body.top_k, request_id)
+
+
+def recommend_answer(answer: Recommendation) -> dict[str, Any]:
+    """The answer as plain values, in the form of :class:`RecommendAnswer`."""
+    return {
+        "request_id": answer.request_id,
+        "bundle_id": answer.bundle_id,
+        "user_id": answer.user_id,
+        "items": [_item(item) for item in answer.items],
+        "degraded": answer.degraded,
+        "timings_ms": {name: round(value, 3) for name, value in answer.timings_ms.items()},
+        "unknown_items": answer.unknown_items,
+    }
+
+
+def _item(item: RecommendedItem) -> dict[str, Any]:
+    values = {
+        "item_id": item.item_id,
+        "title": item.title,
+        "score": item.score,
+        "rank": item.rank,
+        "sources": item.sources,
+        "stage_scores": item.stage_scores,
+    }
+    return values if item.reasons is None else values | {"reasons": item.reasons}
+
+
+def milliseconds(time: datetime) -> int:
+    """Milliseconds since 1970 UTC of an aware time, exactly."""
+    return (time - _EPOCH) // _MILLISECOND
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)

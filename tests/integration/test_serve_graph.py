@@ -1,0 +1,218 @@
+"""The real graph: its own Ray, HAProxy, HTTP over sockets, replicas that are killed, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import pytest
+
+from recsys.pipeline.config import PipelineConfig
+from recsys.testing.tiny_bundle import make_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 150
+PATIENT = PipelineConfig.parse(
+    {
+        "deadline_ms": 20_000,
+        "max_deadline_ms": 30_000,
+        "budgets_ms": {"retrieval": 5000, "ranking": 1500, "reranking": 5000},
+        "breaker": {"open_s": 1},
+    },
+    where="test",
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundles"), PATIENT)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def server(bundle, folder, topology):
+    """A running ``python -m serve.run``; on leaving it is interrupted, and must end well and alone."""
+    port = free_port()
+    command = [sys.executable, "-m", "serve.run", "--bundle", str(bundle.path), "--topology", topology]
+    command += ["--port", str(port), "--events", str(folder / "events.sqlite"), "--num-cpus", "2"]
+    log = folder / f"{topology}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_S
+        while "ready: " not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        session = session_of(process.pid)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client, session
+        process.send_signal(signal.SIGINT)
+        assert process.wait(90) == 0, log.read_text()
+        assert members(session) == {}
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def session_of(pid):
+    """The mark that the start command puts on the processes it starts, read from the environment of one of them."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"\nPPid:\t{pid}\n" in (folder / "status").read_text():
+                found = re.search(rb"RECSYS_SERVE_SESSION=(\w+)", (folder / "environ").read_bytes())
+                if found:
+                    return found[1].decode()
+        except OSError:
+            continue
+    raise AssertionError(f"process {pid} has no marked child")
+
+
+def members(session):
+    """Command line by process id."""
+    mark = f"RECSYS_SERVE_SESSION={session}".encode()
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def replicas(session, deployment):
+    return [
+        pid for pid, line in members(session).items() if re.match(rf"ray::ServeReplica:recsys:{deployment}\b", line)
+    ]
+
+
+def listening_addresses(pid):
+    """Hexadecimal local addresses that a process listens on."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        if found := re.match(r"socket:\[(\d+)\]", str(descriptor.readlink())):
+            inodes.add(found[1])
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                addresses.add(fields[1].split(":")[0])
+    return addresses
+
+
+def event(event_id, user_id, item_id="i7"):
+    stamp = datetime.now(UTC).isoformat()
+    return {"event_id": event_id, "user_id": user_id, "item_id": item_id, "event": "click", "timestamp": stamp}
+
+
+PINNED = {"history": [{"item_id": "i1"}, {"item_id": "i2"}], "top_k": 10}
+
+
+@pytest.mark.timeout(400)
+def test_graph(bundle, tmp_path):
+    with server(bundle, tmp_path, "graph") as (client, session):
+        for deployment in ("gateway", "retrieval", "ranking", "reranking"):
+            assert len(replicas(session, deployment)) == 1
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/docs").status_code == 200
+        assert client.get("/v1/bundle").json()["bundle_id"] == bundle.bundle_id
+
+        answer = client.post("/v1/recommend", json={"user_id": "u1"}).json()
+        assert len(answer["items"]) == 10
+        assert answer["degraded"] == []
+        assert {"retrieval", "ranking"} <= set(answer["items"][0]["stage_scores"])
+        in_graph = [item["item_id"] for item in client.post("/v1/recommend", json=PINNED).json()["items"]]
+
+        assert client.post("/v1/events", json={"events": [event("e1", "newcomer")]}).json()["accepted"] == 1
+        seen = client.post("/v1/recommend", json={"user_id": "newcomer", "top_k": 300}).json()["items"]
+        assert "i7" not in {item["item_id"] for item in seen}
+        assert len(seen) == 298  # all but the one seen and the one that is unavailable
+        assert len(client.get("/v1/users/newcomer").json()["history"]) == 1
+
+        malformed = client.post("/v1/recommend", content=b"{", headers={"content-type": "application/json"})
+        assert malformed.status_code == 400
+        assert malformed.headers["content-type"] == "application/problem+json"
+        large = client.post("/v1/events", content=b"x" * (2 << 20), headers={"content-type": "application/json"})
+        assert large.status_code == 413
+
+        proxies = [pid for pid, line in members(session).items() if "/haproxy " in line or line.startswith("haproxy")]
+        assert proxies
+        assert set().union(*map(listening_addresses, proxies)) == {"0100007F"}  # 127.0.0.1
+
+        kill_a_stage_during_calls(client, session)
+
+    with server(bundle, tmp_path, "fused") as (client, session):
+        assert not replicas(session, "ranking")
+        fused = client.post("/v1/recommend", json=PINNED).json()
+        assert [item["item_id"] for item in fused["items"]] == in_graph
+        assert len(client.get("/v1/users/newcomer").json()["history"]) == 1
+        kill_the_gateway_after_an_acknowledgement(client, session)
+
+
+def kill_a_stage_during_calls(client, session):
+    """Every call is answered in full, with the stage named where it was skipped; then the stage comes back."""
+    stop = threading.Event()
+
+    def calls(worker):
+        answers = []
+        while not stop.is_set():
+            answers.append(client.post("/v1/recommend", json={"user_id": f"u{worker}"}))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(calls, worker) for worker in range(4)]
+        time.sleep(1)
+        (victim,) = replicas(session, "ranking")
+        os.kill(victim, signal.SIGKILL)
+        time.sleep(6)
+        stop.set()
+        answers = [answer for future in running for answer in future.result()]
+    assert len(answers) > 8
+    assert {answer.status_code for answer in answers} == {200}
+    for answer in answers:
+        body = answer.json()
+        assert len(body["items"]) == 10
+        assert set(body["degraded"]) <= {"ranking"}
+    deadline = time.monotonic() + 60
+    while client.post("/v1/recommend", json={"user_id": "u1"}).json()["degraded"]:
+        assert time.monotonic() < deadline, "ranking did not come back"
+        time.sleep(0.5)
+    assert replicas(session, "ranking") != [victim]
+
+
+def kill_the_gateway_after_an_acknowledgement(client, session):
+    """What was acknowledged survives the process that acknowledged it, and counts once when it is sent again."""
+    assert client.post("/v1/events", json={"events": [event("e2", "survivor")]}).json()["accepted"] == 1
+    (victim,) = replicas(session, "gateway")
+    os.kill(victim, signal.SIGKILL)
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            again = client.post("/v1/events", json={"events": [event("e2", "survivor")]}, timeout=10)
+            if again.status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, "the gateway did not come back"
+        time.sleep(0.5)
+    assert again.json() == {"accepted": 0, "duplicates": 1}
+    assert len(client.get("/v1/users/survivor").json()["history"]) == 1

@@ -1,0 +1,336 @@
+"""The HTTP side over a real small Bundle, all stages in process, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
+from recsys.events import SqliteEventStoreConfig
+from recsys.testing.tiny_bundle import START_MS, make_bundle
+from serve import wire
+from serve.config import GatewayConfig, ServeConfig
+from serve.gateway import http_app
+from serve.middleware import PROBLEM_JSON
+from serve.service import Service
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture
+def config(bundle, tmp_path):
+    return ServeConfig(
+        bundle_uri=str(bundle.path),
+        topology="fused",
+        event_store=SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")),
+        gateway=GatewayConfig(max_body_bytes=4096, max_events=3, max_ongoing_requests=4),
+    )
+
+
+@pytest.fixture
+async def service(config):
+    service = Service.open(config, {})
+    await service.prove(30)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+async def client(service, config):
+    app = http_app(service, config.gateway)
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            yield client
+
+
+def now(**ago):
+    return (datetime.now(UTC) - timedelta(**ago)).isoformat()
+
+
+def event(event_id, item_id="i7", user_id="u1", **rest):
+    return {"event_id": event_id, "user_id": user_id, "item_id": item_id, "event": "click", "timestamp": now()} | rest
+
+
+def assert_problem(response, status, *words):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == PROBLEM_JSON
+    body = response.json()
+    assert body["status"] == status
+    assert body["title"]
+    assert len(body["request_id"]) == 32
+    for word in words:
+        assert word in body["detail"], body
+    return body
+
+
+async def test_recommend_answers_in_the_documented_form(client, bundle):
+    response = await client.post("/v1/recommend", json={"user_id": "u1", "top_k": 5, "explain": True})
+    assert response.status_code == 200
+    answer = wire.RecommendAnswer.model_validate_json(response.content, strict=True)
+    assert answer.bundle_id == bundle.bundle_id
+    assert answer.user_id == "u1"
+    assert [item.rank for item in answer.items] == [0, 1, 2, 3, 4]
+    assert answer.degraded == []
+    assert set(answer.timings_ms) == {"total", "state", "retrieval", "ranking", "reranking"}
+    assert set(answer.items[0].stage_scores) >= {"retrieval", "ranking"}
+    assert answer.items[0].reasons
+    assert len(answer.request_id) == 32
+
+
+async def test_an_event_counts_in_the_very_next_request(client):
+    before = (await client.post("/v1/recommend", json={"user_id": "new", "top_k": 300})).json()
+    assert any(item["item_id"] == "i7" for item in before["items"])
+    assert (await client.get("/v1/users/new")).status_code == 404
+    posted = await client.post("/v1/events", json={"events": [event("e1", user_id="new"), event("e1", user_id="new")]})
+    assert posted.json() == {"accepted": 1, "duplicates": 1}
+    after = (await client.post("/v1/recommend", json={"user_id": "new", "top_k": 300})).json()
+    assert not any(item["item_id"] == "i7" for item in after["items"])
+    known = wire.UserAnswer.model_validate_json((await client.get("/v1/users/new")).content)
+    assert [(entry.item_id, entry.title, entry.event, entry.value) for entry in known.history] == [
+        ("i7", "Item 7", "click", None)
+    ]
+
+
+async def test_history_filters_and_exclusions_are_obeyed(client):
+    body = {
+        "history": [{"item_id": "i2"}, {"item_id": "no such item", "timestamp": "2024-01-01T00:00:00+02:00"}],
+        "top_k": 20,
+        "filters": {"categories_any": ["even"], "exclude_items": ["i4"], "price_max": 100},
+        "diversity": 0.5,
+        "context": {"surface": "home"},
+    }
+    answer = (await client.post("/v1/recommend", json=body)).json()
+    rows = [int(item["item_id"][1:]) for item in answer["items"]]
+    assert len(rows) == 20
+    assert all(row % 2 == 0 and row <= 100 for row in rows)
+    assert not {2, 4} & set(rows)
+    assert answer["unknown_items"] == 1
+
+
+async def test_strangers_and_empty_bodies_are_answered(client):
+    for body in ({}, {"user_id": "nobody knows me"}, {"history": []}):
+        answer = await client.post("/v1/recommend", json=body)
+        assert answer.status_code == 200
+        assert len(answer.json()["items"]) == 10
+
+
+async def test_similar(client):
+    answer = (await client.post("/v1/similar", json={"item_id": "i3", "top_k": 4})).json()
+    assert len(answer["items"]) == 4
+    assert "i3" not in [item["item_id"] for item in answer["items"]]
+    assert_problem(await client.post("/v1/similar", json={"item_id": "none"}), 404, "none")
+    assert_problem(await client.post("/v1/similar", json={"item_id": "i3", "top_k": 10**9}), 422, "top_k")
+
+
+async def test_look_ups(client, bundle):
+    item = wire.CatalogueItemAnswer.model_validate_json((await client.get("/v1/items/i5")).content)
+    assert (item.title, item.categories, item.price, item.available) == ("Item 5", ["odd"], 5.0, True)
+    assert_problem(await client.get("/v1/items/nothing"), 404, "nothing")
+    assert_problem(await client.get("/v1/users/nobody"), 404, "nobody")
+    assert_problem(await client.get("/v1/items/%ff%00"), 404)
+    known = wire.UserAnswer.model_validate_json((await client.get("/v1/users/u1")).content)
+    assert known.history[0].timestamp == datetime.fromtimestamp(START_MS / 1e3, UTC).isoformat()
+    answer = wire.BundleAnswer.model_validate_json((await client.get("/v1/bundle")).content)
+    assert answer.bundle_id == bundle.bundle_id
+    assert answer.manifest["num_items"] == 300
+    assert "files" not in answer.manifest
+    assert_problem(await client.get("/v2/nothing"), 404)
+    assert_problem(await client.get("/v1/recommend"), 405)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 10**9}, "top_k"),
+        ({"top_k": 5000}, "top_k"),
+        ({"top_k": "5"}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"user_id": ""}, "user_id"),
+        ({"user_id": 5}, "user_id"),
+        ({"filters": {"category": "a"}}, "category"),
+        ({"filters": {"price_min": 2, "price_max": 1}}, "price_min"),
+        ({"diversity": 1.5}, "diversity"),
+        ({"deadline_ms": -1}, "deadline_ms"),
+        ({"history": [{"item_id": "i1", "timestamp": 1700000000}]}, "timestamp"),
+        ({"history": [{"item_id": "i1", "timestamp": "2024-01-01T00:00:00"}]}, "timestamp"),
+        ({"unknown": 1}, "unknown"),
+        ([], "body"),
+    ],
+)
+async def test_unusable_requests_are_422_and_name_the_field(client, body, field):
+    problem = assert_problem(await client.post("/v1/recommend", json=body), 422, field)
+    assert any(field in each["field"] for each in problem["errors"])
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b'{"user_id": ', 400),
+        (b"", 422),
+        (b"\xff\xfe", 400),
+        (b'{"diversity": NaN}', 422),
+        (b'{"user_id": "\\ud800"}', 422),
+        (b'{"\\ud800": 1}', 422),
+        (b"[" * 4000, 400),
+    ],
+)
+async def test_malformed_bodies_are_problems_and_never_500(client, content, status):
+    headers = {"content-type": "application/json"}
+    assert_problem(await client.post("/v1/recommend", content=content, headers=headers), status)
+
+
+async def test_other_content_types_are_refused_by_name(client):
+    assert_problem(await client.post("/v1/recommend", data={"a": "b"}), 415, "application/json")
+
+
+async def test_a_body_that_is_too_large_is_413_announced_or_not(client):
+    large = json.dumps({"user_id": "x" * 5000}).encode()
+    headers = {"content-type": "application/json"}
+    assert_problem(await client.post("/v1/recommend", content=large, headers=headers), 413, "4096")
+
+    async def chunks():
+        for start in range(0, len(large), 1000):
+            yield large[start : start + 1000]
+
+    assert_problem(await client.post("/v1/recommend", content=chunks(), headers=headers), 413, "4096")
+
+
+async def test_bad_events_are_refused_whole(client):
+    batch = [event("fine", user_id="whole"), event("late", user_id="whole", timestamp=now(days=-3))]
+    problem = assert_problem(await client.post("/v1/events", json={"events": batch}), 422, "event 1", "timestamp_ms")
+    assert problem["errors"][0]["field"] == "body.events.1.timestamp_ms"
+    assert (await client.get("/v1/users/whole")).status_code == 404
+    assert_problem(await client.post("/v1/events", json={"events": []}), 422, "events")
+    assert_problem(
+        await client.post("/v1/events", json={"events": [event(str(i)) for i in range(4)]}), 422, "at most 3"
+    )
+
+
+async def test_too_much_load_is_refused_early_with_retry_after(client, service, monkeypatch):
+    release = asyncio.Event()
+    arecommend = service.recommender.arecommend
+
+    async def held(request, **fields):
+        await release.wait()
+        return await arecommend(request, **fields)
+
+    monkeypatch.setattr(service.recommender, "arecommend", held)
+    accepted = [asyncio.create_task(client.post("/v1/recommend", json={})) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    refused = await client.post("/v1/recommend", json={})
+    assert_problem(refused, 503, "try again")
+    assert refused.headers["retry-after"] == "1"
+    assert (await client.get("/healthz")).status_code == 200
+    release.set()
+    assert [response.status_code for response in await asyncio.gather(*accepted)] == [200] * 4
+    assert (await client.post("/v1/recommend", json={})).status_code == 200
+
+
+async def test_a_store_that_fails_is_503_for_events_and_degraded_for_recommendations(client, service, monkeypatch):
+    def broken(*_):
+        raise EventStoreError("the disk is full")
+
+    monkeypatch.setattr(service.store, "append", broken)
+    monkeypatch.setattr(service.store, "user", broken)
+    monkeypatch.setattr(service.store, "watermark", broken)
+    assert_problem(await client.post("/v1/events", json={"events": [event("1")]}), 503, "disk is full")
+    assert_problem(await client.get("/readyz"), 503, "disk is full")
+    answer = (await client.post("/v1/recommend", json={"user_id": "u1"})).json()
+    assert answer["degraded"] == ["state"]
+    assert len(answer["items"]) == 10
+
+
+async def test_what_nobody_expected_is_a_problem_without_internals(client, service, monkeypatch):
+    async def bug(*_, **__):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(service.recommender, "arecommend", bug)
+    response = await client.post("/v1/recommend", json={})
+    assert_problem(response, 500)
+    assert "secret" not in response.text
+
+
+async def test_not_ready_before_the_golden_query_was_answered(config):
+    service = Service.open(config, {})
+    try:
+        transport = httpx.ASGITransport(app=http_app(service, config.gateway))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            assert_problem(await client.get("/readyz"), 503, "golden")
+            assert (await client.get("/healthz")).status_code == 200
+            await service.prove(30)
+            assert (await client.get("/readyz")).json() == {"status": "ready"}
+    finally:
+        service.close()
+
+
+async def test_a_wrong_answer_to_the_golden_query_keeps_the_replica_out(service):
+    golden = service.bundle.golden
+    wrong = golden.model_copy(update={"scores": tuple(score + 1 for score in golden.scores)})
+    service.bundle._parts["golden.json"] = wrong
+    service.proven = False
+    with pytest.raises(BundleMismatchError, match="golden"):
+        await service.prove(30)
+    assert not service.proven
+    service.bundle._parts["golden.json"] = golden
+
+
+async def test_openapi_describes_every_call(client):
+    api = (await client.get("/openapi.json")).json()
+    assert set(api["paths"]) == {
+        "/v1/recommend",
+        "/v1/similar",
+        "/v1/events",
+        "/v1/users/{user_id}",
+        "/v1/items/{item_id}",
+        "/v1/bundle",
+        "/healthz",
+        "/readyz",
+    }
+    for path, calls in api["paths"].items():
+        for call in calls.values():
+            assert call["summary"], path
+            assert call["responses"]["200"]["content"]["application/json"]["schema"], path
+            assert PROBLEM_JSON in call["responses"]["422"]["content"], path
+    assert api["components"]["schemas"]["RecommendBody"]["examples"]
+    assert (await client.get("/docs")).status_code == 200
+
+
+def test_milliseconds_are_exact():
+    assert wire.milliseconds(datetime(2024, 1, 1, 0, 0, 0, 123999, tzinfo=UTC)) == 1704067200123
+    assert math.isclose(wire.milliseconds(datetime.now(UTC)), time.time() * 1e3, abs_tol=1000)
+
+
+def test_serve_config_refuses_what_makes_no_sense():
+    with pytest.raises(ConfigError, match="min_replicas"):
+        ServeConfig.parse({"bundle_uri": "x", "ranking": {"min_replicas": 3, "max_replicas": 2}}, where="test")
+    with pytest.raises(ConfigError, match="topology"):
+        ServeConfig.parse({"bundle_uri": "x", "topology": "star"}, where="test")
+    with pytest.raises(ConfigError, match="batch_wait_ms"):
+        ServeConfig.parse({"bundle_uri": "x", "ranking": {"batch_wait_ms": 10}}, where="test")
+
+
+@pytest.mark.parametrize("name", ["graph", "fused"])
+def test_serve_files_are_valid_and_stay_on_loopback(name):
+    from ray.serve.schema import ServeDeploySchema
+
+    tree = yaml.safe_load((ROOT / "configs" / "serve" / f"{name}.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(tree)
+    assert schema.http_options.host == "127.0.0.1"
+    (application,) = schema.applications
+    assert application.import_path == "serve.app:build"
+    assert ServeConfig.parse(application.args, where=name).topology == name
