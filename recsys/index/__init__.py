@@ -1,0 +1,51 @@
+"""FAISS indexes over item vectors, one file per kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recsys.config import parse, union
+from recsys.errors import ModelError
+from recsys.files import read_json
+from recsys.index.base import INDEX_FILE, INFO_FILE, IndexConfig, VectorIndex, faiss
+from recsys.index.flat import FlatIndex
+from recsys.index.hnsw import HnswIndex
+from recsys.index.ivf import IvfIndex
+
+KINDS = (FlatIndex, IvfIndex, HnswIndex)
+
+if TYPE_CHECKING:
+    AnyIndex = IndexConfig
+else:
+    AnyIndex = union("index", KINDS)
+
+__all__ = ["KINDS", "AnyIndex", "FlatIndex", "HnswIndex", "IndexConfig", "IvfIndex", "VectorIndex", "load_index"]
+
+
+def load_index(folder: str | Path, *, threads: int | None = None) -> VectorIndex:
+    """Memory-map what :meth:`VectorIndex.save` wrote: pages are shared between processes and read on demand.
+
+    ``threads`` sets FAISS's threads per search for this whole process; None leaves them as they are.
+
+    :raises ModelError: when the folder holds no complete index or its parts disagree.
+    """
+    folder = Path(folder)
+    for name in (INFO_FILE, INDEX_FILE):
+        if not (folder / name).exists():
+            raise ModelError(f"{folder}: no index here ({name} is missing)", path=str(folder))
+    info = read_json(folder / INFO_FILE)
+    config: IndexConfig = parse(AnyIndex, info["config"], where=str(folder / INFO_FILE))
+    try:
+        index = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / INDEX_FILE}: not a readable FAISS index: {error}", path=str(folder)) from error
+    if (index.ntotal, index.d) != (info["num_items"], info["dim"]):
+        raise ModelError(
+            f"{folder}: {INDEX_FILE} holds {index.ntotal} x {index.d}, "
+            f"{INFO_FILE} says {info['num_items']} x {info['dim']}",
+            path=str(folder),
+        )
+    if threads is not None:
+        faiss.omp_set_num_threads(threads)
+    return VectorIndex(config, index)

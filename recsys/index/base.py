@@ -1,0 +1,182 @@
+"""What every vector index is: inner-product search over item vectors, with hard rules applied inside the search.
+
+Shape legend: N items, D dimensions, B queries, k results.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from recsys.config import StrictConfig
+from recsys.errors import ModelError
+from recsys.files import atomic_path, write_json
+
+faiss: Any = import_module("faiss")
+"""FAISS untyped: its own stubs lack most of what is used here"""
+
+FloatArray = NDArray[np.float32]
+Allowed = NDArray[np.bool_] | NDArray[np.uint8]
+
+MAX_TIE = 4096
+INDEX_FILE, INFO_FILE = "index.faiss", "index.json"
+
+
+class IndexConfig(StrictConfig, ABC):
+    """How vectors are indexed. Subclasses add ``kind: Literal["..."]``, build the FAISS index and say how to search it
+    exhaustively.
+    """
+
+    device: Literal["cpu", "gpu"] = Field(
+        default="cpu",
+        description="where unfiltered searches run; gpu needs a FAISS built for it. Filtered ones run on cpu",
+    )
+
+    @abstractmethod
+    def build_faiss(self, vectors_ND: FloatArray) -> Any:
+        """The trained and filled FAISS index; row i is item i."""
+
+    @abstractmethod
+    def exhaustive(self, index: Any, selector: Any) -> tuple[Any, Any]:
+        """The FAISS index and the parameters with which a search visits every allowed item."""
+
+    def build(self, vectors: FloatArray) -> VectorIndex:
+        """Index ``vectors`` (float32 [N, D], finite, N > 0), in order of ``item_idx``.
+
+        :raises ModelError: when the vectors are not usable.
+        """
+        vectors_ND = np.ascontiguousarray(vectors, np.float32)
+        if vectors_ND.ndim != 2 or 0 in vectors_ND.shape:
+            raise ModelError(f"an index needs vectors of shape [items, dimensions], got {vectors_ND.shape}")
+        finite = np.isfinite(vectors_ND).all(axis=1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise ModelError(f"the vector of item_idx {row} is not finite", item_idx=row)
+        return VectorIndex(self, self.build_faiss(vectors_ND))
+
+
+class ApproximateIndexConfig(IndexConfig, ABC):
+    """An index that normally looks at some of the items only."""
+
+    exhaustive_below: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="a filter that allows less than this fraction of the items is searched exhaustively",
+    )
+
+    @abstractmethod
+    def search_parameters(self, k: int, selector: Any) -> Any:
+        """FAISS parameters of a normal search for ``k`` items."""
+
+
+class VectorIndex:
+    """A built index. Searching is safe from several threads at once."""
+
+    def __init__(self, config: IndexConfig, index: Any) -> None:
+        self.config = config
+        self._index = index
+        self._gpu: Any = None
+        if config.device == "gpu":
+            if getattr(faiss, "get_num_gpus", int)() == 0:
+                raise ModelError("index.device is gpu, but FAISS sees no GPU: install faiss-gpu or set it to cpu")
+            self._gpu = faiss.index_cpu_to_all_gpus(index)
+
+    @property
+    def num_items(self) -> int:
+        return self._index.ntotal
+
+    @property
+    def dim(self) -> int:
+        return self._index.d
+
+    def search(
+        self, queries: FloatArray, k: int, allowed: Allowed | None = None
+    ) -> tuple[FloatArray, NDArray[np.int32]]:
+        """The ``k`` items with the highest inner product: scores float32 [B, k] descending, item_idx int32 [B, k].
+
+        ``allowed`` limits the items: bool [N], or its bits packed little-endian, uint8 [ceil(N / 8)]. Where fewer than
+        ``k`` items are allowed the rest is item_idx -1 with score -inf; while allowed items remain, none is missing:
+        an approximate search that comes up short is repeated exhaustively. Equal scores are ordered by item_idx, and
+        a search that is exhaustive also cuts them in that order (unless more than ``MAX_TIE`` items are tied).
+
+        :raises ModelError: when shapes do not fit the index.
+        """
+        queries_BD = np.ascontiguousarray(queries, np.float32)
+        if queries_BD.ndim != 2 or queries_BD.shape[1] != self.dim:
+            raise ModelError(f"queries of shape {queries_BD.shape} do not fit an index of dimension {self.dim}")
+        if k < 1:
+            raise ModelError(f"k must be at least 1, got {k}")
+        num_queries, num_items = len(queries_BD), self.num_items
+        scores_Bk = np.full((num_queries, k), -np.inf, np.float32)
+        items_Bk = np.full((num_queries, k), -1, np.int32)
+        bits, num_allowed = self._bits(allowed)
+        wanted = min(k, num_allowed)
+        if wanted == 0 or num_queries == 0:
+            return scores_Bk, items_Bk
+        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
+        config = self.config
+        if not isinstance(config, ApproximateIndexConfig) or num_allowed < config.exhaustive_below * num_items:
+            found_scores, found_items = self._exhaustive(queries_BD, wanted, num_allowed, selector)
+        else:
+            if selector is None and self._gpu is not None:
+                found_scores, found_items = self._gpu.search(queries_BD, wanted)
+            else:
+                parameters = config.search_parameters(wanted, selector)
+                found_scores, found_items = self._index.search(queries_BD, wanted, params=parameters)
+            short = np.flatnonzero((found_items < 0).any(axis=1))
+            if len(short):
+                again = self._exhaustive(queries_BD[short], wanted, num_allowed, selector)
+                found_scores[short], found_items[short] = (found[:, :wanted] for found in again)
+        order = np.lexsort((found_items, -found_scores))
+        scores_Bk[:, :wanted] = np.take_along_axis(found_scores, order, axis=1)[:, :wanted]
+        items_Bk[:, :wanted] = np.take_along_axis(found_items, order, axis=1)[:, :wanted]
+        return scores_Bk, items_Bk
+
+    def _exhaustive(
+        self, queries_BD: FloatArray, k: int, num_allowed: int, selector: Any
+    ) -> tuple[FloatArray, NDArray[np.int64]]:
+        """The ``k`` best allowed items, and more where a tie goes on beyond them, so that the caller can order it."""
+        index, parameters = self.config.exhaustive(self._index, selector)
+        if selector is None and self._gpu is not None:
+            index, parameters = self._gpu, None
+        ask = min(k + 1, num_allowed)
+        while True:
+            scores, items = index.search(queries_BD, ask, params=parameters)
+            tied = (scores[:, k - 1] == scores[:, -1]).any()
+            if ask == num_allowed or not tied or ask >= MAX_TIE:
+                return scores, items
+            ask = min(4 * ask, num_allowed)
+
+    def _bits(self, allowed: Allowed | None) -> tuple[NDArray[np.uint8] | None, int]:
+        """The packed mask and how many items it allows."""
+        if allowed is None:
+            return None, self.num_items
+        if allowed.dtype == np.bool_ and allowed.shape == (self.num_items,):
+            return np.packbits(allowed, bitorder="little"), int(np.count_nonzero(allowed))
+        if allowed.dtype == np.uint8 and allowed.shape == ((self.num_items + 7) // 8,):
+            packed = np.ascontiguousarray(allowed, np.uint8)
+            return packed, int(np.unpackbits(packed, count=self.num_items, bitorder="little").sum())
+        raise ModelError(
+            f"a mask of {allowed.dtype} {allowed.shape} does not fit {self.num_items} items: "
+            f"give bool [{self.num_items}] or packed uint8 [{(self.num_items + 7) // 8}]"
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``index.faiss`` and, last, ``index.json``."""
+        folder = Path(folder)
+        with atomic_path(folder / INDEX_FILE) as temporary:
+            faiss.write_index(self._index, str(temporary))
+        info = {
+            "config": self.config.model_dump(mode="json"),
+            "dim": self.dim,
+            "num_items": self.num_items,
+            "metric": "inner_product",
+        }
+        write_json(folder / INFO_FILE, info)
