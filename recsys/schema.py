@@ -32,7 +32,7 @@ INTERACTIONS = pa.schema(
         pa.field(VALUE, pa.float32()),
     ]
 )
-"""One row per interaction. ``position`` orders the user's own log; ``timestamp`` is null in data that has order only."""
+"""One row per interaction. ``position`` orders the user's own log; ``timestamp`` is null in data with order only."""
 
 ITEMS = pa.schema(
     [
@@ -63,7 +63,8 @@ PREPARED_INTERACTIONS = pa.schema(
 )
 """Interactions after preparation, sorted by ``(user_idx, timestamp, position)``.
 
-``weight`` > 0 marks a positive, 0 an interaction that counts as seen only; ``split`` is a :class:`recsys.data.dataset.Split`.
+``weight`` > 0 marks a positive, 0 an interaction that counts as seen only; ``split`` is a value of
+:class:`recsys.data.dataset.Split`.
 """
 
 EVENTS = pa.schema(

@@ -93,15 +93,38 @@ class EvaluationReport:
             temporary.write_text(self.to_markdown())
 
     def print(self, console: Console | None = None) -> None:
-        """Print one table per view."""
+        """Print the main figures, narrow enough for a terminal; ``report.md`` holds all of them."""
         console = console or Console()
-        for title, header, rows in self._tables():
-            table = Table(title=title, caption=self._conditions())
+        for position, first in enumerate(self.systems[0].views):
+            title, header, rows = self._summary_table(position)
+            table = Table(title=title, show_edge=False)
             for column, name in enumerate(header):
-                table.add_column(name, justify="left" if column == 0 else "right")
+                table.add_column(name, justify="left" if column == 0 else "right", overflow="fold")
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+            console.print(
+                f"[dim]{self._conditions() if first is self.systems[0].views[-1] else ''}[/dim]", highlight=False
+            )
+
+    def _summary_table(self, position: int) -> tuple[str, list[str], list[list[str]]]:
+        main = self.config["main_metric"]
+        k = main.partition("@")[2]
+        view = self.systems[0].views[position].view
+        best = self.best_baseline.get(view)
+        header = ["system", main, "interval", f"recall@{k}", *([f"minus {best}"] if best else [])]
+        rows: list[list[str]] = []
+        for system in self.systems:
+            result = system.views[position]
+            found = {m.removeprefix("sampled_"): i for m, i in result.segments["all"].metrics.items()}
+            interval = found[main]
+            row = [_name(system), f"{interval.mean:.4f}", f"{interval.low:.4f} to {interval.high:.4f}"]
+            row.append(f"{found[f'recall@{k}'].mean:.4f}")
+            if best:
+                difference = {m.removeprefix("sampled_"): d for m, d in result.differences.items()}.get(main)
+                row.append("" if difference is None else _interval(difference, "+"))
+            rows.append(row)
+        return f"{_label(view)}, {self.split}", header, rows
 
     def to_markdown(self) -> str:
         """The tables with the conditions they were made under."""
@@ -132,7 +155,7 @@ class EvaluationReport:
         tables: list[tuple[str, list[str], list[list[str]]]] = []
         for position, first in enumerate(self.systems[0].views):
             view = first.view
-            label = "items new to the user" if view == "new" else "repeats included"
+            label = _label(view)
             views = [(system, system.views[position]) for system in self.systems]
             tables.append((f"Accuracy, {label}", *self._accuracy_table(view, views)))
             tables.append((f"Warm and cold, {label}", *self._segment_table(views)))
@@ -289,6 +312,10 @@ def _slate_table(views: list[tuple[SystemReport, ViewReport]]) -> tuple[list[str
     header = ["system", *views[0][1].slates]
     cells = [[_name(s), *("" if x is None else f"{x:.4f}" for x in v.slates.values())] for s, v in views]
     return header, cells
+
+
+def _label(view: str) -> str:
+    return "items new to the user" if view == "new" else "repeats included"
 
 
 def _name(system: SystemReport) -> str:

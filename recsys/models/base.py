@@ -7,6 +7,7 @@ and a :class:`Retriever`, plus its name in ``recsys/models/__init__.py``. The co
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -70,12 +71,18 @@ class RetrieverConfig(StrictConfig, ABC):
     def load(self, folder: Path) -> Retriever:
         """Read what :meth:`Retriever.save` wrote with this very configuration."""
 
+    def refit(self, fitted: Retriever) -> RetrieverConfig:
+        """The configuration to fit all data with, once ``fitted`` has chosen on validation what it had to choose."""
+        return self
+
 
 class Retriever(ABC):
     """A fitted model that scores every item for a history."""
 
     config: RetrieverConfig
     num_items: int
+    history: Sequence[Mapping[str, float]] = ()
+    """the learning curve, one row per epoch; empty for families without epochs and after loading"""
 
     @abstractmethod
     def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
@@ -112,4 +119,6 @@ class VectorRetriever(Retriever):
     def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """The best inner product over the user's K vectors."""
         users = self.encode_users(histories, now_ms)
-        return np.max(np.einsum("bkd,nd->bkn", users, self.item_vectors()), axis=1)
+        batch, vectors, dim = users.shape
+        scores = (users.reshape(batch * vectors, dim) @ self.item_vectors().T).reshape(batch, vectors, self.num_items)
+        return scores.max(axis=1)

@@ -156,7 +156,7 @@ def test_saving_keeps_the_scores(fitted, tmp_path) -> None:
 @pytest.mark.skipif(not openvino_available(), reason="openvino is not installed on this platform")
 def test_the_export_ranks_as_the_network_does(fitted) -> None:
     ranker, train, holdout = fitted
-    exported = export_ranker(ranker, ExportConfig(), train.batch)
+    exported = export_ranker(ranker, ExportConfig(precisions=("int8", "f32")), train.batch)
     assert {"f32", "int8"} <= {form.precision for form in exported}
     served, record = choose_export(ranker, exported, holdout, ExportConfig(num_timed=10))
     json.dumps(record)

@@ -1,0 +1,56 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+# First on PATH: Ray starts its own processes by name, and they must come from this environment.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export RAY_USAGE_STATS_ENABLED := 0
+unexport PYTHONPATH VIRTUAL_ENV
+
+.PHONY: help demo test lint format bench-spine wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+# The environment is installed once and again only when what it is made from changes.
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "recsys needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-demo: pyproject.toml constraints.txt | .venv/bin/python
+	python -m pip install --quiet -c constraints.txt -e '.[cpu,demo]'
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	python -m pip install --quiet -c constraints.txt -e '.[cpu,demo,dev]'
+	touch .venv/.installed-demo $@
+
+demo: .venv/.installed-demo  ## train on MovieLens-small and recommend over HTTP (ONCE=1: stop after the first answer)
+	python -m jobs.demo $(if $(filter-out 0,$(ONCE)),--once)
+
+# Two runs of pytest: no fast test shares a process with Ray.
+test: .venv/.installed-dev  ## unit, contract, property and golden tests, then the integration tests
+	python -m pytest -m 'not slow and not benchmark' $(wildcard tests/unit tests/contract tests/property tests/golden)
+	python -m pytest -m 'not slow and not benchmark' tests/integration
+
+lint: .venv/.installed-dev  ## ruff, pyright (strict), import-linter
+	ruff check .
+	ruff format --check .
+	pyright
+	lint-imports
+
+format: .venv/.installed-dev  ## let ruff mend what it can
+	ruff check --fix .
+	ruff format .
+
+bench-spine: .venv/.installed-dev  ## measure the figures of tests/benchmarks/results/spine.json
+	python -m tests.benchmarks.spine
+
+wheel: .venv/.installed-dev  ## build dist/recsys-*.whl
+	python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:  ## remove the environment, artefacts and caches
+	rm -rf .venv runs dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

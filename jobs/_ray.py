@@ -1,0 +1,238 @@
+"""How jobs use Ray: start or join it, and place one training on many workers.
+
+A training is a plain function of ``recsys`` that takes a :class:`~recsys.training.runtime.Runtime`; here it is run
+by Ray Train on several workers, or with ``num_workers: 0`` in this very process, with the same result folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from pydantic import Field
+
+from recsys.config import StrictConfig
+from recsys.files import read_json, write_json
+from recsys.training.runtime import ModuleT, Runtime
+
+PayloadT = TypeVar("PayloadT")
+SaveResult = Callable[[Path], None]
+TrainFunction = Callable[[PayloadT, Runtime], SaveResult]
+
+_STATE, _RESULT, _METRICS = "state", "result", "metrics.json"
+
+
+class ComputeConfig(StrictConfig):
+    """Where heavy work runs."""
+
+    num_workers: int = Field(
+        default=2, ge=0, le=4096, description="Ray workers per job; 0 runs in this process without Ray"
+    )
+    cpus_per_worker: float = Field(
+        default=0.5,
+        gt=0,
+        le=1024,
+        description="CPUs reserved per worker; below 1 leaves room for Ray's own tasks on small machines",
+    )
+    threads_per_worker: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="torch threads per worker; 0 shares this machine's cores between the workers",
+    )
+    use_gpu: bool = Field(default=False, description="one GPU per worker, nccl and bf16; false is gloo on CPU")
+    max_failures: int = Field(
+        default=2, ge=0, le=1000, description="worker failures survived per training before giving up"
+    )
+    storage_path: str | None = Field(
+        default=None,
+        description="folder or URI that all nodes reach, for checkpoints of running trainings; null: beside the result",
+    )
+
+    @property
+    def threads(self) -> int:
+        """torch threads per worker."""
+        return self.threads_per_worker or max(1, (os.cpu_count() or 1) // max(1, self.num_workers))
+
+
+@contextmanager
+def ray_session() -> Generator[None]:
+    """Ray is usable inside: the caller's own, the cluster of ``RAY_ADDRESS`` (set inside a submitted job), or a local
+    one that is started here and stopped at the end.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Said aloud and before Ray is imported: ray.init() and `ray start` choose differently where it is unset.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if address:
+        ray.init()
+    else:
+        ray.init(include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a distributed training left behind."""
+
+    path: Path
+    """local folder with what the training function's ``save`` wrote"""
+    metrics: Mapping[str, float]
+    """the last metrics reported"""
+
+
+class RayRuntime(Runtime):
+    """One worker of a Ray Train run."""
+
+    def __init__(self) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        super().__init__(str(ray.train.torch.get_device()))
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self._metrics: dict[str, float] = {}
+
+    def prepare(self, module: ModuleT) -> ModuleT:
+        """Move ``module`` to the worker's device and wrap it in DistributedDataParallel when there are several."""
+        import ray.train.torch
+
+        return cast(ModuleT, ray.train.torch.prepare_model(module))
+
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of ``value`` over all workers."""
+        if self.world_size == 1:
+            return value
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        return value
+
+    def report(self, metrics: Mapping[str, float], save: SaveResult | None = None) -> None:
+        """Report to Ray Train; the checkpoint of rank 0 is uploaded before this returns."""
+        self._metrics = dict(metrics)
+        self._report_folder(_STATE, save)
+
+    def finish(self, save: SaveResult) -> None:
+        """Report the result of the whole training."""
+        self._report_folder(_RESULT, save)
+
+    def _report_folder(self, name: str, save: SaveResult | None) -> None:
+        import ray.train
+
+        if save is None or self.rank != 0:
+            ray.train.report(self._metrics)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / name).mkdir()
+            save(Path(scratch) / name)
+            write_json(Path(scratch) / _METRICS, self._metrics)
+            ray.train.report(self._metrics, checkpoint=ray.train.Checkpoint.from_directory(scratch))
+
+    def restore(self) -> Path | None:
+        """The newest complete checkpoint of this run, copied to local disk."""
+        return self._newest(_STATE)
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier attempt already reported the result."""
+        return self._newest(_RESULT) is not None
+
+    def _newest(self, name: str) -> Path | None:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        folder = Path(checkpoint.to_directory()) / name
+        return folder if folder.exists() else None
+
+
+def fit_distributed(
+    fn: TrainFunction[PayloadT], payload: PayloadT, *, compute: ComputeConfig, name: str, storage: str | Path
+) -> FitResult:
+    """Run ``fn(payload, runtime)`` on ``compute.num_workers`` workers and fetch what it trained.
+
+    ``fn`` is a module-level function; it returns ``save(folder)``, which writes the trained model and is called on
+    rank 0 only. ``payload`` is shipped once through the object store. ``storage`` is this training's own local folder
+    and ``name`` must be unique to it (put the artefact's key in): a run with a known name resumes from its newest
+    checkpoint, and one that had finished is not run again. The result is in ``storage/name/result``.
+    """
+    home = Path(storage).absolute() / name
+    if not (home / _METRICS).exists():
+        shutil.rmtree(home / _RESULT, ignore_errors=True)
+        if compute.num_workers:
+            metrics = _fit_on_ray(fn, payload, compute, name, home)
+        else:
+            metrics = _fit_here(fn, payload, compute, home)
+        write_json(home / _METRICS, metrics)
+    return FitResult(home / _RESULT, read_json(home / _METRICS))
+
+
+def _fit_here(fn: TrainFunction[Any], payload: Any, compute: ComputeConfig, home: Path) -> Mapping[str, float]:
+    last: dict[str, float] = {}
+    device = "cuda" if compute.use_gpu else "cpu"
+    save = fn(payload, Runtime(device, checkpoints=home / "checkpoints", report=last.update))
+    (home / _RESULT).mkdir(parents=True)
+    save(home / _RESULT)
+    shutil.rmtree(home / "checkpoints", ignore_errors=True)
+    return last
+
+
+def _fit_on_ray(
+    fn: TrainFunction[Any], payload: Any, compute: ComputeConfig, name: str, home: Path
+) -> Mapping[str, float]:
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    storage = compute.storage_path or str(home / "ray")
+    with ray_session():
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"fn": fn, "payload": ray.put(payload), "threads": compute.threads},
+            scaling_config=ScalingConfig(
+                num_workers=compute.num_workers,
+                use_gpu=compute.use_gpu,
+                resources_per_worker={"CPU": compute.cpus_per_worker, **({"GPU": 1} if compute.use_gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=compute.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        result = trainer.fit()
+        assert result.checkpoint is not None, "every worker ends by reporting the result"
+        with result.checkpoint.as_directory() as folder:
+            shutil.copytree(Path(folder) / _RESULT, home / _RESULT)
+            metrics = read_json(Path(folder) / _METRICS)
+    if compute.storage_path is None:
+        shutil.rmtree(storage, ignore_errors=True)
+    return metrics
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray
+
+    torch.set_num_threads(config["threads"])
+    runtime = RayRuntime()
+    if not runtime.finished:
+        runtime.finish(config["fn"](ray.get(config["payload"]), runtime))

@@ -1,0 +1,103 @@
+"""The command line of every job: ``python -m jobs.STEP --config FILE [--set key=value ...]``."""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+
+from jobs.config import JobConfig
+from recsys.config import load_config
+from recsys.errors import RecsysError
+
+SECTIONS = {
+    "prepare": "data",
+    "train_encoder": "encoder",
+    "embed": "encoder",
+    "train_retriever": "retriever",
+    "train_ranker": "ranking",
+    "evaluate": "evaluation",
+    "publish": "publish",
+    "pipeline": None,
+}
+"""Steps in order, each with the section of the configuration that is its own."""
+
+
+def main(step: str) -> None:
+    """Run the command line of ``step``."""
+    section = SECTIONS[step]
+
+    def command(
+        config: Annotated[Path, typer.Option(help="YAML configuration; see configs/ for complete ones")],
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="override one key, as key.sub=value; may be given several times", metavar="K=V"),
+        ] = None,
+    ) -> None:
+        from jobs.pipeline import run
+
+        try:
+            run(load_config(JobConfig, config, overrides=set_ or (), section=section), until=step)
+        except RecsysError as error:
+            Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+            raise typer.Exit(2) from error
+
+    command.__doc__ = f"{_DOCS[step]}\n\n{_help(section)}"
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(name=f"jobs.{step}")(command)
+    app()
+
+
+_DOCS = {
+    "prepare": "Validate, quarantine, index, order and split the interactions.",
+    "train_encoder": "Fine-tune the text encoder on items consumed together.",
+    "embed": "Turn every item's text into a vector.",
+    "train_retriever": "Train the retriever; refit it on all data.",
+    "train_ranker": "Train the ranker on the retriever's candidates and compress it.",
+    "evaluate": "Judge the served pipeline and the baselines on the test split.",
+    "publish": "Write a Bundle and point the store to it.",
+    "pipeline": "Run every step, from interactions to a published Bundle; finished steps are reused.",
+}
+
+
+def _help(section: str | None) -> str:
+    if section is None:
+        return "\b\nKeys of the configuration (--set KEY=VALUE):\n" + "\n".join(_keys(JobConfig, "", depth=1))
+    annotation = JobConfig.model_fields[section].annotation
+    lines = [line for model in _models(annotation) for line in _keys(model, f"{section}.", depth=3)]
+    return "\b\nKeys of this step (--set KEY=VALUE):\n" + "\n".join(lines)
+
+
+def _keys(model: type[BaseModel], prefix: str, *, depth: int) -> list[str]:
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        nested = _models(field.annotation)
+        if nested and depth > 1 and name != "kind":
+            for one in nested:
+                kind = one.model_fields.get("kind")
+                label = f" (kind {kind.default})" if kind is not None else ""
+                lines.append(f"  {prefix}{name}{label}: {field.description or one.__doc__}")
+                lines.extend(_keys(one, f"{prefix}{name}.", depth=depth - 1))
+            continue
+        default = "required" if field.is_required() else f"default {_show(field.default)}"
+        lines.append(f"  {prefix}{name}: {field.description or ''} [{default}]")
+    return lines
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return f"kind {value.kind}" if hasattr(value, "kind") else "see its keys"
+    return repr(value)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration classes inside an annotation: itself, or the members of a union."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, Annotated):
+        return [model for part in typing.get_args(annotation) for model in _models(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -1,0 +1,155 @@
+"""Assemble what was trained into a Bundle, prove it with the golden query, and point the store to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.artifacts import Artifact, build
+from jobs.config import JobConfig
+from recsys import schema
+from recsys.bundle.golden import GoldenEvent, GoldenQuery
+from recsys.bundle.reader import HISTORIES_SCHEMA, Bundle
+from recsys.bundle.store import BundleStore
+from recsys.bundle.writer import BundleWriter
+from recsys.data.dataset import Dataset, Split
+from recsys.models import load_retriever
+from recsys.models.base import FitData, VectorRetriever
+from recsys.models.popularity import Popularity
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.recommender import Recommender
+from recsys.training.runtime import Runtime
+
+STEP = "publish"
+GOLDEN_HISTORY = 20
+GOLDEN_TOP_K = 10
+
+
+def run(
+    config: JobConfig,
+    prepared: Artifact,
+    encoder: Artifact | None,
+    retriever: Artifact,
+    ranker: Artifact,
+    judged: Artifact,
+) -> Artifact:
+    """The artefact of this step; its metrics hold the ``bundle_id`` and the ``store``."""
+    store = BundleStore(config.store)
+
+    def make(folder: Path) -> dict[str, Any]:
+        dataset = Dataset.load(prepared.path)
+        model = load_retriever(retriever.path / "final")
+        with BundleWriter(folder) as writer:
+            Catalogue.build(dataset.items).save(writer.part("items"))
+            writer.add("retriever", retriever.path / "final")
+            dim = 0
+            if isinstance(model, VectorRetriever):
+                vectors = model.item_vectors()
+                dim = vectors.shape[1]
+                config.index.build(vectors).save(writer.part("index"))
+            writer.add("ranker", ranker.path / "final")
+            if encoder is not None:
+                writer.add("encoder", encoder.path / "model")
+            writer.add_popular(*popular(config, dataset))
+            writer.add_histories(histories(dataset, config.publish.max_history))
+            writer.add_config(config)
+            writer.add_metrics(
+                {
+                    "note": "quality was measured on the TEST split by models that had not seen it; the models of this "
+                    "Bundle were then refitted on all data with the same configuration",
+                    "evaluation": judged.metrics,
+                    "retriever": retriever.metrics,
+                    "ranker": ranker.metrics,
+                }
+            )
+            writer.add_golden(golden(writer.draft(dataset.info, embedding_dim=dim), dataset))
+            current = store.current()
+            bundle = writer.finish(
+                dataset.info, embedding_dim=dim, parent=None if current is None else current.bundle_id
+            )
+        return {"bundle_id": bundle.bundle_id, "store": str(store), "num_bytes": bundle.manifest.num_bytes}
+
+    settings = {"config": config.model_dump(mode="json"), "max_history": config.publish.max_history}
+    parents = [prepared, *([encoder] if encoder else []), retriever, ranker, judged]
+    artifact = build(config.workdir, STEP, settings, parents, make)
+    activate(store, artifact, config)
+    return artifact
+
+
+def activate(store: BundleStore, artifact: Artifact, config: JobConfig) -> None:
+    """Bring the Bundle into the store and, unless it is the current one already, point to it."""
+    bundle_id = artifact.metrics["bundle_id"]
+    store.add(Bundle.open(artifact.path / bundle_id))
+    if config.publish.activate:
+        current = store.current()
+        if current is None or current.bundle_id != bundle_id:
+            store.activate(bundle_id, None if current is None else current.bundle_id)
+        store.collect(config.publish.keep)
+
+
+def popular(config: JobConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The most popular items of all data, best first: int32 [P] and float32 [P]."""
+    baseline = next((one for one in config.baselines if isinstance(one, Popularity)), Popularity())
+    fitted = baseline.fit(FitData.of(dataset, Split.TEST, seed=config.seed), Runtime("cpu"))
+    scores = fitted.score(dataset.positives.histories(Split.TEST)[:1])[0]
+    best = np.argsort(-scores, kind="stable")[: config.publish.num_popular]
+    best = best[scores[best] > 0]
+    return best.astype(np.int32), scores[best].astype(np.float32)
+
+
+def histories(dataset: Dataset, max_history: int) -> pa.Table:
+    """Per user the newest ``max_history`` interactions with string ids: what seeds the event store."""
+    view = dataset.log.histories(Split.TEST).last(max_history)
+    rows = np.repeat(view.stops - np.cumsum(view.lengths), view.lengths) + np.arange(view.lengths.sum())
+    table = dataset.interactions.take(pa.array(rows))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(view.lengths)]).astype(np.int32))
+
+    def lists(values: pa.ChunkedArray | pa.Array) -> pa.ListArray:
+        values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        return pa.ListArray.from_arrays(offsets, values)
+
+    columns = [
+        dataset.users[schema.USER_ID].combine_chunks(),
+        lists(dataset.items[schema.ITEM_ID].take(table[schema.ITEM_IDX])),
+        lists(pc.fill_null(table[schema.TIMESTAMP].cast(pa.int64()), 0)),
+        lists(table[schema.EVENT].cast(pa.string())),
+        lists(pc.fill_null(table[schema.VALUE], float("nan"))),
+    ]
+    return pa.table(
+        [column.cast(field.type) for column, field in zip(columns, HISTORIES_SCHEMA, strict=True)],
+        schema=HISTORIES_SCHEMA,
+    )
+
+
+def golden(draft: Bundle, dataset: Dataset) -> GoldenQuery:
+    """A user of middling activity, cut to a short history, and what the draft answers."""
+    log = dataset.positives
+    lengths = np.diff(log.user_offsets)
+    user = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+    rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])[-GOLDEN_HISTORY:]
+    ids = dataset.items[schema.ITEM_ID].take(pa.array(log.item_idx[rows])).to_pylist()
+    times = [0] * len(rows) if log.timestamp_ms is None else log.timestamp_ms[rows].tolist()
+    whole = dataset.interactions.filter(pc.greater(dataset.interactions[schema.WEIGHT], 0)).take(pa.array(rows))
+    history = tuple(
+        GoldenEvent(item_id=item_id, event=event, timestamp_ms=time, value=value)
+        for item_id, event, time, value in zip(
+            ids, whole[schema.EVENT].to_pylist(), times, whole[schema.VALUE].to_pylist(), strict=True
+        )
+    )
+    question = {"history": history, "now_ms": max(times, default=0) + 60_000, "top_k": GOLDEN_TOP_K}
+    slate = Recommender.of(draft).answer_golden(GoldenQuery.model_construct(**question))
+    return GoldenQuery(
+        **question,
+        item_ids=tuple(item.item_id for item in slate.items),
+        scores=tuple(item.score for item in slate.items),
+    )
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("publish")

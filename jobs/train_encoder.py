@@ -1,0 +1,70 @@
+"""The step ``encoder``: the text encoder, fine-tuned on items consumed together, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs._ray import fit_distributed
+from jobs.artifacts import Artifact, build
+from recsys.data.dataset import Dataset
+from recsys.files import file_sha256, write_json
+from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, item_texts
+from recsys.training.contrastive import PairData, finetune
+from recsys.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from jobs.config import JobConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: JobConfig, prepare: Artifact) -> Artifact:
+    """Fine-tune ``config.encoder`` on the train split of ``prepare``, or copy it where ``train.epochs`` is 0."""
+    encoder = config.encoder
+    assert encoder is not None, "the pipeline skips this step for data without text"
+    source = encoder.model_folder()
+    settings: dict[str, Any] = {
+        "encoder": encoder.model_dump(mode="json"),
+        "weights": {path.name: file_sha256(path) for path in sorted(source.glob("*.safetensors"))},
+    }
+    if encoder.train.epochs:
+        settings |= {"seed": config.seed, "num_workers": max(1, config.compute.num_workers)}
+
+    def make(folder: Path) -> dict[str, Any]:
+        if encoder.train.epochs == 0:
+            TextEncoder.load(encoder).save(folder / "model")
+            return {"epochs": 0}
+        dataset = Dataset.load(prepare.path)
+        data = PairData.of(dataset, item_texts(dataset.items, encoder), encoder.train.window, seed=config.seed)
+        logger.info("fine-tuning on %d pairs of items consumed together", len(data.pairs))
+        fit = fit_distributed(
+            train_worker, (encoder, data), compute=config.compute, name=f"encoder-{folder.name}", storage=folder / "fit"
+        )
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        shutil.copytree(fit.path, folder / "model")
+        shutil.rmtree(folder / "fit")
+        return {**fit.metrics, "num_pairs": len(data.pairs)}
+
+    return build(config.workdir, "encoder", settings, [prepare], make)
+
+
+def train_worker(payload: tuple[TextEncoderConfig, PairData], runtime: Runtime) -> Callable[[Path], None]:
+    """What one worker does."""
+    encoder, curve = finetune(*payload, runtime)
+    return functools.partial(_save, encoder, curve)
+
+
+def _save(encoder: TextEncoder, curve: list[dict[str, float]], folder: Path) -> None:
+    encoder.save(folder)
+    write_json(folder / "history.json", curve)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("train_encoder")

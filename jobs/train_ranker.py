@@ -1,0 +1,148 @@
+"""Train the ranker on the retriever's own candidates, then compress it.
+
+Without leakage: the retriever and the item features that make the candidates know TRAIN only, the queries are the
+targets of VALID (for the evaluated ranker) or of VALID and TEST (for the published one).
+
+Writes ``base`` (judged on TEST) and ``final`` (published: over the final retriever's items), each with its export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jobs._ray import fit_distributed
+from jobs.artifacts import Artifact, build
+from jobs.config import JobConfig
+from recsys.data.dataset import Dataset, Split
+from recsys.data.features import ItemFeatures, matrix
+from recsys.evaluation.protocol import sample_queries, select
+from recsys.files import write_json
+from recsys.models import load_retriever
+from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, fit_ranker, item_content
+from recsys.models.base import Retriever, VectorRetriever
+from recsys.models.ranker_export import choose_export, export_ranker
+from recsys.models.ranking import RankingItems
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.offline import queries_of, run_stages
+from recsys.pipeline.stages.retrieval import RetrievalStage
+from recsys.training.ranking_examples import RankingExamples, ranking_examples
+from recsys.training.runtime import Runtime
+
+STEP = "ranker"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What the workers need."""
+
+    config: AttentionRankerConfig
+    items: RankingItems
+    content: NDArray[np.float32]
+    train: RankingExamples
+    holdout: RankingExamples
+    everything: RankingExamples
+    seed: int
+
+
+def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
+    """Fit on VALID with a holdout of users; then, for as many epochs as were best, on VALID and TEST."""
+    config, items, content = payload.config, payload.items, payload.content
+    base = fit_ranker(config, payload.train, items, content, runtime, holdout=payload.holdout, seed=payload.seed)
+    chosen = config.model_copy(update={"epochs": base.num_epochs})
+    final = fit_ranker(chosen, payload.everything, items, content, runtime, holdout=None, seed=payload.seed)
+
+    def save(folder: Path) -> None:
+        base.save(folder / "base")
+        final.save(folder / "final")
+
+    return save
+
+
+def text_vectors(embedded: Artifact | None) -> NDArray[np.float32] | None:
+    """float32 [N, E] of the ``embed`` step, or None for data without text."""
+    return None if embedded is None else matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
+
+
+def retrieval_stage(config: JobConfig, dataset: Dataset, retriever: Retriever) -> RetrievalStage:
+    """The served retrieval stage over a retriever of this run."""
+    index = config.index.build(retriever.item_vectors()) if isinstance(retriever, VectorRetriever) else None
+    return RetrievalStage("", retriever, index, Catalogue.build(dataset.items))
+
+
+def _item_vectors(retriever: Retriever, content: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The space in which the ranker measures similarity: the retriever's, or the items' content where it has none."""
+    return retriever.item_vectors() if isinstance(retriever, VectorRetriever) else content
+
+
+def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact) -> Artifact:
+    """The artefact of this step."""
+    model = config.ranking.model
+    assert isinstance(model, AttentionRankerConfig), "the union has one kind"
+
+    def make(folder: Path) -> dict[str, Any]:
+        dataset = Dataset.load(prepared.path)
+        texts = text_vectors(embedded)
+        base_retriever = load_retriever(retriever.path / "base")
+        features = ItemFeatures.of(dataset, Split.TRAIN)
+        content = item_content(texts, features)
+        items = RankingItems.of(features, _item_vectors(base_retriever, content))
+        stage = retrieval_stage(config, dataset, base_retriever)
+
+        sampling = config.evaluation.model_copy(update={"max_queries": config.ranking.max_queries, "seed": config.seed})
+
+        def examples(split: Split) -> RankingExamples:
+            targets = dataset.targets(split)
+            targets = select(targets, sample_queries(targets, sampling))
+            queries = queries_of(
+                targets,
+                num_candidates=config.ranking.num_candidates,
+                max_history=config.pipeline.max_history,
+                top_k=config.ranking.num_candidates,
+            )
+            return ranking_examples(targets, run_stages([stage], queries), items, model.max_history)
+
+        valid, test = examples(Split.VALID), examples(Split.TEST)
+        train, holdout = valid.split_by_user(config.ranking.holdout_share, config.seed)
+        payload = Payload(model, items, content, train, holdout, valid.concat(test), config.seed)
+        fitted = fit_distributed(
+            fit, payload, compute=config.compute, name=f"ranker-{folder.name}", storage=folder / "training"
+        )
+        metrics: dict[str, Any] = {
+            "num_queries": {"train": len(train), "holdout": len(holdout), "final": len(payload.everything)},
+            "num_missed": valid.num_missed,
+        }
+        for name, until, source in (("base", Split.VALID, base_retriever), ("final", Split.TEST, None)):
+            ranker = model.load(fitted.path / name)
+            assert isinstance(ranker, AttentionRanker)
+            judged = source or load_retriever(retriever.path / "final")
+            ranker = ranker.with_items(
+                RankingItems.of(ItemFeatures.of(dataset, until), _item_vectors(judged, content)), content
+            )
+            exported = export_ranker(ranker, config.ranking.export, train.batch)
+            served, record = choose_export(ranker, exported, holdout, config.ranking.export)
+            served.save(folder / name)
+            write_json(folder / name / "export.json", record)
+            metrics[name] = {"history": ranker.history, "export": record}
+        return metrics
+
+    settings = {
+        "ranking": config.ranking.model_dump(mode="json"),
+        "index": config.index.model_dump(mode="json"),
+        "max_history": config.pipeline.max_history,
+        "seed": config.seed,
+    }
+    parents = [prepared, *([embedded] if embedded else []), retriever]
+    return build(config.workdir, STEP, settings, parents, make)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("train_ranker")

@@ -1,0 +1,127 @@
+"""Train the retriever on TRAIN with VALID, then refit it on everything, in one run.
+
+Writes ``base`` (fitted on TRAIN, its epochs chosen on VALID: the one that is judged), ``final`` (refitted on all data
+with what was chosen: the one that is published) and ``history.json`` (the learning curve of each).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from jobs._ray import fit_distributed
+from jobs.artifacts import Artifact, artifact_key, build
+from jobs.config import JobConfig
+from recsys.data.dataset import Dataset, Split
+from recsys.data.features import matrix
+from recsys.files import read_json, write_json
+from recsys.models import load_retriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.training.loop import best_epoch
+from recsys.training.runtime import ModuleT, Runtime
+
+STEP = "retriever"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What the workers need."""
+
+    config: RetrieverConfig
+    base: FitData
+    final: FitData
+
+
+class Phase(Runtime):
+    """One of two trainings that share a runtime. Checkpoints of the second carry the result of the first."""
+
+    def __init__(self, runtime: Runtime, name: str, done: Mapping[str, Retriever]) -> None:
+        self._runtime, self._name, self._done = runtime, name, done
+        self.device, self.rank, self.world_size = runtime.device, runtime.rank, runtime.world_size
+
+    def prepare(self, module: ModuleT) -> ModuleT:
+        """As the shared runtime does."""
+        return self._runtime.prepare(module)
+
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        """As the shared runtime does."""
+        return self._runtime.all_reduce_sum(value)
+
+    def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None = None) -> None:
+        """Report under this phase's name."""
+
+        def save_all(folder: Path) -> None:
+            assert save is not None
+            (folder / self._name).mkdir()
+            save(folder / self._name)
+            for name, retriever in self._done.items():
+                retriever.save(folder / f"{name}_result")
+
+        self._runtime.report(metrics, None if save is None else save_all)
+
+    def restore(self) -> Path | None:
+        """This phase's part of the newest checkpoint."""
+        folder = self._runtime.restore()
+        return folder / self._name if folder is not None and (folder / self._name).exists() else None
+
+
+def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
+    """Fit on TRAIN, choosing on VALID; then on everything with what was chosen."""
+    restored = runtime.restore()
+    if restored is not None and (restored / "base_result").exists():
+        base = load_retriever(restored / "base_result")
+    else:
+        base = payload.config.fit(payload.base, Phase(runtime, "base", {}))
+    final = payload.config.refit(base).fit(payload.final, Phase(runtime, "final", {"base": base}))
+
+    def save(folder: Path) -> None:
+        base.save(folder / "base")
+        final.save(folder / "final")
+        write_json(folder / "history.json", {"base": list(base.history), "final": list(final.history)})
+
+    return save
+
+
+def run(config: JobConfig, prepare: Artifact, embed: Artifact | None) -> Artifact:
+    """The ``retriever`` artefact; ``embed`` is None for data without text."""
+    parents = [prepare] if embed is None else [prepare, embed]
+    tree = {"retriever": config.retriever.model_dump(mode="json"), "seed": config.seed}
+
+    def make(folder: Path) -> dict[str, Any]:
+        dataset = Dataset.load(prepare.path)
+        text = None if embed is None else matrix(pq.read_table(embed.path / "item_text.parquet")["vector"])
+        base = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=config.seed)
+        final = replace(base, histories=dataset.positives.histories(Split.TEST), valid=None)
+        result = fit_distributed(
+            fit,
+            Payload(config.retriever, base, final),
+            compute=config.compute,
+            name=f"{STEP}-{artifact_key(STEP, tree, parents)}",
+            storage=folder,
+        )
+        for part in ("base", "final", "history.json"):
+            (shutil.copytree if (result.path / part).is_dir() else shutil.copy2)(result.path / part, folder / part)
+        shutil.rmtree(result.path.parent)
+        return summary(read_json(folder / "history.json")["base"])
+
+    return build(config.workdir, STEP, tree, parents, make)
+
+
+def summary(history: list[dict[str, float]]) -> dict[str, Any]:
+    """The epoch that was best on VALID, and how good it was there."""
+    chosen = best_epoch(history)
+    if chosen is None:
+        return {}
+    return {"epochs": chosen, "valid_ndcg@10": next(row["ndcg@10"] for row in history if row["epoch"] == chosen)}
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    main("train_retriever")

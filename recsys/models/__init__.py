@@ -1,0 +1,47 @@
+"""Models: one file per family. A new family is a file, and its configuration's name in the tuple of its sort."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recsys.config import parse, union
+from recsys.errors import ModelError
+from recsys.files import read_json
+from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
+from recsys.models.base import Retriever, RetrieverConfig
+from recsys.models.esasrec import ESASRec
+from recsys.models.item_knn import ItemKNN
+from recsys.models.popularity import Popularity
+from recsys.models.ranker_export import load_exported
+from recsys.models.ranking import Ranker, RankerConfig
+
+KINDS: tuple[type[RetrieverConfig], ...] = (ESASRec, Popularity, ItemKNN)
+
+RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig,)
+
+if TYPE_CHECKING:
+    AnyRetriever = RetrieverConfig
+    AnyRanker = RankerConfig
+else:
+    AnyRetriever = union("retrievers", KINDS)
+    AnyRanker = union("rankers", RANKER_KINDS)
+
+
+def load_retriever(folder: str | Path) -> Retriever:
+    """The retriever that :meth:`recsys.models.base.Retriever.save` wrote into ``folder``, whatever its kind."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder}: no saved retriever here (config.json is missing)", path=str(folder))
+    config: RetrieverConfig = parse(AnyRetriever, read_json(path), where=str(path))
+    return config.load(Path(folder))
+
+
+def load_ranker(folder: str | Path) -> Ranker:
+    """The ranker in ``folder``: its compressed form where one was exported and this machine can run it."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder}: no saved ranker here (config.json is missing)", path=str(folder))
+    config: RankerConfig = parse(AnyRanker, read_json(path), where=str(path))
+    ranker = config.load(Path(folder))
+    return load_exported(Path(folder), ranker) if isinstance(ranker, AttentionRanker) else ranker

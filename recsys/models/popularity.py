@@ -1,0 +1,68 @@
+"""The items most interacted with lately, the same for everybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from recsys.data.histories import Histories
+from recsys.errors import EmptyDataError, NoTimeError
+from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.training.checkpoint import load_tensors, save_tensors
+from recsys.training.runtime import Runtime
+
+_DAY_MS = 86_400_000
+
+
+class Popularity(RetrieverConfig):
+    """Weighted interaction counts, of all time or of a window that ends with the last interaction learned from."""
+
+    kind: Literal["popularity"] = "popularity"
+    window_days: float | None = Field(
+        default=None, gt=0, description="days counted, up to the last interaction; null is all time"
+    )
+
+    def fit(self, data: FitData, runtime: Runtime) -> PopularityRetriever:
+        """Count. Items equal within the window are ordered by their count of all time."""
+        rows = data.histories.rows()
+        if not len(rows):
+            raise EmptyDataError("there is no positive interaction to count: check the positives' configuration")
+        items, weights = data.histories.item_idx[rows], data.weights[rows]
+        counts = np.bincount(items, weights, data.num_items)
+        if self.window_days is not None:
+            if data.histories.timestamp_ms is None:
+                raise NoTimeError(
+                    "popularity.window_days needs timestamps, and this data has order only: set it to null"
+                )
+            times = data.histories.timestamp_ms[rows]
+            recent = times > times.max() - self.window_days * _DAY_MS
+            tie_break = counts / (counts.max() + 1) * weights.min()
+            counts = np.bincount(items[recent], weights[recent], data.num_items) + tie_break
+        return PopularityRetriever(self, counts.astype(np.float32))
+
+    def load(self, folder: Path) -> PopularityRetriever:
+        """Read saved counts."""
+        return PopularityRetriever(self, load_tensors(folder / "model.safetensors")["counts"].numpy())
+
+
+class PopularityRetriever(Retriever):
+    """A fitted :class:`Popularity`."""
+
+    def __init__(self, config: Popularity, counts: NDArray[np.float32]) -> None:
+        self.config: Popularity = config
+        self.counts = counts
+        """float32 [N]"""
+        self.num_items = len(counts)
+
+    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """The counts, once per history."""
+        return np.repeat(self.counts[None], len(histories), axis=0)
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the counts."""
+        save_tensors(folder / "model.safetensors", {"counts": torch.from_numpy(self.counts)})

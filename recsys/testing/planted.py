@@ -1,0 +1,84 @@
+"""Small data with a pattern planted in it, so that a test knows what a working model must find."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from recsys import schema
+from recsys.data.dataset import Dataset, DatasetInfo, Split
+
+_HOUR_MS = 3_600_000
+_START_MS = 1_600_000_000_000
+
+
+def planted_clusters(
+    *, num_users: int = 120, num_clusters: int = 4, items_per_cluster: int = 12, length: int = 8, seed: int = 0
+) -> Dataset:
+    """Every user stays within one cluster of items: a checkerboard. The last item is VALID, the others TRAIN.
+
+    Whoever learns the clusters ranks a withheld item among the ``items_per_cluster - length + 1`` unseen items of the
+    user's cluster; chance ranks it among all. Users take turns over the clusters, so popularity knows nothing.
+    """
+    rng = np.random.default_rng(seed)
+    users: list[int] = []
+    items: list[int] = []
+    for user in range(num_users):
+        first = user % num_clusters * items_per_cluster
+        users += [user] * length
+        items += list(first + rng.permutation(items_per_cluster)[:length])
+    position = np.tile(np.arange(length), num_users)
+    split = np.where(position == length - 1, Split.VALID, Split.TRAIN)
+    return dataset_of(np.array(users), np.array(items), split, num_items=num_clusters * items_per_cluster)
+
+
+def dataset_of(
+    user_idx: NDArray[np.integer], item_idx: NDArray[np.integer], split: NDArray[np.integer], *, num_items: int
+) -> Dataset:
+    """A leave-one-out dataset, one interaction an hour, of arrays sorted by user and order."""
+    num_rows, num_users = len(user_idx), int(user_idx.max(initial=-1)) + 1
+    rows = pa.table(
+        {
+            schema.USER_IDX: pa.array(user_idx, pa.int32()),
+            schema.ITEM_IDX: pa.array(item_idx, pa.int32()),
+            schema.TIMESTAMP: pa.array(_START_MS + np.arange(num_rows) * _HOUR_MS, pa.int64()).cast(
+                schema.TIMESTAMP_TYPE
+            ),
+            schema.POSITION: pa.array(np.arange(num_rows), pa.int64()),
+            schema.EVENT: pa.array(["view"] * num_rows, pa.string()),
+            schema.VALUE: pa.nulls(num_rows, pa.float32()),
+            schema.WEIGHT: pa.array(np.ones(num_rows), pa.float32()),
+            schema.SPLIT: pa.array(split, pa.int8()),
+        },
+        schema=schema.PREPARED_INTERACTIONS,
+    )
+    items = pa.table(
+        {
+            "item_id": pa.array([f"i{item}" for item in range(num_items)], pa.string()),
+            "title": pa.array([f"item {item}" for item in range(num_items)], pa.string()),
+            "description": pa.nulls(num_items, pa.string()),
+            "categories": pa.array([[]] * num_items, pa.list_(pa.string())),
+            "creator": pa.nulls(num_items, pa.string()),
+            "price": pa.nulls(num_items, pa.float32()),
+            "created_at": pa.nulls(num_items, schema.TIMESTAMP_TYPE),
+            "available": pa.array([True] * num_items, pa.bool_()),
+            "image": pa.nulls(num_items, pa.string()),
+        },
+        schema=schema.ITEMS,
+    )
+    info = DatasetInfo(
+        name="planted",
+        fingerprint="planted",
+        id_map_fingerprint="planted",
+        has_time=True,
+        protocol="leave_one_out",
+        num_users=num_users,
+        num_items=num_items,
+        num_interactions=num_rows,
+        num_positives=num_rows,
+        num_quarantined=0,
+        counts_by_split={part.name.lower(): int((split == part).sum()) for part in Split},
+    )
+    users = pa.table({"user_id": pa.array([f"u{user}" for user in range(num_users)], pa.string())})
+    return Dataset(rows, items, users, info)

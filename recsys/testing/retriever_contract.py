@@ -1,0 +1,162 @@
+"""What every retriever must do, whatever its family.
+
+::
+
+    class TestMyRetriever(RetrieverContract):
+        config = MyRetriever(...)      # small enough to fit the planted data in seconds
+        min_ndcg = 0.3                 # what it must reach there; chance is about 0.1
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from recsys.config import parse
+from recsys.data.dataset import Dataset, Split
+from recsys.data.histories import Histories
+from recsys.errors import EmptyDataError
+from recsys.models import AnyRetriever, load_retriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.testing.planted import dataset_of, planted_clusters
+from recsys.training.loop import validation_ndcg
+from recsys.training.runtime import Runtime
+
+_TOLERANCE = 1e-4
+
+
+class RetrieverContract:
+    """Inherit it under a name that begins with ``Test`` and set ``config``."""
+
+    config: ClassVar[RetrieverConfig]
+    min_ndcg: ClassVar[float] = 0.0
+    """NDCG@10 on the planted clusters that the family must reach; 0 for one that ignores the history"""
+    _fitted: ClassVar[dict[type, Retriever]] = {}
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Four clusters of twelve items; every user stays within one."""
+        return planted_clusters()
+
+    def fit_data(self, dataset: Dataset) -> FitData:
+        """What the family is fitted on; override it to add text vectors."""
+        return FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=7)
+
+    @pytest.fixture
+    def fitted(self) -> Retriever:
+        """Fitted once per class."""
+        fitted = type(self)._fitted.get(type(self))
+        if fitted is None:
+            fitted = type(self)._fitted[type(self)] = self.config.fit(self.fit_data(self.dataset), Runtime("cpu"))
+        return fitted
+
+    @pytest.fixture
+    def histories(self) -> Histories:
+        """An empty one, one item, a repeat, the same thing 3,000 times, and ordinary ones."""
+        lists = [[], [0], [5, 5, 5], [3] * 3000, [0, 1, 2, 3], [47, 0, 46, 1]]
+        return Histories.from_lists(lists, [[1_600_000_000_000 + i for i in range(len(items))] for items in lists])
+
+    def test_is_listed(self) -> None:
+        """The configuration survives JSON through the union of kinds, and unknown keys are refused."""
+        tree = self.config.model_dump(mode="json")
+        assert parse(AnyRetriever, tree, where="test") == self.config
+        with pytest.raises(Exception, match="no_such_key"):
+            parse(AnyRetriever, {**tree, "no_such_key": 1}, where="test")
+
+    def test_scores_every_item(self, fitted: Retriever, histories: Histories) -> None:
+        """One finite float32 score per history and item, unknown users (empty histories) included."""
+        scores = fitted.score(histories, np.full(len(histories), 1_600_000_000_000, np.int64))
+        assert scores.shape == (len(histories), self.dataset.num_items)
+        assert scores.dtype == np.float32
+        assert np.isfinite(scores).all()
+
+    def test_no_histories(self, fitted: Retriever) -> None:
+        """A batch of none is answered with none."""
+        assert fitted.score(Histories.from_lists([])).shape == (0, self.dataset.num_items)
+
+    def test_odd_times(self, fitted: Retriever) -> None:
+        """Requests before the history, in 1970 or without any time are answered."""
+        lists = [[1, 2, 3]] * 3
+        times = Histories.from_lists(lists, [[0, 0, 0], [-5, 10**15, 0], [9, 8, 7]])
+        for histories in (times, Histories.from_lists(lists)):
+            for now in (None, np.array([0, -(10**15), 10**15], np.int64)):
+                assert np.isfinite(fitted.score(histories, now)).all()
+
+    def test_does_not_change_what_it_is_given(self, fitted: Retriever) -> None:
+        """Scores may be written to by the caller without harm to the model."""
+        histories = Histories.from_lists([[1, 2, 3]])
+        first = fitted.score(histories)
+        kept = first.copy()
+        first[:] = np.nan
+        np.testing.assert_array_equal(fitted.score(histories), kept)
+        np.testing.assert_array_equal(histories.item_idx, [1, 2, 3])
+
+    def test_a_score_does_not_depend_on_its_batch(self, fitted: Retriever, histories: Histories) -> None:
+        """Alone or among others, in whatever order."""
+        together = fitted.score(histories)
+        order = np.arange(len(histories))[::-1].copy()
+        _close(fitted.score(histories[order])[order], together)
+        for row in range(len(histories)):
+            _close(fitted.score(histories[slice(row, row + 1)])[0], together[row])
+
+    def test_save_and_load(self, fitted: Retriever, histories: Histories, tmp_path: Path) -> None:
+        """A saved folder answers exactly as what was saved; it holds no pickle."""
+        fitted.save(tmp_path)
+        loaded = load_retriever(tmp_path)
+        assert loaded.config == fitted.config
+        assert loaded.num_items == fitted.num_items
+        np.testing.assert_array_equal(loaded.score(histories), fitted.score(histories))
+        assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".parquet", ".arrow"}
+
+    def test_same_seed_same_model(self, fitted: Retriever, histories: Histories) -> None:
+        """A second fit scores the same, and has the same learning curve."""
+        again = self.config.fit(self.fit_data(self.dataset), Runtime("cpu"))
+        np.testing.assert_array_equal(again.score(histories), fitted.score(histories))
+        assert list(again.history) == list(fitted.history)
+
+    def test_never_learns_from_after_the_cut(self, fitted: Retriever, histories: Histories) -> None:
+        """Other items after ``until`` in the same log leave the model unchanged."""
+        dataset = self.dataset
+        log = dataset.positives
+        item_idx = np.where(log.split == Split.TRAIN, log.item_idx, 0)
+        other = dataset_of(log.user_idx, item_idx, log.split, num_items=dataset.num_items)
+        config = self.config.refit(fitted)
+        data = [FitData.of(source, Split.TRAIN, text_vectors=self._text(source), seed=7) for source in (dataset, other)]
+        first, second = (config.fit(part, Runtime("cpu")).score(histories) for part in data)
+        np.testing.assert_array_equal(first, second)
+
+    def test_finds_the_planted_pattern(self, fitted: Retriever) -> None:
+        """The withheld item ranks high: NDCG@10 above ``min_ndcg``."""
+        ndcg = validation_ndcg(fitted.score, self.dataset.targets(Split.VALID), Runtime("cpu"))
+        assert ndcg >= self.min_ndcg
+
+    def test_empty_data(self) -> None:
+        """Nothing to learn from is an error that says so."""
+        dataset = self.dataset
+        histories = dataset.positives.histories(Split.TRAIN)
+        nothing = Histories(histories.item_idx, histories.starts, histories.starts, histories.timestamp_ms)
+        data = FitData(nothing, dataset.positives.weight, dataset.items, self._text(dataset))
+        with pytest.raises(EmptyDataError, match="no positive interaction"):
+            self.config.fit(data, Runtime("cpu"))
+
+    def test_vectors_agree_with_scores(self, fitted: Retriever, histories: Histories) -> None:
+        """For families with vectors: their inner product is the score, so an index finds what ``score`` ranks."""
+        if not isinstance(fitted, VectorRetriever):
+            pytest.skip("this family has no vectors")
+        users, items = fitted.encode_users(histories), fitted.item_vectors()
+        assert users.shape == (len(histories), fitted.num_vectors, items.shape[1])
+        assert users.dtype == items.dtype == np.float32
+        _close(np.einsum("bkd,nd->bkn", users, items).max(1), fitted.score(histories))
+
+    def _text(self, dataset: Dataset) -> NDArray[np.float32] | None:
+        return self.fit_data(dataset).text_vectors
+
+
+def _close(actual: NDArray[Any], expected: NDArray[Any]) -> None:
+    scale = max(1.0, float(np.abs(expected).max(initial=0)))
+    np.testing.assert_allclose(actual, expected, atol=_TOLERANCE * scale, rtol=0)

@@ -1,0 +1,204 @@
+"""Contrastive fine-tuning of a text encoder: items that one user consumed one after the other get similar vectors.
+
+InfoNCE with in-batch negatives (van den Oord et al., 2018), in both directions. Deviation: a negative that is the
+positive itself, the anchor itself, or known to be consumed together with the anchor is left out of the softmax.
+Negatives come from a worker's own share of the batch.
+
+Shape legend: P pairs of a share, U different items of a share, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from recsys.data.dataset import Dataset, Split
+from recsys.data.histories import Histories
+from recsys.errors import EmptyDataError
+from recsys.models.text_encoder import SentenceModule, TextEncoder, TextEncoderConfig, TextTrainConfig, pad
+from recsys.training.loop import Row, TrainConfig, train
+from recsys.training.runtime import Runtime
+
+Pairs = NDArray[np.int32]
+"""int32 [N, 2], the smaller item_idx first, sorted, no pair twice"""
+
+
+@dataclass(frozen=True)
+class PairData:
+    """What fine-tuning reads: nothing in it comes from after the train split."""
+
+    texts: Sequence[str]
+    """one per item, in order of ``item_idx``"""
+    pairs: Pairs
+    seed: int = 0
+
+    @classmethod
+    def of(cls, dataset: Dataset, texts: Sequence[str], window: int, *, seed: int = 0) -> PairData:
+        """Pairs from the positives of the train split of ``dataset``.
+
+        :raises EmptyDataError: when no user has two different positives there.
+        """
+        pairs = consecutive_pairs(dataset.positives.histories(Split.TRAIN), window)
+        if len(pairs) < 2:
+            raise EmptyDataError("the encoder cannot be fine-tuned: no two items were consumed one after the other")
+        return cls(texts, pairs, seed)
+
+
+def consecutive_pairs(histories: Histories, window: int) -> Pairs:
+    """Pairs of different items at most ``window`` steps apart in one history."""
+    packed = histories.pack()
+    owner = np.repeat(np.arange(len(histories)), packed.lengths)
+    found: list[NDArray[np.int32]] = []
+    for step in range(1, window + 1):
+        left, right = packed.item_idx[:-step], packed.item_idx[step:]
+        keep = (owner[:-step] == owner[step:]) & (left != right)
+        found.append(np.stack([np.minimum(left, right)[keep], np.maximum(left, right)[keep]], axis=1))
+    return np.unique(np.concatenate(found), axis=0).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class PairShare:
+    """What one worker computes of one step, on its device."""
+
+    ids_UL: Tensor
+    mask_UL: Tensor
+    anchors_P: Tensor
+    """int64, rows of ``ids_UL``"""
+    positives_P: Tensor
+    """int64, rows of ``ids_UL``"""
+    forbidden_PP: Tensor
+    """bool: column j is no negative of row i"""
+
+
+class PairStep:
+    """One optimizer step: a global batch of pairs."""
+
+    def __init__(self, pairs: Pairs, tokens: Sequence[Sequence[int]], known: NDArray[np.int64], pad_id: int) -> None:
+        self._pairs, self._tokens, self._known, self._pad_id = pairs, tokens, known, pad_id
+
+    @property
+    def weight(self) -> float:
+        return float(len(self._pairs))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._pairs)
+
+    def part(self, index: int, num_parts: int, device: torch.device) -> PairShare:
+        """Every ``num_parts``-th pair from ``index`` on."""
+        pairs = self._pairs[index::num_parts]
+        items, rows = np.unique(pairs, return_inverse=True)
+        ids_UL, mask_UL = pad((self._tokens[item] for item in items), self._pad_id)
+        rows = torch.from_numpy(rows.reshape(pairs.shape)).to(device)
+        forbidden = torch.from_numpy(false_negatives(pairs, self._known, len(self._tokens)))
+        return PairShare(ids_UL.to(device), mask_UL.to(device), rows[:, 0], rows[:, 1], forbidden.to(device))
+
+
+def pair_keys(left: NDArray[np.int32], right: NDArray[np.int32], num_items: int) -> NDArray[np.int64]:
+    """One int64 per unordered pair; broadcasts."""
+    return np.minimum(left, right).astype(np.int64) * num_items + np.maximum(left, right)
+
+
+def false_negatives(pairs: Pairs, known: NDArray[np.int64], num_items: int) -> NDArray[np.bool_]:
+    """bool [P, P]: the second item of pair j is no negative for the first of pair i: it is that item itself, the
+    positive of i, or ``known`` (sorted keys) to be consumed together with it. The diagonal, the positive, is False.
+    """
+    anchors, positives = pairs[:, 0], pairs[:, 1]
+    keys = pair_keys(anchors[:, None], positives[None, :], num_items)
+    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    forbidden = (known[place] == keys) | (anchors[:, None] == positives[None, :])
+    forbidden |= positives[:, None] == positives[None, :]
+    np.fill_diagonal(forbidden, False)
+    return forbidden
+
+
+def info_nce(anchors_PD: Tensor, positives_PD: Tensor, forbidden_PP: Tensor, temperature: float) -> Tensor:
+    """Summed over pairs, the mean of both directions. Vectors are unit vectors."""
+    logits_PP = (anchors_PD @ positives_PD.T / temperature).masked_fill(forbidden_PP, -torch.inf)
+    target_P = torch.arange(len(logits_PP), device=logits_PP.device)
+    forth = nn.functional.cross_entropy(logits_PP, target_P, reduction="sum")
+    back = nn.functional.cross_entropy(logits_PP.T, target_P, reduction="sum")
+    return (forth + back) / 2
+
+
+class PairModule(nn.Module):
+    """The encoder with its loss, in the form that the training loop takes."""
+
+    def __init__(self, sentence: SentenceModule, temperature: float) -> None:
+        super().__init__()
+        self.sentence = sentence
+        self.temperature = temperature
+
+    def forward(self, share: PairShare) -> Tensor:
+        """Summed loss of a share."""
+        vectors_UD = self.sentence(share.ids_UL, share.mask_UL)
+        anchors_PD, positives_PD = vectors_UD[share.anchors_P], vectors_UD[share.positives_P]
+        return info_nce(anchors_PD, positives_PD, share.forbidden_PP, self.temperature)
+
+
+def finetune(config: TextEncoderConfig, data: PairData, runtime: Runtime) -> tuple[TextEncoder, list[Row]]:
+    """Fine-tune ``config.model``; returns the encoder and the learning curve (``epoch``, ``loss`` per pair).
+
+    Deterministic for one seed, machine and number of workers. Continues from ``runtime``'s newest checkpoint.
+    """
+    settings = config.train
+    encoder = TextEncoder.load(config)
+    tokens = encoder.tokenize(data.texts)
+    pad_id: int = encoder.tokenizer.pad_token_id
+    known = np.unique(pair_keys(data.pairs[:, 0], data.pairs[:, 1], len(tokens)))
+    module = PairModule(encoder.module, settings.temperature)
+
+    def plan(epoch: int) -> list[PairStep]:
+        pairs = sample_epoch(data.pairs, settings, epoch, data.seed, runtime.world_size)
+        starts = range(0, len(pairs), settings.batch_size)
+        return [PairStep(pairs[start : start + settings.batch_size], tokens, known, pad_id) for start in starts]
+
+    freeze(module, settings.trainable_layers, plan(0)[0].part(0, 1, torch.device("cpu")))
+    fingerprint = f"{config.content_hash()}:{data.seed}:{len(tokens)}:{len(data.pairs)}"
+    shared = settings.model_dump(include={"epochs", "learning_rate", "weight_decay", "warmup_steps"})
+    loop = TrainConfig.parse(shared, where="encoder.train")
+    curve = train(
+        module, plan=plan, validate=None, config=loop, runtime=runtime, seed=data.seed, fingerprint=fingerprint
+    )
+    encoder.module.to("cpu").requires_grad_(True)
+    return encoder, curve
+
+
+def sample_epoch(pairs: Pairs, config: TextTrainConfig, epoch: int, seed: int, world_size: int) -> Pairs:
+    """The pairs of an epoch: a seeded sample in random order, either item first; the last step is never so small
+    that a worker would be without a pair and a negative.
+    """
+    rng = np.random.default_rng([seed, epoch, 7])
+    size = min(config.max_pairs, len(pairs))
+    size -= size % config.batch_size if size % config.batch_size < 2 * world_size and size > config.batch_size else 0
+    chosen = pairs[rng.choice(len(pairs), size, replace=False)]
+    flip = rng.random(size) < 0.5
+    return np.where(flip[:, None], chosen[:, ::-1], chosen)
+
+
+def freeze(module: PairModule, trainable_layers: int, share: PairShare) -> None:
+    """Let only the topmost ``trainable_layers`` layers learn (0: all), and nothing that the loss does not reach.
+
+    Data-parallel training waits for a gradient of everything that learns; an encoder may hold parts, such as the
+    pooler of BERT, that sentence vectors do not use. One backward pass on ``share`` finds them.
+    """
+    transformer: Any = module.sentence.transformer
+    if trainable_layers:
+        layers = max(
+            (child for child in transformer.modules() if isinstance(child, nn.ModuleList)), key=len, default=None
+        )
+        if layers is not None:
+            module.requires_grad_(False)
+            for layer in list(layers)[-trainable_layers:]:
+                layer.requires_grad_(True)
+    module.eval()
+    module(share).backward()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None

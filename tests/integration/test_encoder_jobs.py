@@ -1,0 +1,201 @@
+"""Fine-tuning and embedding on a real Ray: data-parallel, through killed workers, with the answer of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs import embed, train_encoder
+from jobs._ray import ComputeConfig, fit_distributed
+from jobs.artifacts import Artifact
+from recsys import schema
+from recsys.data.dataset import Dataset, DatasetInfo, Split
+from recsys.data.histories import Histories
+from recsys.files import write_json
+from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
+from recsys.training.contrastive import PairData, consecutive_pairs, finetune
+from recsys.training.runtime import Runtime
+
+WORDS = ["red", "green", "blue", "car", "bike", "boat"]
+NUM_ITEMS = 3000
+COMPUTE = ComputeConfig(num_workers=2, cpus_per_worker=0.5, threads_per_worker=1, max_failures=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ship_this_module() -> Iterator[None]:
+    """Workers cannot import a test file, so what it defines travels by value."""
+    import ray
+
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **shape)).save_pretrained(folder)
+    words = {word: row for row, word in enumerate(vocabulary)}
+    BertTokenizerFast(vocab=words, model_max_length=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Artifact:
+    """A prepared dataset as the step before leaves it."""
+    path = tmp_path_factory.mktemp("prepare")
+    rng = np.random.default_rng(0)
+    titles = [" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(NUM_ITEMS)]
+    items = [{"item_id": str(i), "title": t, "categories": [], "available": True} for i, t in enumerate(titles)]
+    log = [
+        {"user_idx": user, "item_idx": int(item), "position": place, "event": "view", "weight": 1.0, "split": 0}
+        for user in range(20)
+        for place, item in enumerate(rng.choice(40, 8, replace=False))
+    ]
+    info = DatasetInfo(
+        name="toy",
+        fingerprint="",
+        id_map_fingerprint="",
+        has_time=False,
+        protocol="leave_one_out",
+        num_users=20,
+        num_items=NUM_ITEMS,
+        num_interactions=len(log),
+        num_positives=len(log),
+        num_quarantined=0,
+        counts_by_split={Split.TRAIN.name: len(log)},
+    )
+    tables = (pa.Table.from_pylist(log, schema=schema.PREPARED_INTERACTIONS), pa.Table.from_pylist(items, schema.ITEMS))
+    Dataset(*tables, users=pa.table({"user_id": [str(u) for u in range(20)]}), info=info).save(path)
+    return Artifact("prepare", "toy", path)
+
+
+def job_config(workdir: Path, folder: Path, num_workers: int, **train: float) -> SimpleNamespace:
+    encoder = TextEncoderConfig(model=str(folder), backend="torch", train=TextTrainConfig(batch_size=16, **train))
+    compute = COMPUTE.model_copy(update={"num_workers": num_workers})
+    return SimpleNamespace(workdir=workdir, seed=0, encoder=encoder, compute=compute)
+
+
+def die_once(payload: tuple[TextEncoderConfig, PairData, Path], runtime: Runtime) -> Callable[[Path], None]:
+    """Fine-tune, but the last worker is killed after epoch 2 of the first attempt."""
+    config, data, flag = payload
+    restored = runtime.restore()
+    if runtime.rank == 0:
+        with (flag / "attempts").open("a") as file:
+            file.write(f"{restored is not None}\n")
+    report = runtime.report
+
+    def report_and_die(metrics, save=None):
+        report(metrics, save)
+        if metrics["epoch"] == 3 and runtime.rank == runtime.world_size - 1 and not (flag / "died").exists():
+            (flag / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    runtime.report = report_and_die
+    encoder, curve = finetune(config, data, runtime)
+
+    def save(target: Path) -> None:
+        encoder.save(target)
+        write_json(target / "world.json", {"size": runtime.world_size, "epochs": len(curve)})
+
+    return save
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_worker_does_not_end_the_training(local_ray, folder, tmp_path):
+    from recsys.files import read_json
+
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(40)]
+    pairs = consecutive_pairs(Histories.from_lists([rng.permutation(40)[:6].tolist() for _ in range(12)]), 1)
+    train = TextTrainConfig(epochs=4, batch_size=16, learning_rate=1e-3)
+    config = TextEncoderConfig(model=str(folder), backend="torch", train=train)
+    data = PairData(texts, pairs)
+    fit = fit_distributed(die_once, (config, data, tmp_path), compute=COMPUTE, name="killed", storage=tmp_path / "a")
+    assert (tmp_path / "died").exists()
+    assert (tmp_path / "attempts").read_text().split() == ["False", "True"]
+    assert read_json(fit.path / "world.json") == {"size": 2, "epochs": 4}
+    assert fit.metrics["epoch"] == 4
+
+    # The very same training without a death: the flag is set already.
+    whole = fit_distributed(die_once, (config, data, tmp_path), compute=COMPUTE, name="whole", storage=tmp_path / "b")
+    one, other = (TextEncoder.load(config, result.path).encode(texts) for result in (fit, whole))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+    # A finished training is found, not run again.
+    again = fit_distributed(die_once, (config, data, tmp_path), compute=COMPUTE, name="killed", storage=tmp_path / "a")
+    assert again == fit
+    assert len((tmp_path / "attempts").read_text().split()) == 3
+
+
+@pytest.mark.timeout(600)
+def test_jobs_on_ray_give_what_one_process_gives(local_ray, folder, prepared, tmp_path):
+    config = job_config(tmp_path, folder, num_workers=2, epochs=1)
+    encoder = train_encoder.run(config, prepared)
+    assert encoder.metrics["num_pairs"] > 10
+    assert (encoder.path / "model" / "model.safetensors").exists()
+
+    vectors = pq.read_table(embed.run(config, prepared, encoder).path / "item_text.parquet")
+    assert vectors["item_idx"].to_pylist() == list(range(NUM_ITEMS))
+    assert vectors.schema.field("item_idx").type == pa.int32()
+    assert vectors.schema.field("vector").type == pa.list_(pa.float32(), 16)
+
+    alone = job_config(tmp_path / "alone", folder, num_workers=0, epochs=1)
+    expected = pq.read_table(embed.run(alone, prepared, encoder).path / "item_text.parquet")
+    one, other = (np.stack(table["vector"].to_numpy()) for table in (vectors, expected))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert embed.run(config, prepared, encoder).reused
+
+
+class Fragile(embed.Embedder):
+    """Fails on the last part as long as the file ``fail`` is there, and counts what it was given."""
+
+    def __init__(self, *, home: Path, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self._home = home
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if (self._home / "fail").exists() and NUM_ITEMS - 1 in batch["item_idx"].to_pylist():
+            raise RuntimeError("made to fail")
+        with (self._home / "calls").open("a") as file:
+            file.write(f"{len(batch)}\n")
+        return super().__call__(batch)
+
+
+@pytest.mark.timeout(600)
+def test_an_interrupted_embedding_goes_on_with_what_is_missing(local_ray, folder, prepared, tmp_path, monkeypatch):
+    home = tmp_path
+    (home / "fail").touch()
+    (home / "calls").touch()
+    config = job_config(tmp_path, folder, num_workers=1)
+    encoder = train_encoder.run(config, prepared)
+    monkeypatch.setattr(embed, "Embedder", Fragile)
+    on_ray = embed._embed_on_ray
+    monkeypatch.setattr(embed, "_embed_on_ray", lambda t, v, c, kwargs, n: on_ray(t, v, c, {**kwargs, "home": home}, n))
+    with pytest.raises(Exception, match="made to fail"):
+        embed.run(config, prepared, encoder)
+    done_before = sum(map(int, (home / "calls").read_text().split()))
+    written = sum(pq.read_metadata(path).num_rows for path in tmp_path.rglob("embed/*/vectors/*.parquet"))
+    assert 0 < written < NUM_ITEMS
+    (home / "fail").unlink()
+    (home / "calls").write_text("")
+    result = embed.run(config, prepared, encoder)
+    done_after = sum(map(int, (home / "calls").read_text().split()))
+    assert done_after == NUM_ITEMS - written, f"{done_before} rows were embedded before"
+    assert pq.read_metadata(result.path / "item_text.parquet").num_rows == NUM_ITEMS

@@ -1,0 +1,160 @@
+"""The jobs as a person runs them: on this machine, and submitted to a cluster. Both give the same kind of Bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recsys.bundle import Bundle
+from recsys.pipeline.recommender import Recommender
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/synthetic.yaml"
+QUICK = ["data.source.num_users=120", "data.source.num_items=80", "retriever.train.epochs=1", "ranking.model.epochs=1"]
+
+
+def overrides(*pairs: str) -> list[str]:
+    return [part for pair in (*QUICK, *pairs) for part in ("--set", pair)]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The pipeline in one process, without Ray."""
+    workdir = tmp_path_factory.mktemp("local")
+    return workdir, pipeline(workdir)
+
+
+def pipeline(workdir: Path, step: str = "pipeline", *more: str) -> str:
+    command = [sys.executable, "-m", f"jobs.{step}", "--config", CONFIG]
+    command += overrides(f"workdir={workdir}", "compute.num_workers=0", *more)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_bundle_recommends_without_ray(local: tuple[Path, str]) -> None:
+    workdir, _ = local
+    with Recommender.load(workdir / "synthetic" / "bundles") as recommender:
+        known = recommender.recommend(user_id="user-1" if recommender.user("user-1") else None, top_k=5)
+        stranger = recommender.recommend(top_k=5)
+    assert len(known.items) == len(stranger.items) == 5
+    assert not known.degraded
+    assert set(known.items[0].stage_scores) >= {"retrieval", "ranking"}
+
+
+def test_a_second_run_reuses_every_step(local: tuple[Path, str]) -> None:
+    workdir, first = local
+    assert "reused" not in first
+    assert pipeline(workdir).count("reused  ") == 5
+
+
+def test_a_changed_setting_runs_again_from_its_step_on(local: tuple[Path, str]) -> None:
+    workdir, _ = local
+    said = pipeline(workdir, "train_ranker", "model.epochs=2")  # below the step's own section
+    assert "prepare reused" in said and "train_retriever reused" in said and "train_ranker done" in said
+
+
+def test_the_report_has_the_pipeline_and_its_baselines(local: tuple[Path, str]) -> None:
+    workdir, _ = local
+    (report,) = workdir.glob("evaluate/*/metrics.json")
+    names = {system["name"] for system in json.loads(report.read_text())["systems"]}
+    assert {"served", "retrieval", "popularity", "item_knn", "popularity window_days=30.0"} <= names
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("retriever.kind=oracle", ["retriever", "oracle", "esasrec"]),
+        ("retriever.dimension=3", ["retriever", "dimension"]),
+        ("data.source.num_users=many", ["data.source", "num_users"]),
+        ("data", ["key.sub=value"]),
+    ],
+)
+def test_a_wrong_setting_is_named(override: str, words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.prepare", "--config", CONFIG, "--set", override]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_explains_every_key_of_a_step() -> None:
+    command = [sys.executable, "-m", "jobs.train_retriever", "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+    for words in ("--config", "--set", "retriever.dim", "retriever.train.epochs", "default"):
+        assert words in said
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray cluster of one node that jobs are submitted to; yields its address and the environment to reach it."""
+    port, dashboard = free_port(), free_port()
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp"),
+    }
+    command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += ["--include-dashboard=true", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
+    command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
+    with (tmp_path / "ray.log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(address, environment["RAY_AUTH_TOKEN"], head, tmp_path / "ray.log")
+        yield address, environment
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def wait_for(address: str, token: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
+    while time.monotonic() < deadline and head.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"the cluster did not come up:\n{log.read_text()[-4000:]}")
+
+
+def free_port() -> int:
+    # Below 10000 or above 19999: Ray's workers listen between.
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if not 10002 <= port <= 19999:
+            return port
+
+
+def test_a_submitted_job_gives_the_same_kind_of_bundle(
+    local: tuple[Path, str], cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    address, environment = cluster
+    command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
+    command += ["python", "-m", "jobs.pipeline", "--config", CONFIG, *overrides(f"workdir={tmp_path / 'runs'}")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    submitted = Bundle.open(tmp_path / "runs" / "synthetic" / "bundles")
+    in_process = Bundle.open(local[0] / "synthetic" / "bundles")
+    assert submitted.manifest.files.keys() == in_process.manifest.files.keys()
+    assert submitted.manifest.dataset_fingerprint == in_process.manifest.dataset_fingerprint
+    assert submitted.manifest.id_map_fingerprint == in_process.manifest.id_map_fingerprint
+    with Recommender.load(submitted.path) as recommender:
+        recommender.answer_golden(submitted.golden)

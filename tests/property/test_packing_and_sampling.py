@@ -1,0 +1,131 @@
+"""Packed attention equals plain attention; windows cover every target once; sampled softmax estimates the full one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys.data.histories import Histories
+from recsys.models.layers.packing import PackedLayout, packed_causal_attention
+from recsys.models.layers.rotary import rotate, rotation
+from recsys.training import losses
+from recsys.training.losses import softmax_loss
+from recsys.training.sampling import NegativeSampler, cut_windows, plan_epoch, rng_for, split_batch, total_weight
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+@given(LENGTHS)
+def test_packed_attention_is_attention_of_each_sequence(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(len(lengths))
+    qkv = torch.randn(sum(lengths), 3, 2, 4, generator=generator)
+    packed = packed_causal_attention(qkv, PackedLayout.of(np.array(lengths)))
+    for own, result in zip(qkv.split(lengths), packed.split(lengths), strict=True):
+        query, key, value = own.permute(1, 2, 0, 3)
+        mask = torch.full((len(own), len(own)), -torch.inf).triu(1)
+        expected = (query @ key.mT / 2 + mask).softmax(-1) @ value
+        torch.testing.assert_close(result, expected.transpose(0, 1).reshape(len(own), 8), atol=1e-5, rtol=1e-4)
+
+
+@given(LENGTHS)
+def test_positions_count_from_each_start(lengths: list[int]) -> None:
+    expected = [position for length in lengths for position in range(length)]
+    assert PackedLayout.of(np.array(lengths)).position_T.tolist() == expected
+
+
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
+def test_rotary_products_depend_on_the_distance_alone(first: int, second: int, shift: int) -> None:
+    x = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(1))
+
+    def product(a: int, b: int) -> float:
+        query, key = rotate(x, rotation(torch.tensor([a, b]), 8))[:, 0, 0]
+        return float(query @ key)
+
+    assert abs(product(first, second) - product(first + shift, second + shift)) < 1e-2
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=15), st.integers(1, 9), st.integers(1, 50), st.integers(0, 5))
+def test_an_epoch_covers_every_target_once(lengths: list[int], max_length: int, batch_tokens: int, seed: int) -> None:
+    lists = [[1] * length for length in lengths]
+    histories = Histories.from_lists(lists)
+    windows = cut_windows(histories, max_length, rng_for(seed, 0))
+    assert windows.lengths.max(initial=1) <= max_length
+    if not len(windows):
+        return
+    weights = rng_for(seed, 1).random(len(histories.item_idx)).astype(np.float32)
+    covered: list[int] = []
+    for batch in plan_epoch(windows, batch_tokens, rng_for(seed, 2)):
+        assert batch.lengths.sum() < batch_tokens + max_length
+        parts = split_batch(batch, 3)
+        counted = [part for part in parts if part.counts]
+        assert abs(sum(weights[part.target_row].sum() for part in counted) - total_weight(batch, weights)) < 1e-3
+        for part in counted:
+            covered += part.target_row.tolist()
+            first = np.isin(part.target_row, histories.starts)
+            assert (part.input_row[first] == -1).all()
+            assert (part.input_row[~first] == part.target_row[~first] - 1).all()
+    assert sorted(covered) == list(range(len(histories.item_idx)))
+
+
+def _plain(user: torch.Tensor, items: torch.Tensor, positive: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (F.cross_entropy(user @ items.T, positive, reduction="none") * weight).sum()
+
+
+@given(st.integers(1, 20), st.integers(2, 15), st.integers(1, 60))
+def test_full_softmax_and_its_gradient(tokens: int, num_items: int, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    user = torch.randn(tokens, 4, generator=generator, requires_grad=True)
+    items = torch.randn(num_items, 4, generator=generator, requires_grad=True)
+    positive = torch.randint(num_items, (tokens,), generator=generator)
+    weight = torch.rand(tokens, generator=generator)
+    elements = losses._CHUNK_ELEMENTS["cpu"]
+    losses._CHUNK_ELEMENTS["cpu"] = chunk
+    try:
+        loss = softmax_loss(user, items[positive], items, positive_T=positive, weight_T=weight)
+        named = softmax_loss(
+            user, items[positive], items, positive_T=positive, weight_T=weight, candidate_C=torch.arange(num_items)
+        )
+    finally:
+        losses._CHUNK_ELEMENTS["cpu"] = elements
+    expected = _plain(user, items, positive, weight)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(named, expected)
+    for actual, wanted in zip(
+        torch.autograd.grad(3 * loss, [user, items]), torch.autograd.grad(3 * expected, [user, items]), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_sampled_softmax_estimates_the_full_one() -> None:
+    """With the log-Q correction a skewed sample gives the full loss; without it the loss is far off."""
+    generator = torch.Generator().manual_seed(0)
+    user, items = torch.randn(8, 4, generator=generator), torch.randn(500, 4, generator=generator)
+    positive, weight = torch.arange(8), torch.ones(8)
+    sampler = NegativeSampler(np.arange(500, dtype=np.float64), power=1.0)
+    drawn = sampler.draw(100_000, rng_for(0, 1))
+    candidate, correction = torch.from_numpy(drawn), torch.from_numpy(sampler.log_correction(drawn))
+    common = {"positive_T": positive, "weight_T": weight, "candidate_C": candidate}
+    sampled = softmax_loss(user, items[positive], items[candidate], **common, log_correction_C=correction)
+    uncorrected = softmax_loss(user, items[positive], items[candidate], **common)
+    full = _plain(user, items, positive, weight)
+    assert abs(float(sampled - full)) / float(full) < 0.02
+    assert abs(float(uncorrected - full)) / float(full) > 0.2
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.sampled_from([0.0, 0.5, 1.0]))
+def test_negatives_are_drawn_as_said(counts: list[int], power: float) -> None:
+    sampler = NegativeSampler(np.array(counts, np.float64), power)
+    drawn = sampler.draw(5000, rng_for(0, 1))
+    assert 0 <= drawn.min() <= drawn.max() < len(counts)
+    share = np.bincount(drawn, minlength=len(counts)) / 5000
+    assert np.abs(share - sampler.probability).max() < 0.04
+
+
+def test_a_target_that_is_the_only_candidate_costs_nothing() -> None:
+    user, items = torch.randn(3, 4), torch.randn(1, 4)
+    positive = torch.zeros(3, dtype=torch.int64)
+    loss = softmax_loss(user, items[positive], items, positive_T=positive, weight_T=torch.ones(3))
+    assert float(loss) == 0

@@ -1,0 +1,189 @@
+"""Contrastive fine-tuning: pairs, false negatives, the loss, determinism, leaks and resuming."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recsys import schema
+from recsys.data.dataset import Dataset, DatasetInfo, Split
+from recsys.data.histories import Histories
+from recsys.errors import EmptyDataError
+from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
+from recsys.training.contrastive import (
+    PairData,
+    PairStep,
+    consecutive_pairs,
+    false_negatives,
+    finetune,
+    info_nce,
+    pair_keys,
+    sample_epoch,
+)
+from recsys.training.runtime import Runtime
+
+WORDS = ["red", "green", "blue", "car", "bike", "boat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **shape)).save_pretrained(folder)
+    BertTokenizerFast(vocab={word: row for row, word in enumerate(vocabulary)}, model_max_length=16).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def config_of(folder, **train) -> TextEncoderConfig:
+    settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, **train}
+    return TextEncoderConfig(model=str(folder), backend="torch", train=TextTrainConfig(**settings))
+
+
+@pytest.fixture(scope="module")
+def data() -> PairData:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(30)]
+    histories = Histories.from_lists([rng.permutation(30)[:6].tolist() for _ in range(12)])
+    return PairData(texts, consecutive_pairs(histories, 1), seed=3)
+
+
+def dataset(splits: list[list[tuple[int, Split]]], num_items: int) -> Dataset:
+    rows = [
+        {"user_idx": user, "item_idx": item, "position": place, "event": "view", "weight": 1.0, "split": int(split)}
+        for user, log in enumerate(splits)
+        for place, (item, split) in enumerate(log)
+    ]
+    info = DatasetInfo(
+        name="toy",
+        fingerprint="",
+        id_map_fingerprint="",
+        has_time=False,
+        protocol="leave_one_out",
+        num_users=len(splits),
+        num_items=num_items,
+        num_interactions=len(rows),
+        num_positives=len(rows),
+        num_quarantined=0,
+        counts_by_split={},
+    )
+    return Dataset(pa.Table.from_pylist(rows, schema=schema.PREPARED_INTERACTIONS), pa.table({}), pa.table({}), info)
+
+
+def test_pairs_are_neighbours_in_one_history():
+    histories = Histories.from_lists([[3, 1, 1, 2], [], [5], [2, 1]])
+    assert consecutive_pairs(histories, 1).tolist() == [[1, 2], [1, 3]]
+    assert consecutive_pairs(histories, 2).tolist() == [[1, 2], [1, 3]]
+    assert consecutive_pairs(histories, 3).tolist() == [[1, 2], [1, 3], [2, 3]]
+    assert consecutive_pairs(Histories.from_lists([]), 2).shape == (0, 2)
+
+
+def test_only_the_train_split_makes_pairs():
+    train, valid, test = Split.TRAIN, Split.VALID, Split.TEST
+    toy = dataset([[(0, train), (1, train), (2, valid), (3, test)], [(4, train), (0, train), (5, test)]], 6)
+    pairs = PairData.of(toy, [""] * 6, window=3).pairs
+    assert pairs.tolist() == [[0, 1], [0, 4]]
+
+
+def test_data_without_pairs_is_refused():
+    with pytest.raises(EmptyDataError, match="one after the other"):
+        PairData.of(dataset([[(0, Split.TRAIN)], [(1, Split.TRAIN)]], 2), ["", ""], window=1)
+
+
+def test_false_negatives():
+    pairs = np.array([[0, 1], [2, 3], [4, 1], [5, 0], [6, 7]], np.int32)
+    known = np.unique(np.concatenate([pair_keys(pairs[:, 0], pairs[:, 1], 8), [0 * 8 + 3]]))
+    expected = np.zeros((5, 5), bool)
+    expected[0, 1] = True  # 0 and 3 are known to go together
+    expected[0, 2] = expected[2, 0] = True  # the same positive, item 1
+    expected[0, 3] = True  # the positive of row 3 is the anchor of row 0
+    np.testing.assert_array_equal(false_negatives(pairs, known, 8), expected)
+
+
+def test_loss_against_plain_arithmetic():
+    rng = np.random.default_rng(1)
+    anchors, positives = (torch.nn.functional.normalize(torch.tensor(rng.normal(size=(4, 3)))) for _ in range(2))
+    forbidden = torch.zeros(4, 4, dtype=torch.bool)
+    forbidden[0, 2] = True
+    scores = (anchors @ positives.T / 0.1).numpy()
+    scores[0, 2] = -np.inf
+    exp = np.exp(scores)
+    forth = -np.log(np.diag(exp) / exp.sum(1)).sum()
+    back = -np.log(np.diag(exp) / exp.sum(0)).sum()
+    assert info_nce(anchors, positives, forbidden, 0.1).item() == pytest.approx((forth + back) / 2)
+
+
+def test_a_step_is_shared_among_workers_without_loss_or_overlap(data):
+    tokens = [[2, 5, 3]] * 30
+    known = np.unique(pair_keys(data.pairs[:, 0], data.pairs[:, 1], 30))
+    step = PairStep(data.pairs[:9], tokens, known, 0)
+    shares = [step.part(index, 2, torch.device("cpu")) for index in range(2)]
+    assert [len(share.anchors_P) for share in shares] == [5, 4]
+
+
+def test_epochs_differ_and_repeat_exactly(data):
+    settings = TextTrainConfig(batch_size=8, max_pairs=20)
+    one = sample_epoch(data.pairs, settings, 0, seed=1, world_size=2)
+    np.testing.assert_array_equal(one, sample_epoch(data.pairs, settings, 0, seed=1, world_size=2))
+    assert not np.array_equal(one, sample_epoch(data.pairs, settings, 1, seed=1, world_size=2))
+    known = set(map(tuple, data.pairs.tolist()))
+    assert len(one) == 20
+    assert {(min(pair), max(pair)) for pair in one.tolist()} <= known
+
+
+def test_the_last_step_leaves_no_worker_without_a_negative(data):
+    settings = TextTrainConfig(batch_size=8, max_pairs=18)
+    assert len(sample_epoch(data.pairs, settings, 0, seed=1, world_size=2)) == 16
+    assert len(sample_epoch(data.pairs, settings, 0, seed=1, world_size=1)) == 18
+
+
+def test_fine_tuning_lowers_the_loss_and_is_deterministic(folder, data):
+    config = config_of(folder, epochs=8)
+    encoder, curve = finetune(config, data, Runtime("cpu"))
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    again, curve_again = finetune(config, data, Runtime("cpu"))
+    assert curve == curve_again
+    np.testing.assert_array_equal(encoder.encode(data.texts), again.encode(data.texts))
+    assert not np.allclose(encoder.encode(data.texts), TextEncoder.load(config).encode(data.texts), atol=1e-3)
+
+
+def test_only_the_topmost_layers_learn(folder, data):
+    before = TextEncoder.load(config_of(folder)).module.state_dict()
+    encoder, _ = finetune(config_of(folder, trainable_layers=1), data, Runtime("cpu"))
+    changed = {name for name, value in encoder.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("encoder.layer.1." in name for name in changed)
+    whole, _ = finetune(config_of(folder, trainable_layers=0), data, Runtime("cpu"))
+    changed = {name for name, value in whole.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("word_embeddings" in name for name in changed)
+    assert not any("pooler" in name for name in changed), "sentence vectors do not use the pooler"
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_training_goes_on_where_it_was(folder, data, tmp_path):
+    config = config_of(folder, epochs=4)
+    expected, expected_curve = finetune(config, data, Runtime("cpu"))
+
+    def stop_after_two(metrics):
+        if metrics["epoch"] == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        finetune(config, data, Runtime("cpu", checkpoints=tmp_path, report=stop_after_two))
+    epochs: list[float] = []
+    runtime = Runtime("cpu", checkpoints=tmp_path, report=lambda metrics: epochs.append(metrics["epoch"]))
+    encoder, curve = finetune(config, data, runtime)
+    assert epochs == [3, 4], "the first two epochs are not trained again"
+    assert curve == expected_curve
+    np.testing.assert_array_equal(encoder.encode(data.texts), expected.encode(data.texts))
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".pt", ".bin", ".pkl"}]
