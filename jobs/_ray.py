@@ -200,6 +200,7 @@ def _fit_on_ray(
 ) -> Mapping[str, float]:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.config import LoggingConfig
     from ray.train.torch import TorchTrainer
 
     storage = compute.storage_path or str(home / "ray")
@@ -217,6 +218,7 @@ def _fit_on_ray(
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
+                logging_config=LoggingConfig(log_level="WARNING"),  # the trainings tell their own progress
             ),
         )
         result = trainer.fit()

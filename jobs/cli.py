@@ -91,7 +91,8 @@ def _keys(model: type[BaseModel], prefix: str, *, depth: int) -> list[str]:
 
 def _show(value: Any) -> str:
     if isinstance(value, BaseModel):
-        return f"kind {value.kind}" if hasattr(value, "kind") else "see its keys"
+        kind = value.model_dump().get("kind")
+        return "see its keys" if kind is None else f"kind {kind}"
     return repr(value)
 
 

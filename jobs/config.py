@@ -23,47 +23,47 @@ from recsys.pipeline.config import PipelineConfig
 class RankingConfig(StrictConfig):
     """How the ranker is trained and compressed."""
 
-    model: AnyRanker = Field(AttentionRankerConfig(), description="the ranker and its hyper-parameters")
-    num_candidates: int = Field(200, ge=2, description="retriever candidates per training query")
+    model: AnyRanker = Field(default=AttentionRankerConfig(), description="the ranker and its hyper-parameters")
+    num_candidates: int = Field(default=200, ge=2, description="retriever candidates per training query")
     max_queries: int = Field(
-        10_000, ge=1, description="training queries, a seeded sample of users where there are more"
+        default=10_000, ge=1, description="training queries, a seeded sample of users where there are more"
     )
     holdout_share: float = Field(
-        0.2, gt=0, lt=1, description="share of users kept apart for early stopping and the gate"
+        default=0.2, gt=0, lt=1, description="share of users kept apart for early stopping and the gate"
     )
-    export: ExportConfig = Field(ExportConfig(), description="the compressed form that is served")
+    export: ExportConfig = Field(default=ExportConfig(), description="the compressed form that is served")
 
 
 class PublishConfig(StrictConfig):
     """Where Bundles go."""
 
     store: str | None = Field(
-        None, description="folder or fsspec URI of the Bundle store; null: bundles/ in the run's own folder"
+        default=None, description="folder or fsspec URI of the Bundle store; null: bundles/ in the run's own folder"
     )
-    activate: bool = Field(True, description="move the store's pointer to the new Bundle")
-    keep: int = Field(3, ge=1, description="Bundles kept in the store besides those still pointed to")
-    num_popular: int = Field(1000, ge=1, description="popular items in the Bundle, the answer when all else fails")
-    max_history: int = Field(500, ge=1, description="newest interactions per user that seed the user state")
+    activate: bool = Field(default=True, description="move the store's pointer to the new Bundle")
+    keep: int = Field(default=3, ge=1, description="Bundles kept in the store besides those still pointed to")
+    num_popular: int = Field(default=1000, ge=1, description="popular items in the Bundle, the last resort")
+    max_history: int = Field(default=500, ge=1, description="newest interactions per user that seed the user state")
 
 
 class JobConfig(StrictConfig):
     """Everything that the jobs read."""
 
     name: str = Field(..., pattern=r"^[A-Za-z0-9_-]+$", description="name of the run: letters, digits, - and _")
-    seed: int = Field(0, ge=0, description="seed of every random choice")
-    workdir: str = Field("runs", description="folder of the steps' results, shared by all runs")
+    seed: int = Field(default=0, ge=0, description="seed of every random choice")
+    workdir: str = Field(default="runs", description="folder of the steps' results, shared by all runs")
     data: DataConfig = Field(..., description="source, positives, filters, split")
-    encoder: TextEncoderConfig | None = Field(None, description="text encoder; null for data without text")
-    index: AnyIndex = Field(FlatIndex(), description="index over item vectors")
-    retriever: AnyRetriever = Field(ESASRec(), description="the model that finds candidates")
-    ranking: RankingConfig = Field(RankingConfig(), description="the model that orders candidates")
-    pipeline: PipelineConfig = Field(PipelineConfig(), description="how requests are answered")
+    encoder: TextEncoderConfig | None = Field(default=None, description="text encoder; null for data without text")
+    index: AnyIndex = Field(default=FlatIndex(), description="index over item vectors")
+    retriever: AnyRetriever = Field(default=ESASRec(), description="the model that finds candidates")
+    ranking: RankingConfig = Field(default=RankingConfig(), description="the model that orders candidates")
+    pipeline: PipelineConfig = Field(default=PipelineConfig(), description="how requests are answered")
     baselines: tuple[AnyRetriever, ...] = Field(
-        (Popularity(), ItemKNN()), description="models that the pipeline is judged against"
+        default=(Popularity(), ItemKNN()), description="models that the pipeline is judged against"
     )
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="metrics and intervals")
-    publish: PublishConfig = Field(PublishConfig(), description="the Bundle store")
-    compute: ComputeConfig = Field(ComputeConfig(), description="workers, devices, failures")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="metrics and intervals")
+    publish: PublishConfig = Field(default=PublishConfig(), description="the Bundle store")
+    compute: ComputeConfig = Field(default=ComputeConfig(), description="workers, devices, failures")
 
     @property
     def home(self) -> str:

@@ -1,8 +1,9 @@
 """The step ``embed``: the vector of every item's text.
 
-Texts are written out in parts, a pool of actors turns parts of texts into parts of vectors, and the parts are put in
-order through a memory-mapped file: memory does not grow with the catalogue. An interrupted run goes on with the parts
-that are missing. On several machines the work folder must be one that all of them reach.
+Texts are written out in parts, Ray Data streams the parts through a pool of actors that write parts of vectors, and
+those are put together through a memory-mapped file: memory does not grow with the catalogue. A part is written whole or
+not at all, so an interrupted run goes on with the parts that are missing. On several machines the work folder must be
+one that all of them reach.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PART_ROWS = 1024
-"""texts per part and per call of the encoder: bounds memory, and what a kill can lose"""
+PART_ROWS, MAX_PART_ROWS, MAX_PARTS = 1024, 65536, 1000
+"""Texts per part and per call of the encoder: bounds memory, and what a kill can lose. Parts grow with the catalogue
+so that there are not too many files.
+"""
 
 
 def run(config: JobConfig, prepare: Artifact, encoder: Artifact) -> Artifact:
@@ -49,14 +52,16 @@ def run(config: JobConfig, prepare: Artifact, encoder: Artifact) -> Artifact:
         started = time.perf_counter()
         texts, vectors = folder / "texts", folder / "vectors"
         num_items = write_texts(prepare.path / "items.parquet", texts, settings)
-        embedder = {"config": settings, "model": encoder.path / "model", "use_gpu": config.compute.use_gpu}
-        if config.compute.num_workers:
-            _embed_on_ray(texts, vectors, folder / "checkpoint", embedder, config.compute)
-        else:
-            _embed_here(texts, vectors, embedder)
+        embedder = {
+            "config": settings,
+            "model": encoder.path / "model",
+            "target": vectors,
+            "use_gpu": config.compute.use_gpu,
+        }
+        embed_parts(texts, vectors, embedder, config.compute)
         dim = consolidate(vectors, folder / "item_text.parquet", num_items)
-        for done in (texts, vectors, folder / "checkpoint"):
-            shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(texts)
+        shutil.rmtree(vectors)
         seconds = time.perf_counter() - started
         logger.info("%d items embedded in %.1f s, %.0f items/s", num_items, seconds, num_items / seconds)
         return {"num_items": num_items, "dim": dim}
@@ -65,25 +70,39 @@ def run(config: JobConfig, prepare: Artifact, encoder: Artifact) -> Artifact:
 
 
 class Embedder:
-    """Texts in, vectors out; one per actor."""
+    """Turns parts of texts into parts of vectors; one per actor."""
 
-    def __init__(self, config: TextEncoderConfig, model: Path, use_gpu: bool, threads: int | None = None) -> None:
+    def __init__(
+        self, config: TextEncoderConfig, model: Path, target: Path, use_gpu: bool, threads: int | None = None
+    ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self._encoder = TextEncoder.load(config, model, device="cuda" if use_gpu else "cpu")
+        self._target = target
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """``item_idx``, ``text`` → ``item_idx``, ``vector``"""
-        vectors = self._encoder.encode(batch["text"].to_pylist())
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Paths of parts (``path``) in, the number of items in each (``rows``) out."""
+        return {"rows": np.array([self.embed(Path(path)) for path in batch["path"]])}
+
+    def embed(self, part: Path) -> int:
+        """Write the vectors of one part under its own name."""
+        table = pq.read_table(part)
+        vectors = self._encoder.encode(table["text"].to_pylist())
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-        return pa.table({ITEM_IDX: batch[ITEM_IDX], "vector": column})
+        write_parquet(self._target / part.name, pa.table({ITEM_IDX: table[ITEM_IDX], "vector": column}))
+        return len(table)
+
+
+def part_rows(num_items: int) -> int:
+    """Texts per part."""
+    return max(PART_ROWS, min(num_items // MAX_PARTS, MAX_PART_ROWS))
 
 
 def write_texts(items: Path, folder: Path, config: TextEncoderConfig) -> int:
-    """Write the items' texts as numbered parts of ``PART_ROWS`` rows; returns the number of items."""
-    num_items = 0
+    """Write the items' texts as numbered parts; returns the number of items."""
+    source, num_items = pq.ParquetFile(items), 0
     columns = list(config.fields)
-    for part, batch in enumerate(pq.ParquetFile(items).iter_batches(PART_ROWS, columns=columns)):
+    for part, batch in enumerate(source.iter_batches(part_rows(source.metadata.num_rows), columns=columns)):
         texts = item_texts(pa.Table.from_batches([batch]), config)
         item_idx = pa.array(np.arange(num_items, num_items + len(texts), dtype=np.int32))
         path = folder / f"part-{part:06d}.parquet"
@@ -93,42 +112,42 @@ def write_texts(items: Path, folder: Path, config: TextEncoderConfig) -> int:
     return num_items
 
 
-def _embed_here(texts: Path, vectors: Path, embedder: dict[str, Any]) -> None:
+def embed_parts(texts: Path, vectors: Path, embedder: dict[str, Any], compute: ComputeConfig) -> None:
+    """Embed the parts in ``texts`` that have none of the same name in ``vectors``."""
     missing = [path for path in sorted(texts.glob("*.parquet")) if not (vectors / path.name).exists()]
-    embed = Embedder(**embedder)
-    started = time.perf_counter()
-    for done, path in enumerate(missing, start=1):
-        write_parquet(vectors / path.name, embed(pq.read_table(path)))
-        seconds = time.perf_counter() - started
+    num_missing = sum(pq.read_metadata(path).num_rows for path in missing)
+    run = _embed_on_ray if compute.num_workers else _embed_here
+    started, num_done = time.perf_counter(), 0
+    for rows in run(missing, embedder, compute):
+        num_done += rows
+        rate = num_done / (time.perf_counter() - started)
         logger.info(
-            "%d of %d parts embedded, %.0f items/s, %.0f s left",
-            done, len(missing), done * PART_ROWS / seconds, (len(missing) - done) * seconds / done,
+            "%d of %d items embedded, %.0f items/s, %.0f s left",
+            num_done, num_missing, rate, (num_missing - num_done) / rate,
         )  # fmt: skip
 
 
-def _embed_on_ray(
-    texts: Path, vectors: Path, checkpoint: Path, embedder: dict[str, Any], compute: ComputeConfig
-) -> None:
+def _embed_here(parts: list[Path], embedder: dict[str, Any], compute: ComputeConfig) -> Iterator[int]:
+    if parts:
+        yield from map(Embedder(**embedder, threads=compute.threads_per_worker or None).embed, parts)
+
+
+def _embed_on_ray(parts: list[Path], embedder: dict[str, Any], compute: ComputeConfig) -> Iterator[int]:
+    if not parts:
+        return
     with ray_session():
         import ray.data
-        from ray.data.checkpoint import CheckpointConfig
 
-        context = ray.data.DataContext.get_current()
-        before = context.checkpoint_config
-        # The parts of a finished run stay until they are consolidated, so what they contain must be known as long.
-        context.checkpoint_config = CheckpointConfig(ITEM_IDX, str(checkpoint), delete_checkpoint_on_success=False)
-        try:
-            ray.data.read_parquet(str(texts)).map_batches(
-                Embedder,
-                fn_constructor_kwargs={**embedder, "threads": compute.threads},
-                batch_format="pyarrow",
-                batch_size=PART_ROWS,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=compute.num_workers),
-                num_cpus=compute.cpus_per_worker,
-                num_gpus=1 if compute.use_gpu else 0,
-            ).write_parquet(str(vectors))
-        finally:
-            context.checkpoint_config = before
+        # One block per part: it is what an actor takes, writes and, when it dies, what is done again.
+        done = ray.data.from_items([{"path": str(path)} for path in parts], override_num_blocks=len(parts)).map_batches(
+            Embedder,
+            fn_constructor_kwargs={**embedder, "threads": compute.threads},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=compute.num_workers),
+            num_cpus=compute.cpus_per_worker,
+            num_gpus=1 if compute.use_gpu else 0,
+        )
+        yield from (int(row["rows"]) for row in done.iter_rows())
 
 
 def consolidate(parts: Path, target: Path, num_items: int) -> int:

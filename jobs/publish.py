@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
@@ -16,12 +15,14 @@ from recsys.bundle.golden import GoldenEvent, GoldenQuery
 from recsys.bundle.reader import HISTORIES_SCHEMA, Bundle
 from recsys.bundle.store import BundleStore
 from recsys.bundle.writer import BundleWriter
+from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
 from recsys.models import load_retriever
 from recsys.models.base import FitData, VectorRetriever
 from recsys.models.popularity import Popularity
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.recommender import Recommender
+from recsys.pipeline.types import Filters
 from recsys.training.runtime import Runtime
 
 STEP = "publish"
@@ -140,10 +141,14 @@ def golden(draft: Bundle, dataset: Dataset) -> GoldenQuery:
             ids, whole[schema.EVENT].to_pylist(), times, whole[schema.VALUE].to_pylist(), strict=True
         )
     )
-    question = {"history": history, "now_ms": max(times, default=0) + 60_000, "top_k": GOLDEN_TOP_K}
-    slate = Recommender.of(draft).answer_golden(GoldenQuery.model_construct(**question))
+    draft_query = GoldenQuery.model_construct(
+        history=history, now_ms=max(times, default=0) + 60_000, top_k=GOLDEN_TOP_K, filters=Filters(), exclude_seen=True
+    )
+    slate = Recommender.of(draft).answer_golden(draft_query)
     return GoldenQuery(
-        **question,
+        history=history,
+        now_ms=draft_query.now_ms,
+        top_k=GOLDEN_TOP_K,
         item_ids=tuple(item.item_id for item in slate.items),
         scores=tuple(item.score for item in slate.items),
     )

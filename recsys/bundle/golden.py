@@ -17,7 +17,7 @@ class GoldenEvent(StrictConfig):
 
     item_id: str
     event: str
-    timestamp_ms: int = Field(0, description="milliseconds since 1970 UTC; 0 where the data has order only")
+    timestamp_ms: int = Field(default=0, description="milliseconds since 1970 UTC; 0 where the data has order only")
     value: float | None = None
 
 
@@ -27,11 +27,11 @@ class GoldenQuery(StrictConfig):
     history: tuple[GoldenEvent, ...] = Field(description="oldest first; nothing else is known of the user")
     now_ms: int = Field(description="time of the request, milliseconds since 1970 UTC")
     top_k: int = Field(ge=1)
-    filters: Filters = Filters()
-    exclude_seen: bool = True
+    filters: Filters = Field(default=Filters(), description="hard rules of the request")
+    exclude_seen: bool = Field(default=True, description="leave out what is in the history")
     item_ids: tuple[str, ...] = Field(description="the expected slate, in order")
     scores: tuple[float, ...] = Field(description="its scores")
-    tolerance: float = Field(1e-3, ge=0.0, description="largest absolute difference between scores that count as equal")
+    tolerance: float = Field(default=1e-3, ge=0.0, description="scores that differ by no more count as equal")
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

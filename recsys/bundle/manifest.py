@@ -229,7 +229,7 @@ def git_revision() -> str | None:
 
     def ask(*arguments: str) -> str | None:
         command = [git, "-C", str(here.parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     if ask("ls-files", "--error-unmatch", here.name) is None:

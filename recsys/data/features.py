@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
 from recsys.files import map_arrow, write_arrow
 
@@ -154,7 +154,7 @@ def matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
 
 
 def _lengths(lists: pa.Array | pa.ChunkedArray) -> Any:
-    return pc.call_function("list_value_length", [lists])
+    return pc.list_value_length(lists)
 
 
 def _created_ms(items: pa.Table) -> NDArray[np.int64]:

@@ -37,21 +37,24 @@ SEGMENTS = ("all", "warm_users", "cold_users", "warm_items", "cold_items")
 class EvaluationConfig(StrictConfig):
     """How systems are judged."""
 
-    ks: tuple[int, ...] = Field((5, 10, 20), description="depths k of the metrics, in items")
-    main_metric: str = Field("ndcg@10", description="metric that decides which baseline is the best one")
+    ks: tuple[int, ...] = Field(default=(5, 10, 20), description="depths k of the metrics, in items")
+    main_metric: str = Field(default="ndcg@10", description="metric that decides which baseline is the best one")
     exclude_seen: bool = Field(
         True,
         description="leave items the user has seen out of rankings and targets (next item; next basket reports both)",
     )
     max_queries: int | None = Field(
-        None, ge=1, description="judge a seeded sample of users with about this many queries; null for all queries"
+        default=None,
+        ge=1,
+        description="judge a seeded sample of users with about this many queries; null for all",
     )
-    batch_size: int = Field(256, ge=1, description="queries ranked at once")
-    num_bootstrap: int = Field(1000, ge=100, description="resamples of users for each interval and p value")
-    confidence: float = Field(0.95, gt=0.5, lt=1.0, description="coverage of the intervals, as a fraction")
-    seed: int = Field(0, ge=0, description="seed of the sample of users and of the resampling")
+    batch_size: int = Field(default=256, ge=1, description="queries ranked at once")
+    num_bootstrap: int = Field(default=1000, ge=100, description="resamples of users for each interval and p value")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="coverage of the intervals, as a fraction")
+    seed: int = Field(default=0, ge=0, description="seed of the sample of users and of the resampling")
     allow_sampled: bool = Field(
-        False, description="accept systems that rank only a sample of the catalogue; their metrics are named sampled_*"
+        default=False,
+        description="accept systems that rank only a sample of the catalogue, as metrics named sampled_*",
     )
 
     @field_validator("ks")

@@ -40,17 +40,17 @@ Precision = Literal["f32", "bf16", "int8"]
 class ExportConfig(StrictConfig):
     """How the ranker is compressed and when the compressed form is served."""
 
-    enabled: bool = Field(True, description="export a quantized form and serve it when it passes the gate")
+    enabled: bool = Field(default=True, description="export a quantized form and serve it when it passes the gate")
     precisions: tuple[Precision, ...] = Field(
-        (),
+        default=(),
         description="precisions of the compiled graph to try (item rows are int8 in each); empty for those that this "
         "CPU has instructions for: f32, bf16 with AVX512-BF16 or AMX, int8 with VNNI or AMX",
     )
     max_ndcg_loss: float = Field(
-        0.005, ge=0, description="gate: largest relative loss of NDCG@10 against fp32 on the holdout, share"
+        default=0.005, ge=0, description="gate: largest relative loss of NDCG@10 against fp32 on the holdout, share"
     )
-    num_calibration: int = Field(128, ge=1, description="queries that calibrate int8 activations")
-    num_timed: int = Field(100, ge=10, description="timed calls per precision at one query")
+    num_calibration: int = Field(default=128, ge=1, description="queries that calibrate int8 activations")
+    num_timed: int = Field(default=100, ge=10, description="timed calls per precision at one query")
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,8 @@ def train(
     )
     state, saved = _restore(module, optimizer, runtime, fingerprint)
     best = {name.removeprefix(_BEST): tensor for name, tensor in saved.items() if name.startswith(_BEST)}
-    average = _Average(module, config.average_decay, saved)
     parallel = runtime.prepare(module)
+    average = _Average(module, config.average_decay, saved)
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _progress_bar(runtime) as advance:
         while state.epoch < config.epochs and not _is_over(state, config, validate is not None):

@@ -164,38 +164,53 @@ def test_jobs_on_ray_give_what_one_process_gives(local_ray, folder, prepared, tm
 
 
 class Fragile(embed.Embedder):
-    """Fails on the last part as long as the file ``fail`` is there, and counts what it was given."""
+    """Dies at the third part while the file ``deadly`` is there, once or always; notes the parts it was given."""
 
-    def __init__(self, *, home: Path, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self._home = home
+    def embed(self, part: Path) -> int:
+        home = self._target.parents[2]
+        with (home / "calls").open("a") as file:
+            file.write(part.name + "\n")
+        if part.name == "part-000002.parquet" and (home / "deadly").exists():
+            if (home / "deadly").read_text() == "always":
+                raise RuntimeError("made to fail")
+            (home / "deadly").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().embed(part)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        if (self._home / "fail").exists() and NUM_ITEMS - 1 in batch["item_idx"].to_pylist():
-            raise RuntimeError("made to fail")
-        with (self._home / "calls").open("a") as file:
-            file.write(f"{len(batch)}\n")
-        return super().__call__(batch)
+
+def check_vectors(result: Artifact, prepared: Artifact, config: SimpleNamespace, encoder: Artifact) -> None:
+    table = pq.read_table(result.path / "item_text.parquet")
+    titles = pq.read_table(prepared.path / "items.parquet")["title"].to_pylist()
+    expected = TextEncoder.load(config.encoder, encoder.path / "model").encode(titles)
+    np.testing.assert_allclose(np.stack(table["vector"].to_numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_embedding_survives_a_killed_actor(local_ray, folder, prepared, tmp_path, monkeypatch):
+    config = job_config(tmp_path, folder, num_workers=1)
+    encoder = train_encoder.run(config, prepared)
+    (tmp_path / "deadly").write_text("once")
+    monkeypatch.setattr(embed, "PART_ROWS", 500)
+    monkeypatch.setattr(embed, "Embedder", Fragile)
+    check_vectors(embed.run(config, prepared, encoder), prepared, config, encoder)
+    assert not (tmp_path / "deadly").exists()
 
 
 @pytest.mark.timeout(600)
 def test_an_interrupted_embedding_goes_on_with_what_is_missing(local_ray, folder, prepared, tmp_path, monkeypatch):
-    home = tmp_path
-    (home / "fail").touch()
-    (home / "calls").touch()
     config = job_config(tmp_path, folder, num_workers=1)
     encoder = train_encoder.run(config, prepared)
+    (tmp_path / "deadly").write_text("always")
+    monkeypatch.setattr(embed, "PART_ROWS", 500)
     monkeypatch.setattr(embed, "Embedder", Fragile)
-    on_ray = embed._embed_on_ray
-    monkeypatch.setattr(embed, "_embed_on_ray", lambda t, v, c, kwargs, n: on_ray(t, v, c, {**kwargs, "home": home}, n))
     with pytest.raises(Exception, match="made to fail"):
         embed.run(config, prepared, encoder)
-    done_before = sum(map(int, (home / "calls").read_text().split()))
-    written = sum(pq.read_metadata(path).num_rows for path in tmp_path.rglob("embed/*/vectors/*.parquet"))
-    assert 0 < written < NUM_ITEMS
-    (home / "fail").unlink()
-    (home / "calls").write_text("")
+    assert not any(tmp_path.rglob("item_text.parquet"))
+    written = {path.name for path in tmp_path.rglob("vectors/*.parquet")}
+    (tmp_path / "deadly").unlink()
+    (tmp_path / "calls").write_text("")
     result = embed.run(config, prepared, encoder)
-    done_after = sum(map(int, (home / "calls").read_text().split()))
-    assert done_after == NUM_ITEMS - written, f"{done_before} rows were embedded before"
-    assert pq.read_metadata(result.path / "item_text.parquet").num_rows == NUM_ITEMS
+    again = (tmp_path / "calls").read_text().split()
+    assert sorted(again) == sorted({f"part-{part:06d}.parquet" for part in range(6)} - written)
+    assert "part-000002.parquet" in again
+    check_vectors(result, prepared, config, encoder)

@@ -48,6 +48,7 @@ class TwoWorkers:
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(2, timeout=60)
+        self.first: torch.nn.Module | None = None
         self.initialised = threading.Event()
         self.values: list[Any] = [None, None]
 
@@ -62,7 +63,7 @@ class TwoWorkers:
         results: list[Any] = [None, None]
 
         def work(rank: int) -> None:
-            # Threads share torch's random state, processes do not: the second draws its weights after the first.
+            # Threads share torch's random state: the first must have drawn its weights before the second begins.
             if rank == 1:
                 assert self.initialised.wait(60)
             results[rank] = fit(Worker(rank, self))
@@ -83,7 +84,11 @@ class Worker(Runtime):
         self.rank, self.workers = rank, workers
 
     def prepare(self, module: Any) -> Any:
-        self.workers.initialised.set()
+        if self.rank == 0:
+            self.workers.first = module
+            self.workers.initialised.set()
+        else:
+            module.load_state_dict(self.workers.first.state_dict())  # as DistributedDataParallel does
         return _Averaging(module, self)
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
