@@ -200,8 +200,8 @@ def _fit_on_ray(
 ) -> Mapping[str, float]:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.config import LoggingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
 
     storage = compute.storage_path or str(home / "ray")
     with ray_session():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import types
 import typing
 from pathlib import Path
@@ -41,6 +43,7 @@ def main(step: str) -> None:
     ) -> None:
         from jobs.pipeline import run
 
+        show_progress()
         try:
             run(load_config(JobConfig, config, overrides=set_ or (), section=section), until=step)
         except RecsysError as error:
@@ -51,6 +54,16 @@ def main(step: str) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(name=f"jobs.{step}")(command)
     app()
+
+
+def show_progress() -> None:
+    """Print what steps and trainings tell of their progress, and of Ray only what needs attention."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for room in ("jobs", "recsys"):
+        logging.getLogger(room).setLevel(logging.INFO)
 
 
 _DOCS = {

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.pipeline import run
 from recsys.bundle.reader import Bundle
@@ -36,6 +37,7 @@ def demo(
     port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1")] = 8000,
 ) -> None:
     """Run every step (finished ones are reused), serve the Bundle and show one recommendation."""
+    show_progress()
     started = time.perf_counter()
     settings = load_config(JobConfig, config, overrides=set_ or ())
     published = run(settings)["publish"]

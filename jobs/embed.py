@@ -143,7 +143,9 @@ def _embed_on_ray(parts: list[Path], embedder: dict[str, Any], compute: ComputeC
             Embedder,
             fn_constructor_kwargs={**embedder, "threads": compute.threads},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=compute.num_workers),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, initial_size=compute.num_workers, max_size=compute.num_workers
+            ),
             num_cpus=compute.cpus_per_worker,
             num_gpus=1 if compute.use_gpu else 0,
         )

@@ -33,9 +33,9 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
     def make(folder: Path) -> dict[str, Any]:
         dataset = Dataset.load(prepared.path)
         targets = dataset.targets(Split.TEST)
-        model = load_retriever(retriever.path / "base")
+        model = load_retriever(retriever.path / "judged")
         stages: list[Stage] = [retrieval_stage(config, dataset, model)]
-        stages.append(RankingStage("", load_ranker(ranker.path / "base")))
+        stages.append(RankingStage("", load_ranker(ranker.path / "judged")))
         catalogue = Catalogue.build(dataset.items)
         vectors = model.item_vectors() if isinstance(model, VectorRetriever) else None
         served = [*stages, RerankingStage("", catalogue, config.pipeline.reranking, item_vectors=vectors)]
@@ -45,7 +45,7 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         }
         baselines: list[str] = []
         for baseline in config.baselines:
-            # Baselines need no validation, so they may learn from it as well: the strongest form of each.
+            # On TRAIN and VALID, as the judged models of the pipeline.
             fitted = baseline.fit(FitData.of(dataset, Split.VALID, seed=config.seed), Runtime("cpu"))
             baselines.append(label(baseline))
             systems[label(baseline)] = retriever_ranker(fitted, dataset, config.evaluation)

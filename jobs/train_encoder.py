@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from jobs._ray import fit_distributed
 from jobs.artifacts import Artifact, build
 from recsys.data.dataset import Dataset
-from recsys.files import file_sha256, write_json
+from recsys.files import file_sha256, read_json, write_json
 from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, item_texts
-from recsys.training.contrastive import PairData, finetune
+from recsys.training.contrastive import Finetuned, PairData, finetune
 from recsys.training.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -48,20 +48,28 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
         shutil.rmtree(folder / "model", ignore_errors=True)
         shutil.copytree(fit.path, folder / "model")
         shutil.rmtree(folder / "fit")
-        return {**fit.metrics, "num_pairs": len(data.pairs)}
+        (folder / "model" / "history.json").rename(folder / "history.json")
+        history = read_json(folder / "history.json")
+        logger.info(
+            "partners of held-out pairs: MRR %.4f before, %.4f after; %s",
+            history["held_out_mrr_before"],
+            history["held_out_mrr_after"],
+            "kept" if history["kept"] else "no better, so the encoder stays as it was",
+        )
+        return {**history, "num_pairs": len(data.pairs)}
 
     return build(config.workdir, "encoder", settings, [prepare], make)
 
 
 def train_worker(payload: tuple[TextEncoderConfig, PairData], runtime: Runtime) -> Callable[[Path], None]:
     """What one worker does."""
-    encoder, curve = finetune(*payload, runtime)
-    return functools.partial(_save, encoder, curve)
+    result = finetune(*payload, runtime)
+    return functools.partial(_save, result)
 
 
-def _save(encoder: TextEncoder, curve: list[dict[str, float]], folder: Path) -> None:
-    encoder.save(folder)
-    write_json(folder / "history.json", curve)
+def _save(result: Finetuned, folder: Path) -> None:
+    result.encoder.save(folder)
+    write_json(folder / "history.json", {"curve": result.curve, **result.metrics})
 
 
 if __name__ == "__main__":

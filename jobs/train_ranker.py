@@ -1,9 +1,10 @@
 """Train the ranker on the retriever's own candidates, then compress it.
 
 Without leakage: the retriever and the item features that make the candidates know TRAIN only, the queries are the
-targets of VALID (for the evaluated ranker) or of VALID and TEST (for the published one).
+targets of VALID (for the ranker that TEST judges) or of VALID and TEST (for the published one).
 
-Writes ``base`` (judged on TEST) and ``final`` (published: over the final retriever's items), each with its export.
+Writes ``judged`` (over the items as the judged retriever knows them) and ``final`` (the same for the final one), each
+with its export.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class Payload:
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     """Fit on VALID with a holdout of users; then, for as many epochs as were best, on VALID and TEST."""
     config, items, content = payload.config, payload.items, payload.content
-    base = fit_ranker(config, payload.train, items, content, runtime, holdout=payload.holdout, seed=payload.seed)
-    chosen = config.model_copy(update={"epochs": base.num_epochs})
+    judged = fit_ranker(config, payload.train, items, content, runtime, holdout=payload.holdout, seed=payload.seed)
+    chosen = config.model_copy(update={"epochs": judged.num_epochs})
     final = fit_ranker(chosen, payload.everything, items, content, runtime, holdout=None, seed=payload.seed)
 
     def save(folder: Path) -> None:
-        base.save(folder / "base")
+        judged.save(folder / "judged")
         final.save(folder / "final")
 
     return save
@@ -118,13 +119,11 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
             "num_queries": {"train": len(train), "holdout": len(holdout), "final": len(payload.everything)},
             "num_missed": valid.num_missed,
         }
-        for name, until, source in (("base", Split.VALID, base_retriever), ("final", Split.TEST, None)):
+        for name, until in (("judged", Split.VALID), ("final", Split.TEST)):
             ranker = model.load(fitted.path / name)
             assert isinstance(ranker, AttentionRanker)
-            judged = source or load_retriever(retriever.path / "final")
-            ranker = ranker.with_items(
-                RankingItems.of(ItemFeatures.of(dataset, until), _item_vectors(judged, content)), content
-            )
+            vectors = _item_vectors(load_retriever(retriever.path / name), content)
+            ranker = ranker.with_items(RankingItems.of(ItemFeatures.of(dataset, until), vectors), content)
             exported = export_ranker(ranker, config.ranking.export, train.batch)
             served, record = choose_export(ranker, exported, holdout, config.ranking.export)
             served.save(folder / name)

@@ -1,7 +1,8 @@
-"""Train the retriever on TRAIN with VALID, then refit it on everything, in one run.
+"""Train the retriever on TRAIN, choosing on VALID; refit what was chosen on more data, all in one run.
 
-Writes ``base`` (fitted on TRAIN, its epochs chosen on VALID: the one that is judged), ``final`` (refitted on all data
-with what was chosen: the one that is published) and ``history.json`` (the learning curve of each).
+Writes ``base`` (fitted on TRAIN: its candidates for later queries are what the ranker learns from), ``judged`` (refitted
+on TRAIN and VALID: the one that TEST judges), ``final`` (refitted on all data: the one that is published) and
+``history.json`` (the learning curve of each).
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class Payload:
     """What the workers need."""
 
     config: RetrieverConfig
-    base: FitData
-    final: FitData
+    phases: Mapping[str, FitData]
+    """``base`` first; the others are refitted with what it chose"""
 
 
 class Phase(Runtime):
-    """One of two trainings that share a runtime. Checkpoints of the second carry the result of the first."""
+    """One of several trainings that share a runtime. Checkpoints carry the results of those before."""
 
     def __init__(self, runtime: Runtime, name: str, done: Mapping[str, Retriever]) -> None:
         self._runtime, self._name, self._done = runtime, name, done
@@ -72,18 +73,21 @@ class Phase(Runtime):
 
 
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
-    """Fit on TRAIN, choosing on VALID; then on everything with what was chosen."""
+    """Fit the first phase, choosing on VALID; then the others with what was chosen."""
     restored = runtime.restore()
-    if restored is not None and (restored / "base_result").exists():
-        base = load_retriever(restored / "base_result")
-    else:
-        base = payload.config.fit(payload.base, Phase(runtime, "base", {}))
-    final = payload.config.refit(base).fit(payload.final, Phase(runtime, "final", {"base": base}))
+    done: dict[str, Retriever] = {}
+    for name, data in payload.phases.items():
+        result = None if restored is None else restored / f"{name}_result"
+        if result is not None and result.exists():
+            done[name] = load_retriever(result)
+            continue
+        config = payload.config.refit(done["base"]) if done else payload.config
+        done[name] = config.fit(data, Phase(runtime, name, dict(done)))
 
     def save(folder: Path) -> None:
-        base.save(folder / "base")
-        final.save(folder / "final")
-        write_json(folder / "history.json", {"base": list(base.history), "final": list(final.history)})
+        for name, retriever in done.items():
+            retriever.save(folder / name)
+        write_json(folder / "history.json", {name: list(retriever.history) for name, retriever in done.items()})
 
     return save
 
@@ -97,15 +101,18 @@ def run(config: JobConfig, prepare: Artifact, embed: Artifact | None) -> Artifac
         dataset = Dataset.load(prepare.path)
         text = None if embed is None else matrix(pq.read_table(embed.path / "item_text.parquet")["vector"])
         base = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=config.seed)
-        final = replace(base, histories=dataset.positives.histories(Split.TEST), valid=None)
+        refits = {
+            name: replace(base, histories=dataset.positives.histories(until), valid=None)
+            for name, until in (("judged", Split.VALID), ("final", Split.TEST))
+        }
         result = fit_distributed(
             fit,
-            Payload(config.retriever, base, final),
+            Payload(config.retriever, {"base": base, **refits}),
             compute=config.compute,
             name=f"{STEP}-{artifact_key(STEP, tree, parents)}",
             storage=folder,
         )
-        for part in ("base", "final", "history.json"):
+        for part in ("base", *refits, "history.json"):
             (shutil.copytree if (result.path / part).is_dir() else shutil.copy2)(result.path / part, folder / part)
         shutil.rmtree(result.path.parent)
         return summary(read_json(folder / "history.json")["base"])

@@ -43,16 +43,16 @@ class AttentionRankerConfig(RankerConfig):
     """Target attention over the history and an MLP over features."""
 
     kind: Literal["attention"] = "attention"
-    dim: int = Field(default=64, ge=8, description="model dimension; a multiple of num_heads")
-    num_heads: int = Field(default=4, ge=1, description="attention heads")
-    hidden: int = Field(default=128, ge=8, description="width of the MLP's first layer; the second has half")
+    dim: int = Field(default=32, ge=8, description="model dimension; a multiple of num_heads")
+    num_heads: int = Field(default=2, ge=1, description="attention heads")
+    hidden: int = Field(default=64, ge=8, description="width of the MLP's first layer; the second has half")
     dropout: float = Field(default=0.2, ge=0, lt=1, description="dropout of attention output and MLP, share of units")
     max_history: int = Field(default=50, ge=1, description="newest history entries looked at")
     num_negatives: int = Field(default=63, ge=1, description="candidates sampled beside the relevant ones per query")
-    epochs: int = Field(default=20, ge=0, description="most passes over the queries; 0 keeps the retriever's order")
+    epochs: int = Field(default=8, ge=0, description="most passes over the queries; 0 keeps the retriever's order")
     patience: int = Field(default=3, ge=1, description="epochs without a better holdout NDCG@10 before training stops")
-    batch_queries: int = Field(default=64, ge=1, description="queries per optimizer step, over all workers")
-    learning_rate: float = Field(default=1e-3, gt=0, description="peak step size of AdamW")
+    batch_queries: int = Field(default=32, ge=1, description="queries per optimizer step, over all workers")
+    learning_rate: float = Field(default=3e-3, gt=0, description="peak step size of AdamW")
     weight_decay: float = Field(default=0.05, ge=0, description="decoupled weight decay of AdamW")
 
     def load(self, folder: Path) -> AttentionRanker:

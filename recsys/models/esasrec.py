@@ -163,7 +163,7 @@ class ESASRecRetriever(VectorRetriever):
             raise ModelError("this model was fitted without text: it has no vectors for new items")
         device = self._items().device
         with torch.inference_mode():
-            return self._network.items.from_text(torch.from_numpy(text_vectors).to(device)).cpu().numpy()
+            return self._network.items.from_text(torch.tensor(text_vectors, device=device)).cpu().numpy()
 
     def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """float32 [B, 1, D]: the last position's output; the start vector's for an empty history."""
@@ -364,7 +364,7 @@ def _text(data: FitData) -> Tensor | None:
         return None
     if len(data.text_vectors) != data.num_items:
         raise ModelError(f"{len(data.text_vectors)} text vectors for {data.num_items} items: embed the items again")
-    return torch.from_numpy(np.ascontiguousarray(data.text_vectors, np.float32))
+    return torch.tensor(data.text_vectors, dtype=torch.float32)
 
 
 def _fingerprint(config: ESASRec, data: FitData) -> str:

@@ -40,6 +40,12 @@ class TextTrainConfig(StrictConfig):
         default=1, ge=1, le=100, description="a pair is two positives of a user at most so many steps apart"
     )
     batch_size: int = Field(default=64, ge=2, le=65536, description="pairs per optimizer step, over all workers")
+    num_held_out: int = Field(
+        default=256,
+        ge=1,
+        le=1 << 24,
+        description="validation pairs that decide whether to keep the result",
+    )
     learning_rate: float = Field(default=5e-5, gt=0, le=1, description="AdamW step size after warm-up")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW weight decay")
     warmup_steps: int = Field(default=5, ge=0, le=1_000_000, description="optimizer steps of linear warm-up")

@@ -4,13 +4,16 @@ InfoNCE with in-batch negatives (van den Oord et al., 2018), in both directions.
 positive itself, the anchor itself, or known to be consumed together with the anchor is left out of the softmax.
 Negatives come from a worker's own share of the batch.
 
+What was learned is kept only where it finds the partners of held-out pairs better than the encoder did before: on a
+small log fine-tuning can hurt a good general encoder.
+
 Shape legend: P pairs of a share, U different items of a share, D dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,23 +34,28 @@ Pairs = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PairData:
-    """What fine-tuning reads: nothing in it comes from after the train split."""
+    """What fine-tuning reads: it learns from the train split, and is judged on the validation split."""
 
     texts: Sequence[str]
     """one per item, in order of ``item_idx``"""
     pairs: Pairs
+    held_out: Pairs = field(default_factory=lambda: np.zeros((0, 2), np.int32))
+    """pairs of the validation split, for the decision whether to keep what was learned"""
     seed: int = 0
 
     @classmethod
     def of(cls, dataset: Dataset, texts: Sequence[str], window: int, *, seed: int = 0) -> PairData:
-        """Pairs from the positives of the train split of ``dataset``.
+        """Pairs from the positives of ``dataset``.
 
         :raises EmptyDataError: when no user has two different positives there.
         """
-        pairs = consecutive_pairs(dataset.positives.histories(Split.TRAIN), window)
+        log = dataset.positives
+        train, valid = log.histories(Split.TRAIN), log.histories(Split.VALID)
+        pairs = consecutive_pairs(train, window)
+        later = Histories(log.item_idx, train.stops, valid.stops)
         if len(pairs) < 2:
             raise EmptyDataError("the encoder cannot be fine-tuned: no two items were consumed one after the other")
-        return cls(texts, pairs, seed)
+        return cls(texts, pairs, consecutive_pairs(later, window), seed)
 
 
 def consecutive_pairs(histories: Histories, window: int) -> Pairs:
@@ -142,12 +150,26 @@ class PairModule(nn.Module):
         return info_nce(anchors_PD, positives_PD, share.forbidden_PP, self.temperature)
 
 
-def finetune(config: TextEncoderConfig, data: PairData, runtime: Runtime) -> tuple[TextEncoder, list[Row]]:
-    """Fine-tune ``config.model``; returns the encoder and the learning curve (``epoch``, ``loss`` per pair).
+@dataclass(frozen=True)
+class Finetuned:
+    """The encoder to use from now on, and how that was decided."""
+
+    encoder: TextEncoder
+    curve: list[Row]
+    """``epoch`` and ``loss`` per pair"""
+    metrics: dict[str, float]
+    """``held_out_mrr_before`` and ``held_out_mrr_after`` (see :func:`partner_mrr`), and ``kept``: 1 where the
+    fine-tuned encoder is the one that goes on, 0 where it was no better"""
+
+
+def finetune(config: TextEncoderConfig, data: PairData, runtime: Runtime) -> Finetuned:
+    """Fine-tune ``config.model``.
 
     Deterministic for one seed, machine and number of workers. Continues from ``runtime``'s newest checkpoint.
     """
     settings = config.train
+    # Training and the few texts of the decision are not worth converting the model for another backend.
+    config = config.model_copy(update={"backend": "torch"})
     encoder = TextEncoder.load(config)
     tokens = encoder.tokenize(data.texts)
     pad_id: int = encoder.tokenizer.pad_token_id
@@ -167,7 +189,30 @@ def finetune(config: TextEncoderConfig, data: PairData, runtime: Runtime) -> tup
         module, plan=plan, validate=None, config=loop, runtime=runtime, seed=data.seed, fingerprint=fingerprint
     )
     encoder.module.to("cpu").requires_grad_(True)
-    return encoder, curve
+    original = TextEncoder.load(config)
+    before, after = (partner_mrr(one, data, settings.num_held_out) for one in (original, encoder))
+    kept = after > before or not len(data.held_out)
+    metrics = {"held_out_mrr_before": before, "held_out_mrr_after": after, "kept": float(kept)}
+    return Finetuned(encoder if kept else original, curve, metrics)
+
+
+def partner_mrr(encoder: TextEncoder, data: PairData, num_pairs: int) -> float:
+    """Mean reciprocal rank, over a seeded sample of held-out pairs and both directions, of an item's partner among
+    all items of the sample by cosine. 0 where nothing is held out, and everything that was learned is kept.
+    """
+    if not len(data.held_out):
+        return 0.0
+    rng = np.random.default_rng([data.seed, 11])
+    pairs = data.held_out[rng.choice(len(data.held_out), min(num_pairs, len(data.held_out)), replace=False)]
+    items, rows = np.unique(pairs, return_inverse=True)
+    rows = rows.reshape(pairs.shape)
+    vectors_UD = encoder.encode([data.texts[item] for item in items])
+    anchors, partners = np.concatenate([rows, rows[:, ::-1]]).T
+    scores = vectors_UD[anchors] @ vectors_UD.T
+    own = np.arange(len(anchors))
+    wanted = scores[own, partners]
+    scores[own, anchors] = -np.inf
+    return float((1.0 / (scores >= wanted[:, None]).sum(axis=1)).mean())
 
 
 def sample_epoch(pairs: Pairs, config: TextTrainConfig, epoch: int, seed: int, world_size: int) -> Pairs:

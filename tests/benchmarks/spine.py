@@ -226,15 +226,15 @@ def quantized_ranker(workdir: Path) -> None:
     model = config.ranking.model
     assert isinstance(model, AttentionRankerConfig)
     dataset = Dataset.load(_newest(workdir / "prepare" / "*" / "dataset.json").parent)
-    ranker = model.load(_newest(workdir / "ranker" / "*" / "artifact.json").parent / "base")
+    ranker = model.load(_newest(workdir / "ranker" / "*" / "artifact.json").parent / "judged")
     assert isinstance(ranker, AttentionRanker)
-    retriever = load_retriever(_newest(workdir / "retriever" / "*" / "artifact.json").parent / "base")
+    retriever = load_retriever(_newest(workdir / "retriever" / "*" / "artifact.json").parent / "judged")
     targets = dataset.targets(Split.TEST)
     questions = queries_of(targets, num_candidates=200, max_history=config.pipeline.max_history, top_k=200)
     found = run_stages([retrieval_stage(config, dataset, retriever)], questions)
     examples = ranking_examples(targets, found, ranker.items, ranker.max_history)
     forms = {form.precision: form for form in export_ranker(ranker, ExportConfig(), examples.batch)}
-    served = _newest(workdir / "ranker" / "*" / "base" / "export.json")
+    served = _newest(workdir / "ranker" / "*" / "judged" / "export.json")
     chosen = json.loads(served.read_text())["served"]
     single = examples.batch[:1]
     calls: dict[str, Any] = {"fp32_torch": lambda: ranker.score(single)}

@@ -108,7 +108,8 @@ def die_once(payload: tuple[TextEncoderConfig, PairData, Path], runtime: Runtime
             os.kill(os.getpid(), signal.SIGKILL)
 
     runtime.report = report_and_die
-    encoder, curve = finetune(config, data, runtime)
+    tuned = finetune(config, data, runtime)
+    encoder, curve = tuned.encoder, tuned.curve
 
     def save(target: Path) -> None:
         encoder.save(target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,6 +22,7 @@ from recsys.training.contrastive import (
     finetune,
     info_nce,
     pair_keys,
+    partner_mrr,
     sample_epoch,
 )
 from recsys.training.runtime import Runtime
@@ -146,9 +149,11 @@ def test_the_last_step_leaves_no_worker_without_a_negative(data):
 
 def test_fine_tuning_lowers_the_loss_and_is_deterministic(folder, data):
     config = config_of(folder, epochs=8)
-    encoder, curve = finetune(config, data, Runtime("cpu"))
+    tuned = finetune(config, data, Runtime("cpu"))
+    encoder, curve = tuned.encoder, tuned.curve
     assert curve[-1]["loss"] < curve[0]["loss"]
-    again, curve_again = finetune(config, data, Runtime("cpu"))
+    tuned = finetune(config, data, Runtime("cpu"))
+    again, curve_again = tuned.encoder, tuned.curve
     assert curve == curve_again
     np.testing.assert_array_equal(encoder.encode(data.texts), again.encode(data.texts))
     assert not np.allclose(encoder.encode(data.texts), TextEncoder.load(config).encode(data.texts), atol=1e-3)
@@ -156,11 +161,13 @@ def test_fine_tuning_lowers_the_loss_and_is_deterministic(folder, data):
 
 def test_only_the_topmost_layers_learn(folder, data):
     before = TextEncoder.load(config_of(folder)).module.state_dict()
-    encoder, _ = finetune(config_of(folder, trainable_layers=1), data, Runtime("cpu"))
+    tuned = finetune(config_of(folder, trainable_layers=1), data, Runtime("cpu"))
+    encoder = tuned.encoder
     changed = {name for name, value in encoder.module.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all("encoder.layer.1." in name for name in changed)
-    whole, _ = finetune(config_of(folder, trainable_layers=0), data, Runtime("cpu"))
+    tuned = finetune(config_of(folder, trainable_layers=0), data, Runtime("cpu"))
+    whole = tuned.encoder
     changed = {name for name, value in whole.module.state_dict().items() if not torch.equal(value, before[name])}
     assert any("word_embeddings" in name for name in changed)
     assert not any("pooler" in name for name in changed), "sentence vectors do not use the pooler"
@@ -172,7 +179,8 @@ class StoppedError(Exception):
 
 def test_an_interrupted_training_goes_on_where_it_was(folder, data, tmp_path):
     config = config_of(folder, epochs=4)
-    expected, expected_curve = finetune(config, data, Runtime("cpu"))
+    tuned = finetune(config, data, Runtime("cpu"))
+    expected, expected_curve = tuned.encoder, tuned.curve
 
     def stop_after_two(metrics):
         if metrics["epoch"] == 3:
@@ -182,8 +190,30 @@ def test_an_interrupted_training_goes_on_where_it_was(folder, data, tmp_path):
         finetune(config, data, Runtime("cpu", checkpoints=tmp_path, report=stop_after_two))
     epochs: list[float] = []
     runtime = Runtime("cpu", checkpoints=tmp_path, report=lambda metrics: epochs.append(metrics["epoch"]))
-    encoder, curve = finetune(config, data, runtime)
+    tuned = finetune(config, data, runtime)
+    encoder, curve = tuned.encoder, tuned.curve
     assert epochs == [3, 4], "the first two epochs are not trained again"
     assert curve == expected_curve
     np.testing.assert_array_equal(encoder.encode(data.texts), expected.encode(data.texts))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".pt", ".bin", ".pkl"}]
+
+
+def test_what_was_learned_is_kept_only_where_it_finds_held_out_partners_better(folder, data):
+    judged = dataclasses.replace(data, held_out=data.pairs)
+    good = finetune(config_of(folder, epochs=8), judged, Runtime("cpu"))
+    assert good.metrics["kept"] and good.metrics["held_out_mrr_after"] > good.metrics["held_out_mrr_before"]
+    # Partners that training pushed apart: pairs it never saw, of items it met as negatives of each other.
+    never = np.array([[0, 1]], np.int32)
+    worse = finetune(config_of(folder, epochs=8), dataclasses.replace(data, held_out=never), Runtime("cpu"))
+    untouched = TextEncoder.load(config_of(folder)).encode(data.texts)
+    kept = worse.metrics["held_out_mrr_after"] > worse.metrics["held_out_mrr_before"]
+    assert worse.metrics["kept"] == kept
+    assert np.allclose(worse.encoder.encode(data.texts), untouched, atol=1e-6) != kept
+
+
+def test_partner_mrr_is_one_for_twins_and_counts_both_directions(folder):
+    encoder = TextEncoder.load(config_of(folder))
+    texts = [WORDS[0], WORDS[0], f"{WORDS[1]} {WORDS[2]}", f"{WORDS[1]} {WORDS[2]}"]
+    twins = PairData(texts, np.array([[0, 1]], np.int32), np.array([[0, 1], [2, 3]], np.int32))
+    assert partner_mrr(encoder, twins, 10) == 1.0
+    assert partner_mrr(encoder, dataclasses.replace(twins, held_out=np.array([[0, 2], [1, 3]], np.int32)), 10) <= 0.5

@@ -1,4 +1,4 @@
-"""The retriever job: one run fits base and final; a worker lost during the second does not repeat the first."""
+"""The retriever job: one run fits base, judged and final; a lost worker does not repeat what was done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ CONFIG = ESASRec(dim=16, num_blocks=1, hidden_dim=16, max_length=10, num_negativ
 def payload(config: RetrieverConfig) -> Payload:
     dataset = planted_clusters(num_users=40)
     base = FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=1)
-    return Payload(config, base, replace(base, histories=dataset.positives.histories(Split.TEST), valid=None))
+    refits = {
+        name: replace(base, histories=dataset.positives.histories(until), valid=None)
+        for name, until in (("judged", Split.VALID), ("final", Split.TEST))
+    }
+    return Payload(config, {"base": base, **refits})
 
 
 class KilledError(Exception):
@@ -59,7 +63,7 @@ def test_base_and_final(tmp_path: Path) -> None:
     fit(payload(CONFIG), Runtime("cpu"))(tmp_path)
     history = read_json(tmp_path / "history.json")
     chosen = summary(history["base"])
-    assert len(history["final"]) == chosen["epochs"] <= 5
+    assert len(history["final"]) == len(history["judged"]) == chosen["epochs"] <= 5
     assert chosen["valid_ndcg@10"] == max(row["ndcg@10"] for row in history["base"])
     base, final = load_retriever(tmp_path / "base"), load_retriever(tmp_path / "final")
     assert isinstance(final.config, ESASRec)
