@@ -6,6 +6,7 @@ by Ray Train on several workers, or with ``num_workers: 0`` in this very process
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -80,7 +81,8 @@ def ray_session() -> Generator[None]:
     if address:
         ray.init()
     else:
-        ray.init(include_dashboard=False)
+        # The dashboard holds the state API, without which Ray Train's own watchers complain every second.
+        ray.init(include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True, logging_level="warning")
     try:
         yield
     finally:
@@ -236,5 +238,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     torch.set_num_threads(config["threads"])
     runtime = RayRuntime()
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if runtime.rank == 0:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("recsys").setLevel(logging.INFO)
     if not runtime.finished:
         runtime.finish(config["fn"](ray.get(config["payload"]), runtime))

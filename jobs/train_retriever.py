@@ -1,6 +1,6 @@
 """Train the retriever on TRAIN, choosing on VALID; refit what was chosen on more data, all in one run.
 
-Writes ``base`` (fitted on TRAIN: its candidates for later queries are what the ranker learns from), ``judged`` (refitted
+Writes ``base`` (fitted on TRAIN: its candidates are what the ranker learns from), ``judged`` (refitted
 on TRAIN and VALID: the one that TEST judges), ``final`` (refitted on all data: the one that is published) and
 ``history.json`` (the learning curve of each).
 """

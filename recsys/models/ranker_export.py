@@ -71,6 +71,13 @@ class ItemRows:
         """float32 [..., S]"""
         return self.codes[item_idx] * self.scales[item_idx][..., None]
 
+    def gather_into(self, item_idx: NDArray[np.int32], first: NDArray[np.float32], second: NDArray[np.float32]) -> None:
+        """Write the two halves of the rows (a padded slot gets some row) into float32 [C, S1] and [C, S2]."""
+        rows = np.maximum(item_idx, 0)
+        codes, scales = self.codes[rows], self.scales[rows][:, None]
+        np.multiply(codes[:, : first.shape[1]], scales, out=first)
+        np.multiply(codes[:, first.shape[1] :], scales, out=second)
+
     def save(self, path: Path) -> None:
         write_arrow(path, pa.table({"codes": fixed_size_list(self.codes), "scale": self.scales}))
 
@@ -78,6 +85,28 @@ class ItemRows:
     def load(cls, path: Path) -> ItemRows:
         table = map_arrow(path)
         return cls(matrix(table["codes"]).view(np.int8), table["scale"].to_numpy())
+
+
+class _SingleQuery:
+    """The graph for one query of at most ``num_candidates``, with fixed shapes and inputs in place.
+
+    Handing OpenVINO six arrays of varying shape costs as much as computing; here it reads buffers that stay. One per
+    thread.
+    """
+
+    def __init__(self, compiled: Any, num_candidates: int) -> None:
+        import openvino as ov
+
+        self.num_candidates = num_candidates
+        self._request = compiled.create_infer_request()
+        self.buffers = [np.zeros(tuple(port.shape), np.float32) for port in compiled.inputs]
+        for number, buffer in enumerate(self.buffers):
+            self._request.set_input_tensor(number, ov.Tensor(buffer, shared_memory=True))
+
+    def infer(self) -> NDArray[np.float32]:
+        """float32 [1, num_candidates], a copy."""
+        self._request.infer()
+        return np.array(self._request.get_output_tensor(0).data)
 
 
 class ExportedRanker(Ranker):
@@ -90,7 +119,9 @@ class ExportedRanker(Ranker):
         candidate_rows: ItemRows,
         history_rows: ItemRows,
         graph: Any,
+        num_candidates: int,
     ) -> None:
+        """``num_candidates`` is the usual number: a single query of up to so many takes the fastest way."""
         self.config = reference.config
         self.items = reference.items
         self.max_history = reference.max_history
@@ -106,6 +137,16 @@ class ExportedRanker(Ranker):
         self._null = np.concatenate([network.null_key.detach().numpy(), network.null_value.detach().numpy()])
         self._graph = graph
         self._compiled = _compile(graph, precision)
+        self.num_candidates = num_candidates
+        fixed = graph.clone()
+        shapes = [port.partial_shape for port in fixed.inputs]
+        fixed.reshape(
+            {
+                number: [1, num_candidates if shape[1].is_dynamic else shape[1].get_length(), shape[2].get_length()]
+                for number, shape in enumerate(shapes)
+            }
+        )
+        self._compiled_single = _compile(fixed, precision)
         self._local = threading.local()
 
     def inputs(self, batch: RankingBatch) -> list[NDArray[np.float32]]:
@@ -115,10 +156,8 @@ class ExportedRanker(Ranker):
         history = np.empty((num_queries, length + 1, 2 * dim), np.float32)
         history[:, 0] = self._null
         history[:, 1:] = self._history_rows.gather(np.maximum(batch.history_item_idx, 0))
-        bucket = np.log2(batch.history_age_ms / HOUR_MS + 1.0).astype(np.int64)
         bias = np.zeros((num_queries, length + 1, self._rank_bias.shape[1]), np.float32)
-        bias[:, 1:] = self._rank_bias + self._age_bias[np.minimum(bucket, NUM_AGE_BUCKETS - 1)]
-        bias[:, 1:][batch.history_item_idx == PADDING] = -1e4
+        bias[:, 1:] = self._bias(batch.history_age_ms, batch.history_item_idx)
         parts = [
             candidate[..., :dim],
             candidate[..., dim:],
@@ -130,10 +169,33 @@ class ExportedRanker(Ranker):
         return [np.ascontiguousarray(part) for part in parts]
 
     def score(self, batch: RankingBatch) -> NDArray[np.float32]:
+        num_queries, num_candidates = batch.candidate_item_idx.shape
+        if num_queries == 1 and num_candidates <= self.num_candidates:
+            return self._score_single(batch)
         # One request object per thread: a stage may be called from several at once.
         if not hasattr(self._local, "request"):
             self._local.request = self._compiled.create_infer_request()
         return np.array(self._local.request.infer(self.inputs(batch), share_inputs=True)[0])
+
+    def _score_single(self, batch: RankingBatch) -> NDArray[np.float32]:
+        if not hasattr(self._local, "single"):
+            self._local.single = _SingleQuery(self._compiled_single, self.num_candidates)
+        single: _SingleQuery = self._local.single
+        query, candidate, key, value, bias, features = (buffer[0] for buffer in single.buffers)
+        count = batch.candidate_item_idx.shape[1]
+        self._candidate_rows.gather_into(batch.candidate_item_idx[0], query[:count], candidate[:count])
+        self._history_rows.gather_into(batch.history_item_idx[0], key[1:], value[1:])
+        key[0], value[0] = np.split(self._null, 2)
+        bias[1:] = self._bias(batch.history_age_ms[0], batch.history_item_idx[0])
+        features[:count] = batch.features[0]
+        return single.infer()[:, :count]
+
+    def _bias(self, age_ms: NDArray[np.float32], history_item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
+        """float32 [..., L, H]: see :meth:`RankerNetwork.history_bias`."""
+        bucket = np.minimum(np.log2(age_ms / HOUR_MS + 1.0).astype(np.int64), NUM_AGE_BUCKETS - 1)
+        bias = self._rank_bias + self._age_bias[bucket]
+        bias[history_item_idx == PADDING] = -1e4
+        return bias
 
     def save(self, folder: str | Path) -> None:
         """Write the fp32 ranker and, below ``export/``, what serving needs on top."""
@@ -146,7 +208,8 @@ class ExportedRanker(Ranker):
         self._candidate_rows.save(export / "candidate_rows.arrow")
         self._history_rows.save(export / "history_rows.arrow")
         ov.save_model(self._graph, str(export / "graph.xml"), compress_to_fp16=False)
-        write_json(export / "export.json", {"precision": self.precision, "openvino": ov.__version__})
+        record = {"precision": self.precision, "num_candidates": self.num_candidates, "openvino": ov.__version__}
+        write_json(export / "export.json", record)
 
     @classmethod
     def load(cls, folder: Path, reference: AttentionRanker) -> ExportedRanker:
@@ -154,9 +217,9 @@ class ExportedRanker(Ranker):
 
         export = folder / "export"
         graph = ov.Core().read_model(str(export / "graph.xml"))
-        precision = read_json(export / "export.json")["precision"]
+        record = read_json(export / "export.json")
         rows = (ItemRows.load(export / f"{name}_rows.arrow") for name in ("candidate", "history"))
-        return cls(reference, precision, *rows, graph=graph)
+        return cls(reference, record["precision"], *rows, graph=graph, num_candidates=record["num_candidates"])
 
 
 def openvino_available() -> bool:
@@ -172,19 +235,24 @@ def load_exported(folder: Path, reference: AttentionRanker) -> Ranker:
 
 
 def export_ranker(ranker: AttentionRanker, config: ExportConfig, calibration: RankingBatch) -> list[ExportedRanker]:
-    """One exported ranker per precision that this machine can make and run; none without OpenVINO."""
+    """One exported ranker per precision that this machine can make and run; none without OpenVINO.
+
+    ``calibration`` has the usual number of candidates.
+    """
     if not openvino_available() or not config.enabled:
         return []
+    num_candidates = max(1, calibration.candidate_item_idx.shape[1])
     candidate_rows, history_rows = _item_rows(ranker)
     graph = _graph(ranker)
     exported: list[ExportedRanker] = []
     for precision in config.precisions or _fast_precisions():
-        one = ExportedRanker(ranker, "f32" if precision == "int8" else precision, candidate_rows, history_rows, graph)
+        form = "f32" if precision == "int8" else precision
+        one = ExportedRanker(ranker, form, candidate_rows, history_rows, graph, num_candidates)
         if precision == "int8":
             if importlib.util.find_spec("nncf") is None:
                 continue
             quantized = _quantize(graph, one, calibration[: config.num_calibration])
-            one = ExportedRanker(ranker, "int8", candidate_rows, history_rows, quantized)
+            one = ExportedRanker(ranker, "int8", candidate_rows, history_rows, quantized, num_candidates)
         exported.append(one)
     return exported
 
