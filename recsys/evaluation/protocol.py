@@ -40,7 +40,7 @@ class EvaluationConfig(StrictConfig):
     ks: tuple[int, ...] = Field(default=(5, 10, 20), description="depths k of the metrics, in items")
     main_metric: str = Field(default="ndcg@10", description="metric that decides which baseline is the best one")
     exclude_seen: bool = Field(
-        True,
+        default=True,
         description="leave items the user has seen out of rankings and targets (next item; next basket reports both)",
     )
     max_queries: int | None = Field(

@@ -13,7 +13,7 @@ import importlib.util
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,7 +372,7 @@ def _graph(ranker: AttentionRanker) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """The converters call what their own libraries have deprecated; that is no news for our callers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -206,7 +206,7 @@ def partner_mrr(encoder: TextEncoder, data: PairData, num_pairs: int) -> float:
     pairs = data.held_out[rng.choice(len(data.held_out), min(num_pairs, len(data.held_out)), replace=False)]
     items, rows = np.unique(pairs, return_inverse=True)
     rows = rows.reshape(pairs.shape)
-    vectors_UD = encoder.encode([data.texts[item] for item in items])
+    vectors_UD = encoder.encode([data.texts[int(item)] for item in items])
     anchors, partners = np.concatenate([rows, rows[:, ::-1]]).T
     scores = vectors_UD[anchors] @ vectors_UD.T
     own = np.arange(len(anchors))
