@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 
 from recsys.config import StrictConfig
+from recsys.errors import RecsysError
 from recsys.files import read_json, write_json
 from recsys.training.runtime import ModuleT, Runtime
 
@@ -46,7 +47,7 @@ class ComputeConfig(StrictConfig):
         default=0,
         ge=0,
         le=1024,
-        description="torch threads per worker; 0 shares this machine's cores between the workers",
+        description="torch threads per worker; 0 shares a machine's cores between its workers",
     )
     use_gpu: bool = Field(default=False, description="one GPU per worker, nccl and bf16; false is gloo on CPU")
     max_failures: int = Field(
@@ -187,6 +188,12 @@ def fit_distributed(
     return FitResult(home / _RESULT, read_json(home / _METRICS))
 
 
+def discard(result: FitResult) -> None:
+    """Remove a training's folder once its result was copied; one that is only half gone is not taken for complete."""
+    (result.path.parent / _METRICS).unlink(missing_ok=True)
+    shutil.rmtree(result.path.parent)
+
+
 def _fit_here(fn: TrainFunction[Any], payload: Any, compute: ComputeConfig, home: Path) -> Mapping[str, float]:
     last: dict[str, float] = {}
     device = "cuda" if compute.use_gpu else "cpu"
@@ -204,12 +211,13 @@ def _fit_on_ray(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     storage = compute.storage_path or str(home / "ray")
     with ray_session():
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"fn": fn, "payload": ray.put(payload), "threads": compute.threads},
+            train_loop_config={"fn": fn, "payload": ray.put(payload), "threads": compute.threads_per_worker},
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
                 use_gpu=compute.use_gpu,
@@ -223,7 +231,10 @@ def _fit_on_ray(
                 logging_config=LoggingConfig(log_level="WARNING"),  # the trainings tell their own progress
             ),
         )
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise _own_error(error) or error from error
         assert result.checkpoint is not None, "every worker ends by reporting the result"
         with result.checkpoint.as_directory() as folder:
             shutil.copytree(Path(folder) / _RESULT, home / _RESULT)
@@ -233,11 +244,27 @@ def _fit_on_ray(
     return metrics
 
 
+def _own_error(error: BaseException) -> RecsysError | None:
+    """The error of ours that made workers fail, out of what Ray wrapped around it."""
+    found: list[BaseException | None] = [error]
+    while found:
+        one = found.pop()
+        if isinstance(one, RecsysError):
+            return one
+        if one is not None:
+            found += [one.__cause__, getattr(one, "cause", None), getattr(one, "_base_exc", None)]
+            found += list(getattr(one, "worker_failures", {}).values())
+    return None
+
+
 def _worker(config: dict[str, Any]) -> None:
     import ray
+    import ray.train
 
-    torch.set_num_threads(config["threads"])
     runtime = RayRuntime()
+    # Counted where the worker runs: on a cluster the driver's machine may be another one.
+    workers_here = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(config["threads"] or max(1, (os.cpu_count() or 1) // workers_here))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if runtime.rank == 0:
         logging.basicConfig(format="%(message)s")

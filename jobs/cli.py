@@ -13,6 +13,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from jobs._ray import ComputeConfig
 from jobs.config import JobConfig
 from recsys.config import load_config
 from recsys.errors import RecsysError
@@ -80,9 +81,10 @@ _DOCS = {
 
 def _help(section: str | None) -> str:
     if section is None:
-        return "\b\nKeys of the configuration (--set KEY=VALUE):\n" + "\n".join(_keys(JobConfig, "", depth=1))
+        return "\b\nKeys of the configuration (--set KEY=VALUE):\n" + "\n".join(_keys(JobConfig, "", depth=4))
     annotation = JobConfig.model_fields[section].annotation
     lines = [line for model in _models(annotation) for line in _keys(model, f"{section}.", depth=3)]
+    lines += _keys(ComputeConfig, "compute.", depth=1)
     return "\b\nKeys of this step (--set KEY=VALUE):\n" + "\n".join(lines)
 
 

@@ -42,6 +42,7 @@ class PublishConfig(StrictConfig):
     )
     activate: bool = Field(default=True, description="move the store's pointer to the new Bundle")
     keep: int = Field(default=3, ge=1, description="Bundles kept in the store besides those still pointed to")
+    popular: Popularity = Field(default=Popularity(), description="what popular means when all else fails")
     num_popular: int = Field(default=1000, ge=1, description="popular items in the Bundle, the last resort")
     max_history: int = Field(default=500, ge=1, description="newest interactions per user that seed the user state")
 

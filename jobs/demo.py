@@ -20,6 +20,7 @@ from jobs.config import JobConfig
 from jobs.pipeline import run
 from recsys.bundle.reader import Bundle
 from recsys.config import load_config
+from recsys.errors import RecsysError
 
 console = Console()
 NUM_SHOWN = 10
@@ -37,15 +38,21 @@ def demo(
     port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1")] = 8000,
 ) -> None:
     """Run every step (finished ones are reused), serve the Bundle and show one recommendation."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     show_progress()
     started = time.perf_counter()
-    settings = load_config(JobConfig, config, overrides=set_ or ())
-    published = run(settings)["publish"]
+    try:
+        settings = load_config(JobConfig, config, overrides=set_ or ())
+        published = run(settings)["publish"]
+    except RecsysError as error:
+        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
     bundle = Bundle.open(published.path / published.metrics["bundle_id"])
     command = [sys.executable, "-m", "serve.run", "--bundle", published.metrics["store"]]
     command += ["--topology", topology, "--port", str(port)]
     command += ["--events", f"{settings.home}/events.sqlite"]
     log_path = Path(settings.home) / "serve.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w") as log:
         # Its own process group: Ctrl-C reaches it through us, once, and it is stopped in any case.
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -83,7 +90,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log_path: Path, 
 
 
 def stop(server: subprocess.Popen[bytes], timeout_s: float = 60.0) -> None:
-    """Ask the server to end, and make sure of its whole process group."""
+    """Ask the server to end; one that does not is ended with its whole process group."""
     if server.poll() is None:
         server.send_signal(signal.SIGINT)
         try:
@@ -109,9 +116,8 @@ def show(url: str, user_id: str) -> None:
         for column in ("event", "value", "title"):
             table.add_column(column)
         for entry in newest:
-            item = answer(client.get(f"/v1/items/{entry['item_id']}"))
             value = "" if entry.get("value") is None else f"{entry['value']:g}"
-            table.add_row(entry["event"], value, item["title"])
+            table.add_row(entry["event"], value, entry.get("title") or entry["item_id"])
         console.print(table)
         slate = answer(client.post("/v1/recommend", json={"user_id": user_id, "top_k": NUM_SHOWN}))
         table = Table(title=f"recommended over {url}/v1/recommend", show_edge=False)

@@ -19,7 +19,6 @@ from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
 from recsys.models import load_retriever
 from recsys.models.base import FitData, VectorRetriever
-from recsys.models.popularity import Popularity
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.types import Filters
@@ -60,8 +59,9 @@ def run(
             writer.add_config(config)
             writer.add_metrics(
                 {
-                    "note": "quality was measured on the TEST split by models that had not seen it; the models of this "
-                    "Bundle were then refitted on all data with the same configuration",
+                    "note": "quality was measured on the TEST split by models that had not seen it; the retriever "
+                    "and the ranker of this Bundle were then refitted on all data with the same configuration, while "
+                    "the text encoder knows TRAIN only",
                     "evaluation": judged.metrics,
                     "retriever": retriever.metrics,
                     "ranker": ranker.metrics,
@@ -74,7 +74,7 @@ def run(
             )
         return {"bundle_id": bundle.bundle_id, "store": str(store), "num_bytes": bundle.manifest.num_bytes}
 
-    settings = {"config": config.model_dump(mode="json"), "max_history": config.publish.max_history}
+    settings = {"config": config.model_dump(mode="json")}
     parents = [prepared, *([encoder] if encoder else []), retriever, ranker, judged]
     artifact = build(config.workdir, STEP, settings, parents, make)
     activate(store, artifact, config)
@@ -94,8 +94,7 @@ def activate(store: BundleStore, artifact: Artifact, config: JobConfig) -> None:
 
 def popular(config: JobConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The most popular items of all data, best first: int32 [P] and float32 [P]."""
-    baseline = next((one for one in config.baselines if isinstance(one, Popularity)), Popularity())
-    fitted = baseline.fit(FitData.of(dataset, Split.TEST, seed=config.seed), Runtime("cpu"))
+    fitted = config.publish.popular.fit(FitData.of(dataset, Split.TEST, seed=config.seed), Runtime("cpu"))
     scores = fitted.score(dataset.positives.histories(Split.TEST)[:1])[0]
     best = np.argsort(-scores, kind="stable")[: config.publish.num_popular]
     best = best[scores[best] > 0]

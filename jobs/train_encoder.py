@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._ray import fit_distributed
+from jobs._ray import discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from recsys.data.dataset import Dataset
 from recsys.files import file_sha256, read_json, write_json
@@ -30,7 +30,11 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
     source = encoder.model_folder()
     settings: dict[str, Any] = {
         "encoder": encoder.model_dump(mode="json"),
-        "weights": {path.name: file_sha256(path) for path in sorted(source.glob("*.safetensors"))},
+        "files": {
+            str(path.relative_to(source)): file_sha256(path)
+            for path in sorted(source.rglob("*"))
+            if path.suffix in {".safetensors", ".json", ".txt", ".model"}
+        },
     }
     if encoder.train.epochs:
         settings |= {"seed": config.seed, "num_workers": max(1, config.compute.num_workers)}
@@ -47,7 +51,7 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
         )
         shutil.rmtree(folder / "model", ignore_errors=True)
         shutil.copytree(fit.path, folder / "model")
-        shutil.rmtree(folder / "fit")
+        discard(fit)
         (folder / "model" / "history.json").rename(folder / "history.json")
         history = read_json(folder / "history.json")
         logger.info(

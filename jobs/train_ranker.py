@@ -1,7 +1,8 @@
 """Train the ranker on the retriever's own candidates, then compress it.
 
-Without leakage: the retriever and the item features that make the candidates know TRAIN only, the queries are the
-targets of VALID (for the ranker that TEST judges) or of VALID and TEST (for the published one).
+Without leakage: the retriever's weights and the item features that make the candidates come from TRAIN (VALID chose
+the number of epochs), the queries are the targets of VALID (for the ranker that TEST judges) or of VALID and TEST (for
+the published one).
 
 Writes ``judged`` (over the items as the judged retriever knows them) and ``final`` (the same for the final one), each
 with its export.
@@ -9,6 +10,7 @@ with its export.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +20,16 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jobs._ray import fit_distributed
+from jobs._ray import discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, matrix
+from recsys.errors import ConfigError
 from recsys.evaluation.protocol import sample_queries, select
 from recsys.files import write_json
 from recsys.models import load_retriever
-from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, fit_ranker, item_content
+from recsys.models.attention_ranker import AttentionRankerConfig, fit_ranker, item_content
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.models.ranker_export import choose_export, export_ranker
 from recsys.models.ranking import RankingItems
@@ -85,7 +88,8 @@ def _item_vectors(retriever: Retriever, content: NDArray[np.float32]) -> NDArray
 def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact) -> Artifact:
     """The artefact of this step."""
     model = config.ranking.model
-    assert isinstance(model, AttentionRankerConfig), "the union has one kind"
+    if not isinstance(model, AttentionRankerConfig):
+        raise ConfigError(f"ranking.model: this job trains the kind attention, not {model.kind}", kind=model.kind)
 
     def make(folder: Path) -> dict[str, Any]:
         dataset = Dataset.load(prepared.path)
@@ -119,16 +123,23 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
             "num_queries": {"train": len(train), "holdout": len(holdout), "final": len(payload.everything)},
             "num_missed": valid.num_missed,
         }
+        export = config.ranking.export
         for name, until in (("judged", Split.VALID), ("final", Split.TEST)):
             ranker = model.load(fitted.path / name)
-            assert isinstance(ranker, AttentionRanker)
             vectors = _item_vectors(load_retriever(retriever.path / name), content)
             ranker = ranker.with_items(RankingItems.of(ItemFeatures.of(dataset, until), vectors), content)
-            exported = export_ranker(ranker, config.ranking.export, train.batch)
-            served, record = choose_export(ranker, exported, holdout, config.ranking.export)
+            exported = export_ranker(ranker, export, train.batch)
+            if name == "judged":
+                # The gate: users that training has not seen. What passes is what the published ranker is served as.
+                served, record = choose_export(ranker, exported, holdout, export)
+                write_json(folder / "export.json", record)
+                metrics["export"] = record
+            else:
+                served = next((form for form in exported if form.precision == metrics["export"]["served"]), ranker)
+            shutil.rmtree(folder / name, ignore_errors=True)
             served.save(folder / name)
-            write_json(folder / name / "export.json", record)
-            metrics[name] = {"history": ranker.history, "export": record}
+            metrics[name] = {"history": ranker.history}
+        discard(fitted)
         return metrics
 
     settings = {
@@ -136,6 +147,7 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
         "index": config.index.model_dump(mode="json"),
         "max_history": config.pipeline.max_history,
         "seed": config.seed,
+        "num_workers": max(1, config.compute.num_workers),
     }
     parents = [prepared, *([embedded] if embedded else []), retriever]
     return build(config.workdir, STEP, settings, parents, make)

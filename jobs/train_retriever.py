@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from jobs._ray import fit_distributed
-from jobs.artifacts import Artifact, artifact_key, build
+from jobs._ray import discard, fit_distributed
+from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
@@ -95,7 +95,11 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
 def run(config: JobConfig, prepare: Artifact, embed: Artifact | None) -> Artifact:
     """The ``retriever`` artefact; ``embed`` is None for data without text."""
     parents = [prepare] if embed is None else [prepare, embed]
-    tree = {"retriever": config.retriever.model_dump(mode="json"), "seed": config.seed}
+    tree = {
+        "retriever": config.retriever.model_dump(mode="json"),
+        "seed": config.seed,
+        "num_workers": max(1, config.compute.num_workers),
+    }
 
     def make(folder: Path) -> dict[str, Any]:
         dataset = Dataset.load(prepare.path)
@@ -109,12 +113,11 @@ def run(config: JobConfig, prepare: Artifact, embed: Artifact | None) -> Artifac
             fit,
             Payload(config.retriever, {"base": base, **refits}),
             compute=config.compute,
-            name=f"{STEP}-{artifact_key(STEP, tree, parents)}",
+            name=f"{STEP}-{folder.name}",
             storage=folder,
         )
-        for part in ("base", *refits, "history.json"):
-            (shutil.copytree if (result.path / part).is_dir() else shutil.copy2)(result.path / part, folder / part)
-        shutil.rmtree(result.path.parent)
+        shutil.copytree(result.path, folder, dirs_exist_ok=True)
+        discard(result)
         return summary(read_json(folder / "history.json")["base"])
 
     return build(config.workdir, STEP, tree, parents, make)

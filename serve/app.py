@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
+from recsys.bundle import Bundle
 from serve.config import STAGES, ScalingConfig, ServeConfig
 from serve.deployments import Gateway, StageDeployment
 
@@ -21,6 +22,8 @@ APP_NAME = "recsys"
 def build(args: dict[str, Any]) -> Application:
     """The application for ``args``, which are the keys of :class:`~serve.config.ServeConfig`."""
     config = ServeConfig.parse(args, where="arguments of serve.app:build")
+    # One Bundle for every replica, also for those that start after somebody has published the next one.
+    config = config.model_copy(update={"bundle_uri": Bundle.locate(config.bundle_uri)})
     remote = {
         name: _deployment(StageDeployment, name, config.stage(name)).bind(
             name, config.bundle_uri, config.stage(name).model_dump(mode="json")

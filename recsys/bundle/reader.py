@@ -71,11 +71,7 @@ class Bundle:
         :raises BundleCorruptError: when a file is missing, changed or not in the manifest; it names the file.
         :raises BundleMismatchError: when parts disagree, or a newer library wrote it.
         """
-        location = Location.of(uri)
-        if not (location / MANIFEST).exists():
-            from recsys.bundle.store import BundleStore
-
-            location = BundleStore(uri).current_location()
+        location = Location.of(cls.locate(uri))
         manifest = read_manifest(location)
         if location.local is not None:
             path = location.local
@@ -86,6 +82,19 @@ class Bundle:
         bundle = cls(path, manifest)
         bundle.check_tables()
         return bundle
+
+    @staticmethod
+    def locate(uri: str | Path) -> str:
+        """The URI of one Bundle: ``uri`` itself, or the current Bundle of the store at ``uri``.
+
+        :raises BundleNotFoundError: when there is neither.
+        """
+        location = Location.of(uri)
+        if not (location / MANIFEST).exists():
+            from recsys.bundle.store import BundleStore
+
+            location = BundleStore(uri).current_location()
+        return str(location)
 
     @property
     def bundle_id(self) -> str:

@@ -16,6 +16,8 @@ F features.
 from __future__ import annotations
 
 import copy
+import logging
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +36,8 @@ from recsys.files import atomic_path, map_arrow, read_json, write_arrow, write_j
 from recsys.models.ranking import PADDING, Ranker, RankerConfig, RankingBatch, RankingItems
 from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 NUM_AGE_BUCKETS = 12
 HOUR_MS = 3_600_000.0
@@ -275,21 +279,24 @@ def fit_ranker(
         return AttentionRanker(config, network, items, project(network, content), history, uses_time=examples.uses_time)
     model = runtime.prepare(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    started = time.perf_counter()
     per_worker = max(1, config.batch_queries // runtime.world_size)
     steps_per_epoch = -(-len(examples) // (per_worker * runtime.world_size))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.epochs * steps_per_epoch + 1, pct_start=0.1
     )
-    generator = np.random.default_rng(seed)
     for epoch in range(1, config.epochs + 1):
         network.train()
-        order = generator.permutation(len(examples))
+        # The order is the same on every worker, the negatives and the dropout are each worker's own.
+        order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch, runtime.rank]).generate_state(1)[0]))
         total = 0.0
         for step in range(steps_per_epoch):
             rows = order[step * per_worker * runtime.world_size :][: per_worker * runtime.world_size]
             # Workers take interleaved queries of one global batch; a short last batch wraps so that none is idle.
             mine = np.resize(rows, max(len(rows), runtime.world_size))[runtime.rank :: runtime.world_size]
-            batch, relevant = examples.sample(mine, config.num_negatives, generator)
+            draws = np.random.default_rng([seed, epoch, step, runtime.rank])
+            batch, relevant = examples.sample(mine, config.num_negatives, draws)
             inputs = _inputs(batch, content, runtime.device)
             scores = model(*inputs)
             loss = _listwise_loss(scores, batch, relevant, runtime.device)
@@ -307,6 +314,14 @@ def fit_ranker(
             network.to(runtime.device)
         history.append(row)
         runtime.report(row)
+        if runtime.rank == 0:
+            judged = f", holdout ndcg@10 {row['ndcg@10']:.4f}" if "ndcg@10" in row else ""
+            seconds_left = (config.epochs - epoch) * (time.perf_counter() - started) / epoch
+            logger.info(
+                "ranker epoch %d of at most %d: loss %.4f%s, %.0f queries/s, at most %.0f s left",
+                epoch, config.epochs, row["loss"], judged,
+                epoch * len(examples) / (time.perf_counter() - started), seconds_left,
+            )  # fmt: skip
         if "ndcg@10" not in row or row["ndcg@10"] > best_ndcg:
             best_ndcg, best_state = row.get("ndcg@10", best_ndcg), copy.deepcopy(network.state_dict())
         elif epoch - max(history, key=lambda entry: entry["ndcg@10"])["epoch"] >= config.patience:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +12,9 @@ from numpy.typing import NDArray
 from recsys.data.dataset import Targets
 from recsys.pipeline.stage import Stage
 from recsys.pipeline.types import Candidates, Query
+
+PROGRESS_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 def queries_of(targets: Targets, *, num_candidates: int, max_history: int, top_k: int) -> list[Query]:
@@ -35,14 +40,23 @@ def queries_of(targets: Targets, *, num_candidates: int, max_history: int, top_k
 
 
 def run_stages(stages: Sequence[Stage], queries: Sequence[Query], *, batch_size: int = 128) -> list[Candidates]:
-    """What comes out of the last of ``stages``, per query. No deadline and no fallback: an error is an error."""
+    """What comes out of the last of ``stages``, per query. No deadline and no fallback: an error is an error.
+
+    Long runs log their progress every few seconds.
+    """
     results: list[Candidates] = []
+    started = said = time.monotonic()
     for start in range(0, len(queries), batch_size):
         batch = queries[start : start + batch_size]
         candidates = [Candidates.empty() for _ in batch]
         for stage in stages:
             candidates = stage.run_batch(batch, candidates)
         results.extend(candidates)
+        if (now := time.monotonic()) - said > PROGRESS_S:
+            said = now
+            rate = len(results) / (now - started)
+            left_s = (len(queries) - len(results)) / rate
+            logger.info("%d of %d queries, %.0f queries/s, %.0f s left", len(results), len(queries), rate, left_s)
     return results
 
 

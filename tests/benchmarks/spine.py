@@ -116,6 +116,7 @@ def overheads(workdir: Path) -> None:
     for user_id in users:
         recommender.recommend(user_id=user_id)
     retrieval.run_batch = original  # type: ignore[method-assign]
+    assert {query.num_candidates for query in queries} == {200}
 
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
         one = {"min_replicas": 1, "max_replicas": 1, "num_cpus": 0.1, "threads": THREADS}
@@ -149,6 +150,9 @@ def overheads(workdir: Path) -> None:
                 run_stages(stages, [query])
                 if round_ >= 50:
                     times["stages"].append((time.perf_counter() - started) * 1e3)
+            for name in ("graph", "fused"):
+                whole = client.post(url + paths[name], json={"user_id": users[0]}).json()
+                assert not whole["degraded"] and "ranking" in whole["items"][0]["stage_scores"], whole
             client.close()
     p50 = {name: float(np.median(values)) for name, values in times.items()}
     print(p50)
@@ -217,9 +221,9 @@ def quantized_ranker(workdir: Path) -> None:
     from recsys.config import load_config
     from recsys.data.dataset import Dataset, Split
     from recsys.evaluation.significance import paired_difference
-    from recsys.models import load_retriever
+    from recsys.models import load_ranker, load_retriever
     from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
-    from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker, interleaved_p50_ms
+    from recsys.models.ranker_export import ExportedRanker, interleaved_p50_ms
     from recsys.pipeline.offline import queries_of, run_stages
     from recsys.training.ranking_examples import ranking_examples
 
@@ -228,43 +232,44 @@ def quantized_ranker(workdir: Path) -> None:
     model = config.ranking.model
     assert isinstance(model, AttentionRankerConfig)
     dataset = Dataset.load(_newest(workdir / "prepare" / "*" / "dataset.json").parent)
-    ranker = model.load(_newest(workdir / "ranker" / "*" / "artifact.json").parent / "judged")
+    folder = _newest(workdir / "ranker" / "*" / "artifact.json").parent / "judged"
+    ranker, served = model.load(folder), load_ranker(folder)
     assert isinstance(ranker, AttentionRanker)
     retriever = load_retriever(_newest(workdir / "retriever" / "*" / "artifact.json").parent / "judged")
     targets = dataset.targets(Split.TEST)
     questions = queries_of(targets, num_candidates=200, max_history=config.pipeline.max_history, top_k=200)
     found = run_stages([retrieval_stage(config, dataset, retriever)], questions)
     examples = ranking_examples(targets, found, ranker.items, ranker.max_history)
-    forms = {form.precision: form for form in export_ranker(ranker, ExportConfig(), examples.batch)}
-    served = _newest(workdir / "ranker" / "*" / "judged" / "export.json")
-    chosen = json.loads(served.read_text())["served"]
+    if not isinstance(served, ExportedRanker):
+        raise SystemExit("the gate kept fp32 on this machine: there is no quantized form to measure")
     single = examples.batch[:1]
-    calls: dict[str, Any] = {"fp32_torch": lambda: ranker.score(single)}
-    calls.update({name: (lambda form=form: form.score(single)) for name, form in forms.items()})
-    fp32_backend = _fp32_of_the_same_backend(forms["f32"])
-    calls["fp32_same_backend"] = lambda: fp32_backend(single)
+    fp32_backend = _fp32_of_the_same_backend(served)
+    calls: dict[str, Any] = {
+        "fp32_torch": lambda: ranker.score(single),
+        "served": lambda: served.score(single),
+        "fp32_same_backend": lambda: fp32_backend(single),
+    }
     p50 = interleaved_p50_ms(calls, 500)
 
     def ndcg(form: Any) -> Any:
         parts = [form.score(examples.batch[row : row + 64]) for row in range(0, len(examples), 64)]
         return examples.ndcg10(np.concatenate(parts))
 
-    best = chosen if chosen in forms else min(forms, key=lambda name: p50[name])
-    assert isinstance(forms[best], ExportedRanker)
-    reference, quantized = ndcg(ranker), ndcg(forms[best])
-    difference = paired_difference(quantized, reference, examples.user_idx, seed=0)
+    reference, quantized = ndcg(ranker), ndcg(served)
+    (difference,) = paired_difference(quantized[:, None], reference[:, None], examples.user_idx, seed=0)
     loss = 1 - float(quantized.mean()) / float(reference.mean())
     worst = -difference.low / float(reference.mean())
-    speedup = p50["fp32_torch"] / p50[best]
+    speedup = p50["fp32_torch"] / p50["served"]
     write_row(
-        "spine", "ranker_quantized_speedup", speedup, unit="ratio", bar=">= 2, NDCG@10 loss <= 0.5 %",
-        passes=speedup >= 2 and loss <= 0.005, command=COMMAND, seeds=[0],
+        "spine", "ranker_quantized_speedup", speedup, unit="ratio",
+        bar=">= 2, NDCG@10 loss <= 0.5 % at the upper end of its paired interval",
+        passes=speedup >= 2 and worst <= 0.005, command=COMMAND, seeds=[0],
         protocol=f"p50 of 500 interleaved calls at 200 candidates and one query, {THREADS} thread, fp32 torch over "
-        f"the served form (int8 item rows, OpenVINO graph in {best}); loss on {len(examples)} TEST queries, paired "
-        "interval clustered by user",
+        f"the served form (int8 item rows, OpenVINO graph in {served.precision}); loss on {len(examples)} TEST "
+        "queries, paired interval clustered by user",
         details={
-            "p50_ms": p50, "served": chosen, "measured_form": best, "ndcg10_loss": loss, "ndcg10_loss_upper": worst,
-            "speedup_over_fp32_same_backend": p50["fp32_same_backend"] / p50[best],
+            "p50_ms": p50, "ndcg10_loss": loss, "ndcg10_loss_upper": worst,
+            "speedup_over_fp32_same_backend": p50["fp32_same_backend"] / p50["served"],
         },
     )  # fmt: skip
 

@@ -44,8 +44,10 @@ def pipeline(workdir: Path, step: str = "pipeline", *more: str) -> str:
 
 def test_the_bundle_recommends_without_ray(local: tuple[Path, str]) -> None:
     workdir, _ = local
-    with Recommender.load(workdir / "synthetic" / "bundles") as recommender:
-        known = recommender.recommend(user_id="user-1" if recommender.user("user-1") else None, top_k=5)
+    store = workdir / "synthetic" / "bundles"
+    user_id = Bundle.open(store).histories()["user_id"][0].as_py()
+    with Recommender.load(store) as recommender:
+        known = recommender.recommend(user_id=user_id, top_k=5)
         stranger = recommender.recommend(top_k=5)
     assert len(known.items) == len(stranger.items) == 5
     assert not known.degraded
@@ -114,11 +116,12 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         wait_for(address, environment["RAY_AUTH_TOKEN"], head, tmp_path / "ray.log")
         yield address, environment
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        head.terminate()  # it ends the processes that it started
         try:
-            head.wait(30)
+            head.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
 
 
 def wait_for(address: str, token: str, head: subprocess.Popen[bytes], log: Path) -> None:

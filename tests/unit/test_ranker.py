@@ -100,7 +100,7 @@ def test_a_fresh_ranker_keeps_the_retrievers_order(items: RankingItems, examples
 
 def forms(fitted) -> list:
     ranker, train, _ = fitted
-    return [ranker, *(export_ranker(ranker, ExportConfig(precisions=("f32",)), train.batch))]
+    return [ranker, *(export_ranker(ranker, ExportConfig(precisions=("f32", "int8")), train.batch))]
 
 
 def test_a_score_depends_on_its_own_candidate_only(fitted) -> None:
@@ -158,12 +158,14 @@ def test_the_export_ranks_as_the_network_does(fitted) -> None:
     ranker, train, holdout = fitted
     exported = export_ranker(ranker, ExportConfig(precisions=("int8", "f32")), train.batch)
     assert {"f32", "int8"} <= {form.precision for form in exported}
-    served, record = choose_export(ranker, exported, holdout, ExportConfig(num_timed=10))
+    _, record = choose_export(ranker, exported, holdout, ExportConfig(num_timed=10))
     json.dumps(record)
     assert record["f32"]["ndcg_loss"] <= 0.005
     assert record["served"] in {"fp32", *(form.precision for form in exported)}
-    agreement = np.corrcoef(served.score(holdout.batch).ravel(), ranker.score(holdout.batch).ravel())[0, 1]
-    assert agreement > 0.99
+    expected = ranker.score(holdout.batch)
+    for form in exported:
+        assert np.corrcoef(form.score(holdout.batch).ravel(), expected.ravel())[0, 1] > 0.98
+    np.testing.assert_allclose(exported[-1].score(holdout.batch), expected, atol=0.2)
 
 
 @pytest.mark.skipif(not openvino_available(), reason="openvino is not installed on this platform")
