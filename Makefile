@@ -46,7 +46,7 @@ format: .venv/.installed-dev  ## let ruff mend what it can
 	ruff format .
 
 bench-spine: .venv/.installed-dev  ## measure the figures of tests/benchmarks/results/spine.json
-	python -m tests.benchmarks.spine
+	python tests/benchmarks/spine.py
 
 wheel: .venv/.installed-dev  ## build dist/recsys-*.whl
 	python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

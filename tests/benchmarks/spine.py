@@ -17,8 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-
-from tests.benchmarks.rows import write_row
+from rows import write_row
 
 CONFIG = "configs/movielens_small.yaml"
 COMMAND = "make bench-spine"
@@ -130,10 +129,10 @@ def overheads(workdir: Path) -> None:
             for topology in ("graph", "fused")
         }
         with serving(ServeConfig.parse(trees["graph"], where="bench"), port=8011) as url:
+            from empty_graph import empty_graph
             from ray import serve
 
             from serve.app import build
-            from tests.benchmarks.empty_graph import empty_graph
 
             serve.run(build(trees["fused"]), name="fused", route_prefix="/fused")
             serve.run(empty_graph(), name="empty", route_prefix="/empty")
@@ -366,7 +365,7 @@ def main(
         print(f"== {name}", flush=True)
         if name == "overheads" and len(only or FIGURES) > 1:
             # Ray must not have been imported before the fast path's environment is set.
-            command = [sys.executable, "-m", "tests.benchmarks.spine", "--only", name, "--workdir", str(workdir)]
+            command = [sys.executable, __file__, "--only", name, "--workdir", str(workdir)]
             subprocess.run(command, check=True)
             continue
         FIGURES[name](workdir)
