@@ -265,7 +265,9 @@ def _worker(config: dict[str, Any]) -> None:
     # Counted where the worker runs: on a cluster the driver's machine may be another one.
     workers_here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(config["threads"] or max(1, (os.cpu_count() or 1) // workers_here))
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        if name == "ray.train" or "/ray/train/" in name:  # some of Ray's loggers are named by their file
+            logging.getLogger(name).setLevel(logging.WARNING)
     if runtime.rank == 0:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("recsys").setLevel(logging.INFO)

@@ -138,6 +138,7 @@ def _embed_on_ray(parts: list[Path], embedder: dict[str, Any], compute: ComputeC
     with ray_session():
         import ray.data
 
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         # One block per part: it is what an actor takes, writes and, when it dies, what is done again.
         done = ray.data.from_items([{"path": str(path)} for path in parts], override_num_blocks=len(parts)).map_batches(
             Embedder,

@@ -52,7 +52,7 @@ class AttentionRankerConfig(RankerConfig):
     hidden: int = Field(default=64, ge=8, description="width of the MLP's first layer; the second has half")
     dropout: float = Field(default=0.2, ge=0, lt=1, description="dropout of attention output and MLP, share of units")
     max_history: int = Field(default=50, ge=1, description="newest history entries looked at")
-    num_negatives: int = Field(default=63, ge=1, description="candidates sampled beside the relevant ones per query")
+    num_negatives: int = Field(default=31, ge=1, description="candidates sampled beside the relevant ones per query")
     epochs: int = Field(default=8, ge=0, description="most passes over the queries; 0 keeps the retriever's order")
     patience: int = Field(default=3, ge=1, description="epochs without a better holdout NDCG@10 before training stops")
     batch_queries: int = Field(default=32, ge=1, description="queries per optimizer step, over all workers")
