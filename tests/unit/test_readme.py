@@ -14,6 +14,7 @@ import yaml
 from jobs.config import JobConfig
 from recsys.config import load_config
 from recsys.data.prepare import prepare
+from recsys.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,3 +48,13 @@ def test_the_readme_reads_a_persons_own_parquet(tmp_path: Path, monkeypatch: pyt
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
     assert load_config(JobConfig, path).name == path.stem
     assert yaml.safe_load(path.read_text())
+
+
+def test_the_figures_of_the_readme_are_the_measured_ones() -> None:
+    rows = {row["name"]: row for row in read_json(ROOT / "tests/benchmarks/results/spine.json")}
+    readme = (ROOT / "README.md").read_text()
+    systems = rows["ndcg10_served_minus_best_baseline"]["details"]
+    for name, interval in systems.items():
+        assert f"| {interval['mean']:.4f} |" in readme, f"the README's table lacks {name}"
+    for name, row in rows.items():
+        assert f"`{name}`" in readme, f"the README does not mention {name}"
