@@ -237,9 +237,9 @@ def _inputs(batch: RankingBatch, table: NDArray[np.float32], device: torch.devic
     tensors = (
         torch.from_numpy(table[np.maximum(batch.candidate_item_idx, 0)]),
         torch.from_numpy(table[np.maximum(batch.history_item_idx, 0)]),
-        torch.from_numpy(batch.history_age_ms),
+        torch.tensor(batch.history_age_ms),  # a copy: what came through Ray's object store is read-only
         torch.from_numpy(batch.history_item_idx != PADDING),
-        torch.from_numpy(batch.features),
+        torch.tensor(batch.features),
     )
     return tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
 
