@@ -40,6 +40,8 @@ from recsys.training.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 NUM_AGE_BUCKETS = 12
+MASKED = -20.0
+"""attention bias of an empty slot: nothing after the softmax, and small enough not to coarsen int8 steps"""
 HOUR_MS = 3_600_000.0
 
 
@@ -97,10 +99,10 @@ class RankerNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def history_bias(self, age_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Additive attention bias [B, L, H]; a large negative number where the slot is empty."""
+        """Additive attention bias [B, L, H]; ``MASKED`` where the slot is empty."""
         bucket = torch.log2(age_BL / HOUR_MS + 1.0).long().clamp(max=NUM_AGE_BUCKETS - 1)
         bias_BLH = self.rank_bias + self.age_bias[bucket]
-        return bias_BLH.masked_fill(~mask_BL.unsqueeze(-1), -1e4)
+        return bias_BLH.masked_fill(~mask_BL.unsqueeze(-1), MASKED)
 
     def forward(
         self, content_BCE: Tensor, history_BLE: Tensor, age_BL: Tensor, mask_BL: Tensor, features_BCF: Tensor
@@ -264,7 +266,9 @@ def fit_ranker(
     used = examples.batch.candidate_item_idx != PADDING
     values = examples.batch.features[used] if used.any() else np.zeros((1, NUM_FEATURES), np.float32)
     network.feature_mean.copy_(torch.from_numpy(values.mean(axis=0)))
-    network.feature_scale.copy_(torch.from_numpy(1.0 / np.maximum(values.std(axis=0), 1e-3)))
+    spread = values.std(axis=0)
+    # A feature that was constant in training tells nothing, and must not shout when it varies in serving.
+    network.feature_scale.copy_(torch.from_numpy(np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)))
 
     def holdout_ndcg() -> float:
         assert holdout is not None

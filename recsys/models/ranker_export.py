@@ -30,7 +30,7 @@ from recsys.config import StrictConfig
 from recsys.data.features import NUM_FEATURES, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import map_arrow, read_json, write_arrow, write_json
-from recsys.models.attention_ranker import HOUR_MS, NUM_AGE_BUCKETS, AttentionRanker
+from recsys.models.attention_ranker import HOUR_MS, MASKED, NUM_AGE_BUCKETS, AttentionRanker
 from recsys.models.ranking import PADDING, Ranker, RankingBatch
 from recsys.training.ranking_examples import RankingExamples
 
@@ -194,7 +194,7 @@ class ExportedRanker(Ranker):
         """float32 [..., L, H]: see :meth:`RankerNetwork.history_bias`."""
         bucket = np.minimum(np.log2(age_ms / HOUR_MS + 1.0).astype(np.int64), NUM_AGE_BUCKETS - 1)
         bias = self._rank_bias + self._age_bias[bucket]
-        bias[history_item_idx == PADDING] = -1e4
+        bias[history_item_idx == PADDING] = MASKED
         return bias
 
     def save(self, folder: str | Path) -> None:

@@ -164,7 +164,8 @@ def test_the_export_ranks_as_the_network_does(fitted) -> None:
     assert record["served"] in {"fp32", *(form.precision for form in exported)}
     expected = ranker.score(holdout.batch)
     for form in exported:
-        assert np.corrcoef(form.score(holdout.batch).ravel(), expected.ravel())[0, 1] > 0.98
+        agreement = np.corrcoef(form.score(holdout.batch).ravel(), expected.ravel())[0, 1]
+        assert agreement > {"f32": 0.99, "int8": 0.9}[form.precision], form.precision
     np.testing.assert_allclose(exported[-1].score(holdout.batch), expected, atol=0.2)
 
 
