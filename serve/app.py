@@ -50,7 +50,7 @@ def _deployment(code: Any, name: str, scaling: ScalingConfig) -> Any:
         graceful_shutdown_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=3,
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )(code)
 
 

@@ -56,14 +56,11 @@ class StageConfig(ScalingConfig):
     """One stage as a deployment of its own (``topology: graph``)."""
 
     max_batch_size: int = Field(
-        default=16, ge=1, le=1024, description="queries that one call of the stage takes together"
-    )
-    batch_wait_ms: float = Field(
-        default=0.0,
-        ge=0,
-        le=2,
-        description="wait for more queries before a batch starts (milliseconds, 0 to 2); with 0 a batch is what "
-        "arrived while the one before was computed, so an idle replica answers at once and a busy one still batches",
+        default=16,
+        ge=1,
+        le=1024,
+        description="queries that one call of the stage takes together, at most: those that arrived while the call "
+        "before was computed",
     )
 
 

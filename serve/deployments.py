@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from recsys.errors import BundleMismatchError, StageError, StageOverloadedError
 from recsys.pipeline.stage import Stage, StageOutput
 from recsys.pipeline.stages import build_stage
 from recsys.pipeline.types import Candidates, Query
+from serve.batching import Batcher
 from serve.config import INLINE, ServeConfig, StageConfig
+from serve.frames import Frame, pack_call, pack_output, unpack_call, unpack_output
 from serve.gateway import http_app
 from serve.service import Service
 
@@ -36,10 +39,7 @@ class StageInfo:
 
 
 class StageDeployment:
-    """Wraps any plain stage: batches queries and computes in a thread, off the replica's event loop.
-
-    While one batch is computed the next one collects, so batches grow with the load and an idle replica starts at once.
-    """
+    """Wraps any plain stage: batches queries and computes off the replica's event loop."""
 
     def __init__(self, name: str, bundle_uri: str, config: Mapping[str, Any]) -> None:
         settings = StageConfig.parse(config, where=f"deployment {name}")
@@ -47,29 +47,25 @@ class StageDeployment:
         bundle = Bundle.open(bundle_uri)
         self._stage: Stage | None = build_stage(bundle, name)
         self._info = StageInfo(name, bundle.bundle_id, self._stage is not None)
-        batching: Any = self.run
-        batching.set_max_batch_size(settings.max_batch_size)
-        batching.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
+        self._batcher = Batcher(self._compute, settings.max_batch_size, inline=name in INLINE)
+        settle_memory()
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)
-    async def run(self, calls: list[tuple[Query, Candidates]]) -> list[StageOutput]:
-        """Called with one query and its candidates; Serve makes the list."""
-        if self._info.name in INLINE:
-            return self._compute(calls)
-        return await asyncio.to_thread(self._compute, calls)
+    async def run(self, call: Frame) -> Frame:
+        """One query and its candidates, see :mod:`serve.frames`."""
+        return await self._batcher.submit(call)
 
     async def info(self) -> StageInfo:
         """Name and Bundle of the stage."""
         return self._info
 
-    def _compute(self, calls: Sequence[tuple[Query, Candidates]]) -> list[StageOutput]:
+    def _compute(self, calls: list[Frame]) -> list[Frame]:
         if self._stage is None:
             raise StageError(f"Bundle {self._info.bundle_id} has no stage {self._info.name}", stage=self._info.name)
         started = time.perf_counter()
-        queries, candidates = zip(*calls, strict=True)
+        queries, candidates = zip(*map(unpack_call, calls), strict=True)
         results = self._stage.run_batch(queries, candidates)
         busy_ms = (time.perf_counter() - started) * 1e3
-        return [StageOutput(result, self._stage.bundle_id, busy_ms) for result in results]
+        return [pack_output(StageOutput(result, self._stage.bundle_id, busy_ms)) for result in results]
 
 
 class RemoteStage:
@@ -77,13 +73,14 @@ class RemoteStage:
 
     def __init__(self, name: str, handle: DeploymentHandle[Any]) -> None:
         self.name = name
-        # What crosses is made of plain dataclasses and arrays: pickle by reference is enough, and faster.
+        # What crosses is made of plain values: pickle is enough, and faster than cloudpickle.
         self._handle = handle.options(request_serialization="pickle", response_serialization="pickle")
+        self._run = self._handle.options(method_name="run")
 
     async def run(self, query: Query, candidates: Candidates) -> StageOutput:
         """One hop. Whatever Ray reports becomes a :class:`~recsys.errors.StageError`, which the runner survives."""
         try:
-            return await self._handle.run.remote((query, candidates))
+            return unpack_output(await self._run.remote(pack_call(query, candidates)))
         except BackPressureError as error:
             raise StageOverloadedError(f"{self.name}: its queue is full", stage=self.name) from error
         except (RayError, RayServeException) as error:
@@ -115,6 +112,7 @@ class Gateway:
                     f"{info.name} serves Bundle {info.bundle_id}, the gateway {self._service.bundle_id}"
                 )
         await self._service.prove(timeout_s)
+        settle_memory()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         return http_app(self._service, self._config.gateway)
@@ -132,3 +130,9 @@ def limit_threads(threads: int) -> None:
 
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
+
+
+def settle_memory() -> None:
+    """What is loaded stays: the garbage collector need not look through it again while requests wait."""
+    gc.collect()
+    gc.freeze()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import orjson
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 
 from recsys.errors import EventStoreError, RequestError, StageOverloadedError
@@ -28,6 +30,33 @@ Errors are `application/problem+json` (RFC 9457) and carry the `request_id` unde
 What a user did (`POST /v1/events`) is in the very next recommendation."""
 
 Answers = dict[int | str, dict[str, Any]]
+
+
+class QuickBody(APIRoute):
+    """Reads a JSON body into its model in one step; a body that is not right is told so in FastAPI's own way."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        usual, endpoint, wanted = super().get_route_handler(), self.endpoint, self.dependant
+        if not wanted.body_params:
+            return usual
+        (parameter,) = wanted.body_params
+        others = wanted.path_params + wanted.query_params + wanted.header_params
+        assert not others, f"{self.path}: a route with a body has no other parameters"
+        model: Any = parameter.field_info.annotation
+        read = TypeAdapter(model).validate_json
+
+        async def handle(request: Request) -> Response:
+            if "json" not in request.headers.get("content-type", ""):
+                return await usual(request)
+            try:
+                values: dict[str, Any] = {parameter.name: read(await request.body())}
+            except ValidationError:
+                return await usual(request)
+            if wanted.request_param_name is not None:
+                values[wanted.request_param_name] = request
+            return await endpoint(**values)
+
+        return handle
 
 
 def http_app(service: Service, config: GatewayConfig) -> FastAPI:
@@ -48,6 +77,7 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         strict_content_type=False,
         responses=_problems(422, 503),
     )
+    app.router.route_class = QuickBody
     retry_after = {"retry-after": str(config.retry_after_s)}
     _answer_errors(app, retry_after)
 

@@ -13,6 +13,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from recsys.events.base import MAX_ID_LENGTH
 from recsys.pipeline.requests import (
+    NO_REQUEST_FILTERS,
     HistoryItem,
     Recommendation,
     RecommendedItem,
@@ -217,7 +218,7 @@ class Problem(BaseModel):
 
 def recommend_request(body: RecommendBody, request_id: str) -> RecommendRequest:
     """The request as the pipeline knows it."""
-    filters = RequestFilters() if body.filters is None else RequestFilters(**dict(body.filters))
+    filters = NO_REQUEST_FILTERS if body.filters is None else RequestFilters(**dict(body.filters))
     return RecommendRequest(
         user_id=body.user_id,
         history=[

@@ -5,4 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 pc: Any = importlib.import_module("pyarrow.compute")
+
+
+class Texts:
+    """A column of strings, read a few rows at a time: a tenth of what Arrow's ``take`` costs for ten rows.
+
+    Nothing is copied but the texts that are asked for, so a memory-mapped column stays shared.
+    """
+
+    def __init__(self, column: pa.StringArray) -> None:
+        """``column`` holds no null."""
+        assert not column.null_count, "a column of texts has a null"
+        _, offsets, data = column.buffers()
+        self._offsets: NDArray[np.int32] = np.frombuffer(offsets, np.int32)[column.offset :] if offsets else _NOTHING
+        self._data = memoryview(data if data is not None else b"")
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> list[str]:
+        """The texts at ``rows``.
+
+        :raises IndexError: when a row is beyond the column.
+        """
+        starts, stops = self._offsets[rows].tolist(), self._offsets[rows + 1].tolist()
+        return [str(self._data[start:stop], "utf-8") for start, stop in zip(starts, stops, strict=True)]
+
+
+_NOTHING: NDArray[np.int32] = np.zeros(1, np.int32)

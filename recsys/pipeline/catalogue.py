@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys import schema
-from recsys.data.arrow import pc
+from recsys.data.arrow import Texts, pc
 from recsys.errors import BundleMismatchError, SchemaError
 from recsys.files import map_arrow, write_arrow
 from recsys.pipeline.id_map import IdMap
@@ -48,7 +48,7 @@ class Catalogue:
         """Use :meth:`build` or :meth:`load`."""
         self.items = items
         self.id_map = id_map
-        self._titles: pa.StringArray = _one_chunk(items["title"])
+        self._titles = Texts(_one_chunk(items["title"]))
         self._available: BoolArray = items["available"].to_numpy(zero_copy_only=False)
         self._categories = categories
         postings = _one_chunk(categories["item_idx"])
@@ -111,7 +111,7 @@ class Catalogue:
 
     def titles(self, item_idx: Int32Array) -> list[str]:
         """The titles of some items."""
-        return self._titles.take(pa.array(item_idx)).to_pylist()
+        return self._titles.take(item_idx)
 
     @cached_property
     def creator_codes(self) -> Int32Array:

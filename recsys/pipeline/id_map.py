@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from recsys.data.arrow import pc
+from recsys.data.arrow import Texts, pc
 from recsys.errors import SchemaError
 
 _HASH_ROWS = 1 << 18
@@ -27,6 +27,7 @@ class IdMap:
         self.ids = ids
         self.table = table
         self._bytes = ids.cast(pa.binary())
+        self._texts = Texts(ids)
         self._hash: NDArray[np.uint64] = table["hash"].to_numpy()
         self._row: NDArray[np.int32] = table["row"].to_numpy()
 
@@ -79,7 +80,7 @@ class IdMap:
 
     def take(self, rows: NDArray[np.int32]) -> list[str]:
         """The ids at ``rows``."""
-        return self.ids.take(pa.array(rows)).to_pylist()
+        return self._texts.take(rows)
 
     def fingerprint(self) -> str:
         """See :func:`fingerprint_ids`."""

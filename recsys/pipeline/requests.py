@@ -9,7 +9,7 @@ from typing import Any
 
 from recsys.errors import RequestError
 from recsys.pipeline.config import PipelineConfig
-from recsys.pipeline.types import Filters
+from recsys.pipeline.types import NO_FILTERS, Filters
 
 _LATEST_MS = 1 << 53
 
@@ -39,7 +39,7 @@ class RequestFilters:
     price_max: float | None = None
 
 
-_NO_FILTERS = RequestFilters()
+NO_REQUEST_FILTERS = RequestFilters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class RecommendRequest:
     history: Sequence[HistoryItem] = ()
     """oldest first, for this request only"""
     top_k: int = 10
-    filters: RequestFilters = _NO_FILTERS
+    filters: RequestFilters = NO_REQUEST_FILTERS
     exclude_seen: bool = True
     diversity: float | None = None
     """0 by score alone to 1 by novelty alone; None for the configured default"""
@@ -99,8 +99,8 @@ class RecommendRequest:
     def hard_filters(self) -> Filters:
         """The filters as the pipeline knows them, without the excluded items."""
         wanted = self.filters
-        if wanted is _NO_FILTERS:
-            return Filters()
+        if wanted is NO_REQUEST_FILTERS:
+            return NO_FILTERS
         return Filters(
             tuple(wanted.categories_any), tuple(wanted.categories_none), wanted.price_min, wanted.price_max
         )  # fmt: skip

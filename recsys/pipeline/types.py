@@ -29,10 +29,10 @@ class Filters:
 
     @property
     def empty(self) -> bool:
-        return self == _NO_FILTERS
+        return self is NO_FILTERS or self == NO_FILTERS
 
 
-_NO_FILTERS = Filters()
+NO_FILTERS = Filters()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +52,7 @@ class Query:
     top_k: int
     num_candidates: int
     """how many candidates retrieval hands on, at least ``top_k``"""
-    filters: Filters = _NO_FILTERS
+    filters: Filters = NO_FILTERS
     diversity: float | None = None
     """0 (by score alone) to 1 (by novelty alone); None for the configured default"""
 

@@ -261,6 +261,24 @@ def test_a_full_queue_refuses_and_does_not_open_the_breaker(catalogue: Catalogue
         stage.close()
 
 
+def test_a_closed_stage_refuses_and_one_nobody_holds_ends_its_threads():
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("stage-lonely")]
+
+    stage = LocalStage(FunctionStage("lonely", retrieves(*BEST).function), threads=2)
+    assert len(threads()) == 2
+    stage.close()
+    with pytest.raises(StageError, match="closed"):
+        asyncio.run(stage.run(make_query(), Candidates.empty()))
+    unused = LocalStage(FunctionStage("lonely", retrieves(*BEST).function), threads=2)
+    asyncio.run(unused.run(make_query(), Candidates.empty()))
+    del unused
+    deadline = time.monotonic() + 20
+    while threads():
+        assert time.monotonic() < deadline, threads()
+        time.sleep(0.01)
+
+
 def test_a_slow_inline_stage_is_used_but_held_against_it(catalogue: Catalogue):
     runner = make_runner(catalogue, sleeps(retrieves(*BEST), 0.26), inline=True)
     for _ in range(3):

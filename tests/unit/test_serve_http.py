@@ -196,6 +196,9 @@ async def test_malformed_bodies_are_problems_and_never_500(client, content, stat
 
 async def test_other_content_types_are_refused_by_name(client):
     assert_problem(await client.post("/v1/recommend", data={"a": "b"}), 415, "application/json")
+    for path, body in (("/v1/recommend", {"top_k": 1}), ("/v1/events", {"events": [event("typed")]})):
+        content, headers = json.dumps(body), {"content-type": "text/plain"}
+        assert_problem(await client.post(path, content=content, headers=headers), 415, "application/json")
 
 
 async def test_a_body_that_is_too_large_is_413_announced_or_not(client):
@@ -320,8 +323,8 @@ def test_serve_config_refuses_what_makes_no_sense():
         ServeConfig.parse({"bundle_uri": "x", "ranking": {"min_replicas": 3, "max_replicas": 2}}, where="test")
     with pytest.raises(ConfigError, match="topology"):
         ServeConfig.parse({"bundle_uri": "x", "topology": "star"}, where="test")
-    with pytest.raises(ConfigError, match="batch_wait_ms"):
-        ServeConfig.parse({"bundle_uri": "x", "ranking": {"batch_wait_ms": 10}}, where="test")
+    with pytest.raises(ConfigError, match="max_batch_size"):
+        ServeConfig.parse({"bundle_uri": "x", "ranking": {"max_batch_size": 0}}, where="test")
 
 
 @pytest.mark.parametrize("name", ["graph", "fused"])
