@@ -25,16 +25,17 @@ def build(args: dict[str, Any]) -> Application:
     # One Bundle for every replica, also for those that start after somebody has published the next one.
     config = config.model_copy(update={"bundle_uri": Bundle.locate(config.bundle_uri)})
     remote = {
-        name: _deployment(StageDeployment, name, config.stage(name)).bind(
+        name: deployment(StageDeployment, name, config.stage(name)).bind(
             name, config.bundle_uri, config.stage(name).model_dump(mode="json")
         )
         for name in STAGES
         if not config.is_local(name)
     }
-    return _deployment(Gateway, "gateway", config.gateway).bind(config.model_dump(mode="json"), remote)
+    return deployment(Gateway, "gateway", config.gateway).bind(config.model_dump(mode="json"), remote)
 
 
-def _deployment(code: Any, name: str, scaling: ScalingConfig) -> Any:
+def deployment(code: Any, name: str, scaling: ScalingConfig) -> Any:
+    """The class ``code`` as a Serve deployment, with the settings that all of ours share."""
     return serve.deployment(
         name=name,
         autoscaling_config=scaling.autoscaling(),

@@ -22,7 +22,7 @@ from recsys.pipeline.stage import Stage, StageOutput
 from recsys.pipeline.stages import build_stage
 from recsys.pipeline.types import Candidates, Query
 from serve.batching import Batcher
-from serve.config import INLINE, ServeConfig, StageConfig
+from serve.config import ServeConfig, StageConfig
 from serve.frames import Frame, pack_call, pack_output, unpack_call, unpack_output
 from serve.gateway import http_app
 from serve.service import Service
@@ -39,7 +39,7 @@ class StageInfo:
 
 
 class StageDeployment:
-    """Wraps any plain stage: batches queries and computes off the replica's event loop."""
+    """Wraps any plain stage: batches queries, and computes with all that the replica has."""
 
     def __init__(self, name: str, bundle_uri: str, config: Mapping[str, Any]) -> None:
         settings = StageConfig.parse(config, where=f"deployment {name}")
@@ -47,7 +47,7 @@ class StageDeployment:
         bundle = Bundle.open(bundle_uri)
         self._stage: Stage | None = build_stage(bundle, name)
         self._info = StageInfo(name, bundle.bundle_id, self._stage is not None)
-        self._batcher = Batcher(self._compute, settings.max_batch_size, inline=name in INLINE)
+        self._batcher = Batcher(self._compute, settings.max_batch_size)
         settle_memory()
 
     async def run(self, call: Frame) -> Frame:

@@ -1,4 +1,4 @@
-"""A Serve graph of the same shape as ours that does nothing: what Ray itself costs."""
+"""A Serve graph of the same shape and settings as ours that does nothing: what Ray itself costs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve.app import deployment
+from serve.config import ScalingConfig
+
 app = FastAPI()
+_ONE = ScalingConfig(max_replicas=1, num_cpus=0.1)
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=100)
 class EmptyStage:
     """Answers at once."""
 
@@ -19,7 +22,6 @@ class EmptyStage:
         return 0
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=100)
 @serve.ingress(app)
 class EmptyGateway:
     """Asks each stage in turn."""
@@ -38,5 +40,5 @@ class EmptyGateway:
 
 def empty_graph() -> serve.Application:
     """An ingress and three stages."""
-    stages = [EmptyStage.options(name=f"empty_{number}").bind() for number in range(3)]
-    return EmptyGateway.bind(*stages)
+    stages = [deployment(EmptyStage, f"empty_{number}", _ONE).bind() for number in range(3)]
+    return deployment(EmptyGateway, "empty", _ONE).bind(*stages)
