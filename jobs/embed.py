@@ -139,6 +139,8 @@ def _embed_on_ray(parts: list[Path], embedder: dict[str, Any], compute: ComputeC
         import ray.data
 
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        # It warns that its bars are off; they are, because progress is told below.
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
         # One block per part: it is what an actor takes, writes and, when it dies, what is done again.
         done = ray.data.from_items([{"path": str(path)} for path in parts], override_num_blocks=len(parts)).map_batches(
             Embedder,

@@ -44,6 +44,7 @@ class Phase(Runtime):
 
     def __init__(self, runtime: Runtime, name: str, done: Mapping[str, Retriever]) -> None:
         self._runtime, self._name, self._done = runtime, name, done
+        self.label = f"{name}: "
         self.device, self.rank, self.world_size = runtime.device, runtime.rank, runtime.world_size
 
     def prepare(self, module: ModuleT) -> ModuleT:

@@ -302,8 +302,8 @@ def _log(row: Row, steps: Sequence[Step], config: TrainConfig, seconds: float, r
         rate = sum(step.num_tokens for step in steps) / seconds
         left = (config.epochs - row["epoch"]) * seconds
         logger.info(
-            "epoch %d of at most %d: %s, %.0f targets/s, at most %.0f s left",
-            row["epoch"], config.epochs, values, rate, left,
+            "%sepoch %d of at most %d: %s, %.0f targets/s, at most %.0f s left",
+            runtime.label, row["epoch"], config.epochs, values, rate, left,
         )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ class Runtime:
 
     rank: int = 0
     world_size: int = 1
+    label: str = ""
+    """names this training in its log, where several follow each other"""
 
     def __init__(
         self,
