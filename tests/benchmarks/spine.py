@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +30,8 @@ WARM_UP, NUM_TIMED = 300, 900
 
 def demo(workdir: Path) -> None:
     """From a cold start to the first answer over HTTP, and the memory of every process on the way."""
-    before = set(_pids())
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "RECSYS_BENCH": mark}
     command = [sys.executable, "-m", "jobs.demo", "--once", "--set", f"workdir={workdir}"]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -38,7 +39,7 @@ def demo(workdir: Path) -> None:
 
     def sample() -> None:
         while not stop.wait(1.0):
-            peak[0] = max(peak[0], sum(_pss_bytes(pid) for pid in _pids() if pid not in before))
+            peak[0] = max(peak[0], sum(map(_pss_bytes, _marked(mark))))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -52,7 +53,7 @@ def demo(workdir: Path) -> None:
     stop.set()
     sampler.join()
     time.sleep(2)
-    left = [pid for pid in _pids() if pid not in before and _is_python_or_ray(pid)]
+    left = _marked(mark)
     if code or first_answer_s is None or left:
         raise SystemExit(f"the demo failed: exit code {code}, processes left: {left}")
     protocol = "python -m jobs.demo --once on MovieLens-small in an empty working folder, everything installed"
@@ -357,8 +358,16 @@ def _newest(pattern: Path) -> Path:
     return found[-1]
 
 
-def _pids() -> list[int]:
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+def _marked(mark: str) -> list[int]:
+    """Processes that inherited the mark from the one that was started with it."""
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"RECSYS_BENCH={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it ended meanwhile, or is somebody else's
+            continue
+    return found
 
 
 def _pss_bytes(pid: int) -> int:
@@ -369,14 +378,6 @@ def _pss_bytes(pid: int) -> int:
     except OSError:  # it ended meanwhile
         return 0
     return 0
-
-
-def _is_python_or_ray(pid: int) -> bool:
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return any(word in command for word in (b"jobs.", b"serve.", b"ray", b"haproxy"))
 
 
 FIGURES = {
