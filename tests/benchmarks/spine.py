@@ -80,7 +80,8 @@ def served_quality(workdir: Path) -> None:
         protocol="MovieLens-small, global time split 80/10/10, rolling next item over the test window, full ranking, "
         f"seen items excluded, timestamps used; 95 % interval [{difference['low']:.4f}, {difference['high']:.4f}] "
         f"from a bootstrap clustered by user; best baseline {report['best_baseline'][view['view']]}, fitted on train "
-        "and validation",
+        "and validation. Not blind: a lighter retriever (9 epochs, 512 negatives) had been tried, which scored 0.0033 "
+        "below that baseline, and was taken back after its validation and its test results were seen",
         details={name: _ndcg10(system) for name, system in systems.items()},
     )  # fmt: skip
 
