@@ -25,7 +25,7 @@ CONFIG = "configs/movielens_small.yaml"
 COMMAND = "make bench-spine"
 THREADS = 1
 NUM_TEXTS = 3000
-WARM_UP, NUM_TIMED = 300, 900
+WARM_UP, NUM_TIMED = 300, 2000
 
 
 def demo(workdir: Path) -> None:
