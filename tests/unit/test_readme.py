@@ -56,5 +56,10 @@ def test_the_figures_of_the_readme_are_the_measured_ones() -> None:
     systems = rows["ndcg10_served_minus_best_baseline"]["details"]
     for name, interval in systems.items():
         assert f"| {interval['mean']:.4f} |" in readme, f"the README's table lacks {name}"
-    for name in rows:
-        assert f"`{name}`" in readme, f"the README does not mention {name}"
+    for name, row in rows.items():
+        value = f"{row['value']:.4g}" if row["value"] < 1e6 else f"{row['value']:.3g}".replace("e+0", "e")
+        outcome = "met" if row["passes"] else "**missed**"
+        found = re.search(
+            rf"^\| `{name}` \| {re.escape(value)}( \w+)? \| .* \| {re.escape(outcome)} \|$", readme, re.MULTILINE
+        )
+        assert found, f"the README's row of {name} is not {value}, {outcome}"
