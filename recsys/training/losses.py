@@ -78,16 +78,18 @@ class _SoftmaxLoss(torch.autograd.Function):
                 logit_cC.scatter_(1, positive_T[rows, None], -torch.inf)
             else:
                 logit_cC.masked_fill_(candidate_C == positive_T[rows, None], -torch.inf)
-            # One exponential serves both the normaliser and the gradient.
+            # One exponential serves both the normaliser and the gradient, and what a token's whole row is multiplied
+            # by is multiplied into its few dimensions instead.
             highest = torch.maximum(logit_cC.amax(-1, keepdim=True), positive_logit)
             share_cC = logit_cC.sub_(highest).exp_()
             total = share_cC.sum(-1, keepdim=True) + (positive_logit - highest).exp()
             log_sum = highest + total.log()
             loss += ((log_sum - positive_logit) * weight).sum()
-            share_cC = share_cC.mul_(weight / total).to(user.dtype)
+            scale = weight / total
+            share_cC = share_cC.to(user.dtype)
             positive_share = (((positive_logit - log_sum).exp() - 1) * weight).to(user.dtype)
-            grad_candidate += share_cC.T @ user
-            grad_user[rows] = share_cC @ candidate_CD + positive_share * positive
+            _accumulate(grad_candidate, share_cC.T, user * scale.to(user.dtype))
+            grad_user[rows] = (share_cC @ candidate_CD) * scale.to(user.dtype) + positive_share * positive
             grad_positive[rows] = positive_share * user
         ctx.save_for_backward(grad_user, grad_positive, grad_candidate.to(candidate_CD.dtype))
         return loss
@@ -97,3 +99,11 @@ class _SoftmaxLoss(torch.autograd.Function):
         grad_user, grad_positive, grad_candidate = ctx.saved_tensors
         scale = grad_outputs[0]
         return grad_user * scale, grad_positive * scale, grad_candidate * scale, None, None, None, None
+
+
+def _accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """``into += left @ right``, without a temporary where the types are the same."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right)
+    else:
+        into += left @ right

@@ -1,0 +1,279 @@
+"""Train and judge what a suite lists, over several seeds: ``python -m jobs.benchmark --suite NAME``.
+
+A suite is a file of ``configs/benchmark``. Every system and seed is an artefact of its own: what is there is not
+trained again, so a run that was stopped goes on, and trainings resume from their checkpoints. The report (JSON,
+Markdown, one HTML page) is written anew after each of them, into ``WORKDIR/SUITE/report``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import typer
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.markdown import Markdown
+
+from jobs import embed, prepare, train_encoder
+from jobs._ray import ComputeConfig, discard, fit_distributed
+from jobs.artifacts import Artifact, build
+from jobs.cli import show_progress
+from jobs.config import JobConfig
+from recsys.config import StrictConfig, load_config
+from recsys.data.config import DataConfig
+from recsys.data.dataset import Dataset, Split
+from recsys.data.features import matrix
+from recsys.errors import ConfigError, RecsysError
+from recsys.evaluation.page import suite_page
+from recsys.evaluation.protocol import EvaluationConfig, retriever_ranker
+from recsys.evaluation.suite import Anchor, Cost, Run, build_suite_report, judge
+from recsys.files import atomic_path, read_json, write_json
+from recsys.models import AnyRetriever, load_retriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.text_encoder import TextEncoderConfig
+from recsys.training.runtime import Runtime
+
+SUITES = Path("configs/benchmark")
+console = Console(stderr=True)
+logger = logging.getLogger(__name__)
+
+
+class Range(StrictConfig):
+    """A stretch of numbers to search."""
+
+    low: float = Field(..., description="lower end")
+    high: float = Field(..., description="upper end")
+    log: bool = Field(default=False, description="draw the logarithm uniformly (both ends above 0)")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low {self.low:g} must be below high {self.high:g}, and above 0 with log")
+        return self
+
+
+class SystemConfig(StrictConfig):
+    """One system of a suite."""
+
+    name: str = Field(..., pattern=r"^[A-Za-z0-9_.-]+$", description="its name in tables: letters, digits, . _ -")
+    model: AnyRetriever = Field(..., description="the model and its hyper-parameters")
+    text: bool = Field(default=False, description="give the model the vectors of the items' texts (needs encoder)")
+    baseline: bool = Field(default=False, description="one of those that the others are held against")
+    seeds: tuple[int, ...] | None = Field(default=None, description="seeds of this system; null for those of the suite")
+    search: dict[str, tuple[Any, ...] | Range] = Field(
+        default={},
+        description="what jobs.tune tries: dotted keys of the model, each with a list of values or a range",
+    )
+
+
+class BenchmarkConfig(StrictConfig):
+    """A suite: one dataset and protocol, several systems."""
+
+    name: str = Field(..., pattern=r"^[A-Za-z0-9_-]+$", description="name of the suite: letters, digits, - and _")
+    workdir: str = Field(default="runs/benchmark", description="folder of all results")
+    data: DataConfig = Field(..., description="source, positives, filters, split")
+    encoder: TextEncoderConfig | None = Field(default=None, description="text encoder for systems with text")
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, description="seeds of every system")
+    systems: tuple[SystemConfig, ...] = Field(..., min_length=1, description="what is trained and judged")
+    anchors: tuple[Anchor, ...] = Field(default=(), description="published figures of the same data and protocol")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="metrics and intervals")
+    compute: ComputeConfig = Field(default=ComputeConfig(), description="workers, devices, failures")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BenchmarkConfig:
+        names = [system.name for system in self.systems]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two systems have the same name: {', '.join(sorted(names))}")
+        if self.encoder is None and (with_text := [system.name for system in self.systems if system.text]):
+            raise ValueError(f"systems with text need an encoder: {', '.join(with_text)}")
+        return self
+
+    def system(self, name: str) -> SystemConfig:
+        """One system by its name.
+
+        :raises ConfigError: when there is none.
+        """
+        for one in self.systems:
+            if one.name == name:
+                return one
+        raise ConfigError(
+            f"the suite {self.name} has no system {name!r}, only {', '.join(s.name for s in self.systems)}"
+        )
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a training is given."""
+
+    config: RetrieverConfig
+    data: FitData
+
+
+def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
+    """Train on TRAIN, choosing on VALID, and note what it took."""
+    started = time.perf_counter()
+    retriever = payload.config.fit(payload.data, runtime)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def save(folder: Path) -> None:
+        retriever.save(folder / "model")
+        write_json(
+            folder / "training.json",
+            {
+                "train_seconds": seconds,
+                "peak_memory_bytes": peak,
+                "num_parameters": _num_parameters(retriever),
+                "num_workers": runtime.world_size,
+                "curve": [dict(row) for row in retriever.history],
+            },
+        )
+
+    return save
+
+
+def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Path:
+    """Train and judge what is missing; the folder of the report."""
+    as_job = JobConfig(name=config.name, workdir=config.workdir, data=config.data, encoder=config.encoder)
+    prepared = prepare.run(as_job)
+    dataset = Dataset.load(prepared.path)
+    systems = [system for system in config.systems if not only or system.name in only]
+    embedded: Artifact | None = None
+    if any(system.text for system in systems):
+        embedded = embed.run(as_job, prepared, train_encoder.run(as_job, prepared))
+    report = Path(config.workdir) / config.name / "report"
+    runs: list[Run] = []
+    for seed_number in range(max(len(system.seeds or config.seeds) for system in systems)):
+        # Seed by seed: after the first round every system stands in the table.
+        for system in systems:
+            seeds = system.seeds or config.seeds
+            if seed_number < len(seeds):
+                artifact = train_and_judge(config, system, seeds[seed_number], dataset, prepared, embedded)
+                runs.append(Run.load(artifact.path / "run"))
+                state = "reused" if artifact.reused else f"done in {artifact.seconds:.0f} s"
+                console.print(f"[bold]{system.name}[/bold] seed {seeds[seed_number]} {state}", highlight=False)
+                write_report(config, runs, dataset, report, command)
+    return report
+
+
+def train_and_judge(
+    config: BenchmarkConfig,
+    system: SystemConfig,
+    seed: int,
+    dataset: Dataset,
+    prepared: Artifact,
+    embedded: Artifact | None,
+) -> Artifact:
+    """The artefact of one system and seed: ``model``, ``training.json`` and ``run``."""
+    parents = [prepared, embedded] if system.text and embedded is not None else [prepared]
+    tree = {
+        "model": system.model.model_dump(mode="json"),
+        "name": system.name,
+        "baseline": system.baseline,
+        "evaluation": config.evaluation.model_dump(mode="json"),
+        "seed": seed,
+        "num_workers": max(1, config.compute.num_workers),
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        text = None
+        if system.text and embedded is not None:
+            text = matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
+        valid = dataset.targets(Split.VALID)
+        data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=valid, seed=seed)
+        # A model without epochs has nothing to spread over workers.
+        compute = config.compute if "train" in type(system.model).model_fields else ComputeConfig(num_workers=0)
+        fitted = fit_distributed(
+            fit,
+            Payload(system.model, data),
+            compute=compute,
+            name=f"{system.name}-{folder.name}",
+            storage=folder / "fit",
+        )
+        training = read_json(fitted.path / "training.json")
+        curve = training.pop("curve")
+        (fitted.path / "model").rename(folder / "model")
+        retriever = load_retriever(folder / "model")
+        judged = judge(
+            system.name,
+            seed,
+            retriever_ranker(retriever, dataset, config.evaluation),
+            dataset.targets(Split.TEST),
+            dataset,
+            config.evaluation,
+            cost=Cost(**training),
+            curve=curve,
+            is_baseline=system.baseline,
+        )
+        judged.save(folder / "run")
+        discard(fitted)
+        view = next(iter(judged.views))
+        main = config.evaluation.main_metric
+        return {main: float(judged.views[view][main].mean()), **training}
+
+    return build(config.workdir, "benchmark", tree, parents, make)
+
+
+def write_report(config: BenchmarkConfig, runs: list[Run], dataset: Dataset, folder: Path, command: str) -> None:
+    """``suite.json``, ``suite.md`` and ``suite.html`` of the runs so far."""
+    report = build_suite_report(
+        config.name,
+        runs,
+        dataset,
+        config.evaluation,
+        anchors=config.anchors,
+        hardware=hardware(),
+        command=command,
+    )
+    report.save(folder)
+    with atomic_path(folder / "suite.html") as temporary:
+        temporary.write_text(suite_page(report))
+
+
+def hardware() -> str:
+    """Processor, cores and memory of this machine."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model or platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+
+
+def _num_parameters(retriever: Retriever) -> int:
+    network = getattr(retriever, "_network", None)
+    return 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
+
+
+def main(
+    suite: Annotated[str, typer.Option(help="a file of configs/benchmark without its ending, or the path of one")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override one key of the suite's file", metavar="K=V")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="train and judge these systems only")] = None,
+) -> None:
+    """Train, judge and compare everything that a suite lists; what is done already is reused."""
+    show_progress()
+    try:
+        path = Path(suite) if Path(suite).suffix else SUITES / f"{suite}.yaml"
+        config = load_config(BenchmarkConfig, path, overrides=set_ or ())
+        for name in only or ():
+            config.system(name)
+        changed = "".join(f" --set {override}" for override in set_ or ())
+        report = run(config, f"python -m jobs.benchmark --suite {suite}{changed}", tuple(only or ()))
+    except RecsysError as error:
+        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+    Console().print(Markdown((report / "suite.md").read_text()))
+    console.print(f"report: {report}/suite.html", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
