@@ -11,14 +11,17 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import typer
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markdown import Markdown
@@ -28,13 +31,14 @@ from jobs._ray import ComputeConfig, discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from jobs.cli import show_progress
 from jobs.config import JobConfig
+from jobs.external import run_program
 from recsys.config import StrictConfig, load_config
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
 from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.page import suite_page
-from recsys.evaluation.protocol import EvaluationConfig, retriever_ranker
+from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker
 from recsys.evaluation.suite import Anchor, Cost, Run, build_suite_report, judge
 from recsys.files import atomic_path, read_json, write_json
 from recsys.models import AnyRetriever, load_retriever
@@ -65,7 +69,10 @@ class SystemConfig(StrictConfig):
     """One system of a suite."""
 
     name: str = Field(..., pattern=r"^[A-Za-z0-9_.-]+$", description="its name in tables: letters, digits, . _ -")
-    model: AnyRetriever = Field(..., description="the model and its hyper-parameters")
+    model: AnyRetriever | None = Field(default=None, description="the model and its hyper-parameters")
+    command: str | None = Field(
+        default=None, description="instead of model, a program of another library (jobs/external.py says how it is run)"
+    )
     text: bool = Field(default=False, description="give the model the vectors of the items' texts (needs encoder)")
     baseline: bool = Field(default=False, description="one of those that the others are held against")
     seeds: tuple[int, ...] | None = Field(default=None, description="seeds of this system; null for those of the suite")
@@ -73,6 +80,14 @@ class SystemConfig(StrictConfig):
         default={},
         description="what jobs.tune tries: dotted keys of the model, each with a list of values or a range",
     )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> SystemConfig:
+        if (self.model is None) == (self.command is None):
+            raise ValueError(f"system {self.name} needs either a model or a command")
+        if self.command is not None and (self.text or self.search):
+            raise ValueError(f"system {self.name}: text and search are for models, not for commands")
+        return self
 
 
 class BenchmarkConfig(StrictConfig):
@@ -176,7 +191,8 @@ def train_and_judge(
     """The artefact of one system and seed: ``model``, ``training.json`` and ``run``."""
     parents = [prepared, embedded] if system.text and embedded is not None else [prepared]
     tree = {
-        "model": system.model.model_dump(mode="json"),
+        "model": None if system.model is None else system.model.model_dump(mode="json"),
+        "command": system.command,
         "name": system.name,
         "baseline": system.baseline,
         "evaluation": config.evaluation.model_dump(mode="json"),
@@ -185,28 +201,21 @@ def train_and_judge(
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        text = None
-        if system.text and embedded is not None:
-            text = matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
-        valid = dataset.targets(Split.VALID)
-        data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=valid, seed=seed)
-        # A model without epochs has nothing to spread over workers.
-        compute = config.compute if "train" in type(system.model).model_fields else ComputeConfig(num_workers=0)
-        fitted = fit_distributed(
-            fit,
-            Payload(system.model, data),
-            compute=compute,
-            name=f"{system.name}-{folder.name}",
-            storage=folder / "fit",
-        )
-        training = read_json(fitted.path / "training.json")
+        if system.command is not None:
+            exchange = folder / "exchange"
+            rank_fn, training = run_program(system.command, dataset, config.evaluation, seed, exchange)
+            shutil.rmtree(exchange)
+        else:
+            assert system.model is not None
+            text = None
+            if system.text and embedded is not None:
+                text = matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
+            rank_fn, training = _train(system, system.model, config, seed, dataset, text, folder)
         curve = training.pop("curve")
-        (fitted.path / "model").rename(folder / "model")
-        retriever = load_retriever(folder / "model")
         judged = judge(
             system.name,
             seed,
-            retriever_ranker(retriever, dataset, config.evaluation),
+            rank_fn,
             dataset.targets(Split.TEST),
             dataset,
             config.evaluation,
@@ -215,12 +224,32 @@ def train_and_judge(
             is_baseline=system.baseline,
         )
         judged.save(folder / "run")
-        discard(fitted)
         view = next(iter(judged.views))
         main = config.evaluation.main_metric
         return {main: float(judged.views[view][main].mean()), **training}
 
     return build(config.workdir, "benchmark", tree, parents, make)
+
+
+def _train(
+    system: SystemConfig,
+    model: RetrieverConfig,
+    config: BenchmarkConfig,
+    seed: int,
+    dataset: Dataset,
+    text: NDArray[np.float32] | None,
+    folder: Path,
+) -> tuple[RankFn, dict[str, Any]]:
+    """Fit on TRAIN into ``folder / "model"``; the system, and what it took."""
+    data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=seed)
+    # A model without epochs has nothing to spread over workers.
+    compute = config.compute if "train" in type(model).model_fields else ComputeConfig(num_workers=0)
+    name = f"{system.name}-{folder.name}"
+    fitted = fit_distributed(fit, Payload(model, data), compute=compute, name=name, storage=folder / "fit")
+    training = read_json(fitted.path / "training.json")
+    (fitted.path / "model").rename(folder / "model")
+    discard(fitted)
+    return retriever_ranker(load_retriever(folder / "model"), dataset, config.evaluation), training
 
 
 def write_report(config: BenchmarkConfig, runs: list[Run], dataset: Dataset, folder: Path, command: str) -> None:

@@ -105,7 +105,7 @@ def space(system: SystemConfig) -> dict[str, Any]:
 
 def run(config: BenchmarkConfig, system: SystemConfig, num_trials: int, seed: int = 0) -> Path:
     """Search; the folder with ``trials.json`` and ``best.yaml``."""
-    if not system.search:
+    if system.model is None or not system.search:
         raise ConfigError(f"system {system.name} has no search space: give it the key search in the suite's file")
     as_job = JobConfig(name=config.name, workdir=config.workdir, data=config.data, encoder=config.encoder)
     prepared = prepare.run(as_job)

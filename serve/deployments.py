@@ -39,7 +39,11 @@ class StageInfo:
 
 
 class StageDeployment:
-    """Wraps any plain stage: batches queries, and computes with all that the replica has."""
+    """Wraps any plain stage: batches queries, and computes with all that the replica has.
+
+    A stage that hangs holds the replica's event loop, where :meth:`check_health` runs too, so Serve finds out and
+    replaces the replica; in a thread it would hang unseen.
+    """
 
     def __init__(self, name: str, bundle_uri: str, config: Mapping[str, Any]) -> None:
         settings = StageConfig.parse(config, where=f"deployment {name}")
@@ -58,14 +62,31 @@ class StageDeployment:
         """Name and Bundle of the stage."""
         return self._info
 
-    def _compute(self, calls: list[Frame]) -> list[Frame]:
+    async def check_health(self) -> None:
+        """Answered between two batches. Without it Serve asks a loop of its own, which no stage can hold."""
+
+    def _compute(self, calls: list[Frame]) -> list[Frame | Exception]:
         if self._stage is None:
             raise StageError(f"Bundle {self._info.bundle_id} has no stage {self._info.name}", stage=self._info.name)
+        try:
+            return [*self._run_batch(self._stage, calls)]
+        except Exception as error:  # noqa: BLE001 raised to the call that is to blame
+            if len(calls) == 1:
+                return [error]
+            # One call that cannot be answered, such as one for another Bundle, must not take the others with it.
+            return [answer for call in calls for answer in self._compute([call])]
+
+    def _run_batch(self, stage: Stage, calls: list[Frame]) -> list[Frame]:
         started = time.perf_counter()
         queries, candidates = zip(*map(unpack_call, calls), strict=True)
-        results = self._stage.run_batch(queries, candidates)
+        for query in queries:
+            if query.bundle_id != stage.bundle_id:
+                raise StageError(
+                    f"{stage.name} serves Bundle {stage.bundle_id}, not {query.bundle_id}", stage=stage.name
+                )
+        results = stage.run_batch(queries, candidates)
         busy_ms = (time.perf_counter() - started) * 1e3
-        return [pack_output(StageOutput(result, self._stage.bundle_id, busy_ms)) for result in results]
+        return [pack_output(StageOutput(result, stage.bundle_id, busy_ms)) for result in results]
 
 
 class RemoteStage:

@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import FastAPI, Path, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from recsys.errors import EventStoreError, RequestError, StageOverloadedError
 from recsys.events import Event, UserState
@@ -33,30 +35,55 @@ Answers = dict[int | str, dict[str, Any]]
 
 
 class QuickBody(APIRoute):
-    """Reads a JSON body into its model in one step; a body that is not right is told so in FastAPI's own way."""
+    """Reads a JSON body into its model in one step; a body that is not right is told so in FastAPI's own way.
+
+    Only for endpoints that take a model as their body, the request or nothing else; all others go FastAPI's way whole.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        usual, endpoint, wanted = super().get_route_handler(), self.endpoint, self.dependant
-        if not wanted.body_params:
+        usual, endpoint, quick = super().get_route_handler(), self.endpoint, _only_a_model(self.dependant)
+        if quick is None:
             return usual
-        (parameter,) = wanted.body_params
-        others = wanted.path_params + wanted.query_params + wanted.header_params
-        assert not others, f"{self.path}: a route with a body has no other parameters"
-        model: Any = parameter.field_info.annotation
+        name, model = quick
         read = TypeAdapter(model).validate_json
+        wants_request = self.dependant.request_param_name
 
         async def handle(request: Request) -> Response:
-            if "json" not in request.headers.get("content-type", ""):
+            if not _is_json(request.headers.get("content-type", "")):
                 return await usual(request)
             try:
-                values: dict[str, Any] = {parameter.name: read(await request.body())}
+                values: dict[str, Any] = {name: read(await request.body())}
             except ValidationError:
                 return await usual(request)
-            if wanted.request_param_name is not None:
-                values[wanted.request_param_name] = request
+            except ClientDisconnect as error:
+                raise HTTPException(400, "the connection was closed before the body was complete") from error
+            if wants_request is not None:
+                values[wants_request] = request
             return await endpoint(**values)
 
         return handle
+
+
+def _only_a_model(wanted: Dependant) -> tuple[str, type[BaseModel]] | None:
+    """Name and type of the body of an endpoint that wants nothing but it and the request; None for any other."""
+    if len(wanted.body_params) != 1:
+        return None
+    (body,) = wanted.body_params
+    others: list[Any] = [
+        *wanted.path_params, *wanted.query_params, *wanted.header_params, *wanted.cookie_params, *wanted.dependencies,
+        wanted.response_param_name, wanted.background_tasks_param_name, wanted.http_connection_param_name,
+        wanted.websocket_param_name, wanted.security_scopes_param_name, getattr(body.field_info, "embed", None),
+        *body.field_info.metadata,
+    ]  # fmt: skip
+    model: Any = body.field_info.annotation
+    if any(others) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return None
+    return body.name, model
+
+
+def _is_json(content_type: str) -> bool:
+    kind, _, name = content_type.partition(";")[0].strip().lower().partition("/")
+    return kind == "application" and (name == "json" or name.endswith("+json"))
 
 
 def http_app(service: Service, config: GatewayConfig) -> FastAPI:
@@ -176,8 +203,8 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
             return problem(
                 400, f"the body is not valid JSON: {where} at character {found[0]['loc'][-1]}", _request_id(request)
             )
-        content_type = request.headers.get("content-type", "json")
-        if "json" not in content_type and any(each["loc"] == ("body",) for each in found):
+        content_type = request.headers.get("content-type", "application/json")
+        if not _is_json(content_type) and any(each["loc"] == ("body",) for each in found):
             return problem(415, f"send the body as application/json, not {content_type}", _request_id(request))
         fields = [
             {"field": ".".join(printable(str(key)) for key in each["loc"]), "message": printable(each["msg"])}

@@ -22,14 +22,18 @@ class Texts:
         """``column`` holds no null."""
         assert not column.null_count, "a column of texts has a null"
         _, offsets, data = column.buffers()
-        self._offsets: NDArray[np.int32] = np.frombuffer(offsets, np.int32)[column.offset :] if offsets else _NOTHING
+        self._offsets: NDArray[np.int32] = _NOTHING
+        if offsets is not None:
+            self._offsets = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
         self._data = memoryview(data if data is not None else b"")
 
     def take(self, rows: NDArray[np.integer[Any]]) -> list[str]:
         """The texts at ``rows``.
 
-        :raises IndexError: when a row is beyond the column.
+        :raises IndexError: when a row is negative or beyond the column.
         """
+        if len(rows) and np.minimum.reduce(rows) < 0:
+            raise IndexError(f"row {rows.min()} of a column of texts")
         starts, stops = self._offsets[rows].tolist(), self._offsets[rows + 1].tolist()
         return [str(self._data[start:stop], "utf-8") for start, stop in zip(starts, stops, strict=True)]
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
+from recsys.data.leaks import check_blind
 from recsys.files import map_arrow, write_arrow
 
 MAX_CATEGORIES = 64
@@ -71,7 +72,14 @@ class ItemFeatures:
 
     @classmethod
     def of(cls, dataset: Dataset, until: Split) -> ItemFeatures:
-        """Features from the interactions up to and with the split ``until``."""
+        """Features from the interactions up to and with the split ``until``.
+
+        :raises LeakageError: when they depend on what came after.
+        """
+        return check_blind("item features", lambda source: cls._of(source, until), dataset, until)
+
+    @classmethod
+    def _of(cls, dataset: Dataset, until: Split) -> ItemFeatures:
         log = dataset.log
         rows = log.split <= until
         num_items = dataset.num_items

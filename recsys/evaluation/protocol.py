@@ -234,11 +234,31 @@ def check_no_leak(targets: Targets, dataset: Dataset) -> None:
             _refuse(late & (view.lengths > 0), f"the {part} reaches past the time of the target")
             _refuse(whole.timestamp_ms[view.stops] != targets.now_ms, "the target did not happen at the query's time")
     lengths = np.diff(targets.relevant_offsets)
-    gather = np.repeat(target_rows - heads, lengths) + np.arange(len(targets.relevant_item_idx))
-    wrong = positives.item_idx[np.minimum(gather, len(positives.item_idx) - 1)] != targets.relevant_item_idx
-    _refuse(np.logical_or.reduceat(wrong, heads), "the relevant items are not those that follow the history")
+    if basket:
+        wrong = _not_the_basket(targets, dataset)
+    else:
+        gather = np.repeat(target_rows - heads, lengths) + np.arange(len(targets.relevant_item_idx))
+        wrong_row = positives.item_idx[np.minimum(gather, len(positives.item_idx) - 1)] != targets.relevant_item_idx
+        wrong = np.logical_or.reduceat(wrong_row, heads)
+    _refuse(wrong, "the relevant items are not those that follow the history")
     if dataset.info.borders_ms is not None and targets.now_ms is not None:
         _refuse(targets.now_ms < dataset.info.borders_ms[0], "the query lies before the end of train")
+
+
+def _not_the_basket(targets: Targets, dataset: Dataset) -> NDArray[np.bool_]:
+    """bool [B]: where the relevant items are not, each once, the positives of the user at the query's time."""
+    log = dataset.positives
+    assert log.timestamp_ms is not None, "baskets are told apart by time"
+    key = np.stack([log.user_idx.astype(np.int64), log.timestamp_ms], axis=1)
+    ends = np.append(np.flatnonzero((key[1:] != key[:-1]).any(axis=1)) + 1, len(key))
+    stops = ends[np.searchsorted(ends, targets.histories.stops, side="right")]
+    basket = Histories(log.item_idx, targets.histories.stops, stops).pack()
+    query = np.arange(len(targets))
+    held = np.unique(np.repeat(query, basket.lengths) * dataset.num_items + basket.item_idx)
+    told = np.repeat(query, np.diff(targets.relevant_offsets)) * dataset.num_items + targets.relevant_item_idx
+    once, counts = np.unique(told, return_counts=True)
+    wrong = np.concatenate([np.setxor1d(held, once), once[counts > 1]]) // dataset.num_items
+    return np.isin(query, wrong)
 
 
 def _refuse(bad: NDArray[np.bool_], why: str) -> None:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from recsys.config import StrictConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.histories import Histories
+from recsys.data.leaks import check_blind
 from recsys.files import write_json
 from recsys.training.runtime import Runtime
 
@@ -53,9 +54,26 @@ class FitData:
         valid: Targets | None = None,
         seed: int = 0,
     ) -> FitData:
-        """What may be learned from ``dataset`` up to and with the split ``until``."""
-        log = dataset.positives
-        return cls(log.histories(until), log.weight, dataset.items, text_vectors, valid, seed)
+        """What may be learned from ``dataset`` up to and with the split ``until``.
+
+        :raises LeakageError: when it depends on what came after.
+        """
+
+        def make(source: Dataset) -> FitData:
+            log = source.positives
+            return cls(log.histories(until), log.weight, source.items, text_vectors, valid, seed)
+
+        return check_blind("training data", make, dataset, until, read=lambda data: data.learned_from())
+
+    def learned_from(self) -> dict[str, NDArray[Any]]:
+        """All of the log that a model may read."""
+        packed, rows = self.histories.pack(), self.histories.rows()
+        read: dict[str, NDArray[Any]] = {
+            "items": packed.item_idx,
+            "borders": packed.offsets,
+            "weights": self.weights[rows],
+        }
+        return read if packed.timestamp_ms is None else {**read, "times": packed.timestamp_ms}
 
 
 class RetrieverConfig(StrictConfig, ABC):

@@ -3,7 +3,8 @@
 After eSASRec (arXiv 2508.06450): causal attention in gated pre-norm ("LiGR") blocks, softmax over sampled or all
 items, input and output item vectors tied. Deviations: sequences are packed, not padded; positions are
 rotary (relative) instead of learned; a learned start vector stands before the first item and answers the empty
-history; item vectors add a projection of the item's text to the ID embedding, so that new items are retrievable.
+history; item vectors add a projection of the item's text to the ID embedding, so that new items are retrievable. With
+``objective: next_basket`` every item of a basket is foretold from what came before the basket, not from the rest of it.
 
 Shape legend: B histories, T tokens, D dim, N items, S sampled negatives.
 """
@@ -23,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.data.histories import Histories
-from recsys.errors import EmptyDataError, ModelError
+from recsys.errors import EmptyDataError, ModelError, NoTimeError
 from recsys.files import read_json, write_json
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
 from recsys.models.layers.blocks import GatedBlock
@@ -38,7 +39,9 @@ from recsys.training.sampling import (
     NegativeSampler,
     Windows,
     cut_windows,
+    first_of_basket,
     plan_epoch,
+    recency_weight,
     rng_for,
     split_batch,
     token_weight,
@@ -68,6 +71,15 @@ class ESASRec(RetrieverConfig):
     negative_power: float = Field(
         default=0.5, ge=0, le=1, description="negatives are drawn by count to this power; 0 is uniform"
     )
+    objective: Literal["next_item", "next_basket"] = Field(
+        default="next_item",
+        description="what a history must foretell: the next item, or all items of the user's next moment (needs time)",
+    )
+    recency_half_life_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="an interaction this many days before the newest weighs half as a target; null weighs all alike",
+    )
     train: TrainConfig = Field(default=TrainConfig(), description="how long and how fast to train")
 
     @model_validator(mode="after")
@@ -80,10 +92,12 @@ class ESASRec(RetrieverConfig):
         """Train on all positives; with ``data.valid`` the weights of the best epoch are kept."""
         if not data.histories.lengths.sum():
             raise EmptyDataError("there is no positive interaction to train on: check the positives' configuration")
+        if self.objective == "next_basket" and data.histories.timestamp_ms is None:
+            raise NoTimeError("objective next_basket needs timestamps to tell baskets apart: use next_item")
+        plan = _Plan(self, data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(data.seed)
             network = _Network(self, _has_interactions(data), _text(data))
-        plan = _Plan(self, data)
         retriever = ESASRecRetriever(self, network, data.num_items)
         valid = None
         if data.valid is not None and len(data.valid):
@@ -272,6 +286,8 @@ class _Network(nn.Module):
             unique, place = torch.cat(asked).unique(return_inverse=True)
             input_TD, positive_TD, candidate_CD = self.items(unique, part.id_keep)[place].split(lengths)
         user_TD = self.encode(input_TD, part.is_start_T, part.layout)
+        if part.query_T is not None:
+            user_TD = user_TD.index_select(0, part.query_T)
         return softmax_loss(
             user_TD,
             positive_TD.to(user_TD.dtype),
@@ -292,6 +308,8 @@ class _Part:
     positive_T: Tensor
     weight_T: Tensor
     layout: PackedLayout
+    query_T: Tensor | None
+    """int64 [T]: the token whose output must foretell target ``t``; None where that is token ``t`` itself"""
     id_keep: Tensor | None
     candidate: Tensor | None
     log_correction: Tensor | None
@@ -304,6 +322,8 @@ class _Plan:
         self.config, self.data = config, data
         counts = np.bincount(data.histories.pack().item_idx, minlength=data.num_items).astype(np.float64)
         self.sampler = NegativeSampler(counts, config.negative_power)
+        self.weights = recency_weight(data.weights, data.histories, config.recency_half_life_days)
+        self.running_weight = np.concatenate([np.zeros(1), np.cumsum(self.weights, dtype=np.float64)])
 
     def epoch(self, epoch: int) -> Sequence[_Step]:
         rng = rng_for(self.data.seed, 3, epoch)
@@ -321,7 +341,7 @@ class _Step:
 
     @property
     def weight(self) -> float:
-        return total_weight(self.batch, self.plan.data.weights)
+        return total_weight(self.batch, self.plan.running_weight)
 
     @property
     def num_tokens(self) -> int:
@@ -340,6 +360,10 @@ class _Step:
         id_keep = candidate = log_correction = None
         if config.id_dropout and data.text_vectors is not None:
             id_keep = tensor(rng.random(data.num_items) >= config.id_dropout)
+        query = None
+        if config.objective == "next_basket":
+            assert data.histories.timestamp_ms is not None
+            query = tensor(first_of_basket(windows, data.histories.timestamp_ms))
         if config.num_negatives:
             drawn = sampler.draw(config.num_negatives, rng)
             candidate, log_correction = tensor(drawn), tensor(sampler.log_correction(drawn))
@@ -347,8 +371,9 @@ class _Step:
             input_T=tensor(log[np.maximum(windows.input_row, 0)].astype(np.int64)),
             is_start_T=tensor(windows.input_row < 0),
             positive_T=tensor(log[windows.target_row].astype(np.int64)),
-            weight_T=tensor(token_weight(windows, data.weights)),
+            weight_T=tensor(token_weight(windows, self.plan.weights)),
             layout=PackedLayout.of(windows.lengths).to(device),
+            query_T=query,
             id_keep=id_keep,
             candidate=candidate,
             log_correction=log_correction,

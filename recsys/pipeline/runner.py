@@ -39,12 +39,15 @@ class LocalStage:
     """A plain stage in this process. Its class is an :class:`~recsys.pipeline.stage.AsyncStage`.
 
     With threads, a request that gives up leaves its call running: Python cannot stop a thread. The calls in flight are
-    bounded, so a stage that hangs costs its threads, then refuses, then its breaker opens. ``inline`` calls the stage
-    in the event loop itself: the lowest latency for one caller at a time, but nothing can interrupt it.
+    bounded, and one that was given up while it waited counts until a thread comes to it, so that a stage that hangs
+    costs no more than its threads and a full queue. ``inline`` calls the stage in the event loop itself: the lowest
+    latency for one caller at a time, but nothing can interrupt it.
     """
 
     def __init__(self, stage: Stage, *, threads: int = 2, max_queued: int = 64, inline: bool = False) -> None:
-        """``threads`` serve this stage alone; at most ``threads + max_queued`` calls are in flight."""
+        """``threads`` (1 or more) serve this stage alone; at most ``threads + max_queued`` calls are in flight."""
+        if not inline and threads < 1:
+            raise ValueError(f"{stage.name}: {threads} threads can serve nothing")
         self.stage = stage
         self.name = stage.name
         self._threads = 0 if inline else threads
@@ -71,10 +74,13 @@ class LocalStage:
             loop = asyncio.get_running_loop()
             answer: asyncio.Future[StageOutput] = loop.create_future()
             self._jobs.put(_Job(self, query, candidates, loop, answer))
-        return await answer
+        try:
+            return await answer
+        finally:
+            del answer  # a failure holds this frame, and this frame must not hold the failure
 
     def close(self) -> None:
-        """Accept no more work; calls that run go on."""
+        """Accept no more work; calls that run or wait are still answered."""
         with self._lock:
             self._dismiss()
 
@@ -108,13 +114,16 @@ class _Job:
             if not self.answer.cancelled():
                 output = self.stage.call(self.query, self.candidates)
         except BaseException as error:  # noqa: BLE001 it is raised where the answer is awaited
-            failure = error
+            # A future takes no StopIteration.
+            failure = StageError(f"{error!r}", stage=self.stage.name) if isinstance(error, StopIteration) else error
         self.stage.done()
         try:
             self.loop.call_soon_threadsafe(self._settle, output, failure)
         except RuntimeError:
             if not self.loop.is_closed():  # else nobody waits any more
                 raise
+        finally:
+            del output, failure, self  # see LocalStage.run
 
     def _settle(self, output: StageOutput | None, failure: BaseException | None) -> None:
         if self.answer.done():
@@ -279,6 +288,8 @@ class Runner:
                 f"{stage.name} answered from Bundle {output.bundle_id}, not {query.bundle_id}", stage=stage.name
             )
         items, num_items = output.candidates.item_idx, len(self.rules.catalogue)
+        if items.dtype != np.int32:
+            raise StageError(f"{stage.name} names items as {items.dtype}, not int32", stage=stage.name)
         # Read as unsigned, a negative number is beyond any catalogue.
         if len(items) and np.maximum.reduce(items.view(np.uint32)) >= num_items:
             raise StageError(f"{stage.name} names an item beyond the {num_items} of the catalogue", stage=stage.name)

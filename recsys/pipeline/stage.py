@@ -36,7 +36,7 @@ class Stage(Protocol):
 
 @runtime_checkable
 class AsyncStage(Protocol):
-    """What the runner calls: a local stage in a bounded executor, or a proxy to a Serve deployment."""
+    """What the runner calls: a local stage (on threads of its own or inline), or a proxy to a Serve deployment."""
 
     name: str
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
+from recsys.data.leaks import check_blind
 from recsys.errors import EmptyDataError
 from recsys.models.text_encoder import SentenceModule, TextEncoder, TextEncoderConfig, TextTrainConfig, pad
 from recsys.training.loop import Row, TrainConfig, train
@@ -48,14 +49,25 @@ class PairData:
         """Pairs from the positives of ``dataset``.
 
         :raises EmptyDataError: when no user has two different positives there.
+        :raises LeakageError: when a pair comes from a later split than it should.
         """
-        log = dataset.positives
-        train, valid = log.histories(Split.TRAIN), log.histories(Split.VALID)
-        pairs = consecutive_pairs(train, window)
-        later = Histories(log.item_idx, train.stops, valid.stops)
+
+        def learned(source: Dataset) -> Pairs:
+            return consecutive_pairs(source.positives.histories(Split.TRAIN), window)
+
+        def held_out(source: Dataset) -> Pairs:
+            log = source.positives
+            begin, end = log.histories(Split.TRAIN).stops, log.histories(Split.VALID).stops
+            return consecutive_pairs(Histories(log.item_idx, begin, end), window)
+
+        pairs = check_blind("text pairs", learned, dataset, Split.TRAIN, read=_named)
         if len(pairs) < 2:
             raise EmptyDataError("the encoder cannot be fine-tuned: no two items were consumed one after the other")
-        return cls(texts, pairs, consecutive_pairs(later, window), seed)
+        return cls(texts, pairs, check_blind("held-out text pairs", held_out, dataset, Split.VALID, read=_named), seed)
+
+
+def _named(pairs: Pairs) -> dict[str, NDArray[Any]]:
+    return {"pairs": pairs}
 
 
 def consecutive_pairs(histories: Histories, window: int) -> Pairs:

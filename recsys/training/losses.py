@@ -102,8 +102,11 @@ class _SoftmaxLoss(torch.autograd.Function):
 
 
 def _accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """``into += left @ right``, without a temporary where the types are the same."""
-    if into.dtype == left.dtype:
+    """``into += left @ right``, without a temporary where the types are the same.
+
+    Autocast does not reach an operation in place: under it the product is made apart, in the narrower type.
+    """
+    if into.dtype == left.dtype and not torch.is_autocast_enabled(into.device.type):
         into.addmm_(left, right)
     else:
         into += left @ right

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
+from recsys.errors import NoTimeError
 
 _NO_INPUT = -1
+_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,20 @@ def _pack(windows: Windows, counts: bool) -> PackedWindows:
     return PackedWindows(input_row, target_row, windows.lengths, counts)
 
 
+def first_of_basket(part: PackedWindows, timestamp_ms: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [T]: the first token of the basket that each token's target is in.
+
+    A basket is what one user did at one time (``timestamp_ms``: int64 [R], of the log). What the first token has read
+    ends before the basket; where a window begins inside a basket, the part of it before the window counts as read.
+    """
+    rows = part.target_row
+    firsts = np.cumsum(part.lengths) - part.lengths
+    begins = np.ones(len(rows), bool)
+    begins[1:] = timestamp_ms[rows[1:]] != timestamp_ms[rows[:-1]]
+    begins[firsts] = True
+    return np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0))
+
+
 class NegativeSampler:
     """Draws items with probability proportional to ``count ** power`` over the ``eligible`` items, with replacement."""
 
@@ -129,7 +145,29 @@ def token_weight(part: PackedWindows, weights: NDArray[np.float32]) -> NDArray[n
     return weights[part.target_row] * np.float32(part.counts)
 
 
-def total_weight(batch: Windows, weights: NDArray[np.float32]) -> float:
-    """The sum of all target weights of a global batch: what its loss is divided by, on every worker alike."""
-    running = np.concatenate([np.zeros(1), np.cumsum(weights, dtype=np.float64)])
+def total_weight(batch: Windows, running: NDArray[np.float64]) -> float:
+    """The sum of all target weights of a global batch: what its loss is divided by, on every worker alike.
+
+    ``running`` (float64 [R + 1]) is the weight of all rows before each.
+    """
     return float((running[batch.stops] - running[batch.starts]).sum())
+
+
+def recency_weight(
+    weights: NDArray[np.float32], histories: Histories, half_life_days: float | None
+) -> NDArray[np.float32]:
+    """float32 [R]: ``weights`` of the log's rows, halved for every ``half_life_days`` before the newest history's end.
+
+    The mean over the rows of ``histories`` stays, so that a learning rate keeps its meaning. None leaves all as is.
+
+    :raises NoTimeError: when there is a half-life and no time.
+    """
+    if half_life_days is None:
+        return weights
+    if histories.timestamp_ms is None:
+        raise NoTimeError("recency_half_life_days needs timestamps, and this data has order only: set it to null")
+    rows = histories.rows()
+    age_days = (histories.timestamp_ms[rows].max() - histories.timestamp_ms) / _DAY_MS
+    # Rows after the histories' end are not learned from; their age would be negative.
+    decayed = weights * np.exp2(-np.maximum(age_days, 0) / half_life_days)
+    return (decayed * (weights[rows].sum() / decayed[rows].sum())).astype(np.float32)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.data.histories import Histories
+from recsys.errors import NoTimeError
 from recsys.models.layers.packing import PackedLayout, packed_causal_attention
 from recsys.models.layers.rotary import rotate, rotation
 from recsys.training import losses
 from recsys.training.losses import softmax_loss
-from recsys.training.sampling import NegativeSampler, cut_windows, plan_epoch, rng_for, split_batch, total_weight
+from recsys.training.sampling import (
+    NegativeSampler,
+    cut_windows,
+    first_of_basket,
+    plan_epoch,
+    recency_weight,
+    rng_for,
+    split_batch,
+    total_weight,
+)
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -56,18 +67,56 @@ def test_an_epoch_covers_every_target_once(lengths: list[int], max_length: int, 
     if not len(windows):
         return
     weights = rng_for(seed, 1).random(len(histories.item_idx)).astype(np.float32)
+    running = np.concatenate([np.zeros(1), np.cumsum(weights, dtype=np.float64)])
     covered: list[int] = []
     for batch in plan_epoch(windows, batch_tokens, rng_for(seed, 2)):
         assert batch.lengths.sum() < batch_tokens + max_length
         parts = split_batch(batch, 3)
         counted = [part for part in parts if part.counts]
-        assert abs(sum(weights[part.target_row].sum() for part in counted) - total_weight(batch, weights)) < 1e-3
+        assert abs(sum(weights[part.target_row].sum() for part in counted) - total_weight(batch, running)) < 1e-3
         for part in counted:
             covered += part.target_row.tolist()
             first = np.isin(part.target_row, histories.starts)
             assert (part.input_row[first] == -1).all()
             assert (part.input_row[~first] == part.target_row[~first] - 1).all()
     assert sorted(covered) == list(range(len(histories.item_idx)))
+
+
+@given(st.lists(st.lists(st.integers(1, 4), max_size=6), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 5))
+def test_a_basket_is_foretold_from_what_came_before_it(sizes: list[list[int]], max_length: int, seed: int) -> None:
+    times = [[day for day, size in enumerate(user) for _ in range(size)] for user in sizes]
+    histories = Histories.from_lists([[1] * len(user) for user in times], times)
+    log_times = histories.timestamp_ms
+    assert log_times is not None
+    windows = cut_windows(histories, max_length, rng_for(seed, 0))
+    if not len(windows):
+        return
+    (part,) = split_batch(windows, 1)
+    query = first_of_basket(part, log_times)
+    window_of = np.repeat(np.arange(len(part.lengths)), part.lengths)
+    assert (window_of[query] == window_of).all()
+    for token, asked in enumerate(query):
+        read, target = part.input_row[asked], part.target_row[token]
+        same_basket = read >= 0 and log_times[read] == log_times[target]
+        begins_window = asked == 0 or window_of[asked - 1] != window_of[asked]
+        # Nothing of the basket is read, but for what a cut through the basket left before its window.
+        assert not same_basket or begins_window
+        assert (log_times[part.target_row[asked : token + 1]] == log_times[target]).all()
+
+
+def test_recent_targets_weigh_more_and_all_weigh_as_much_as_before() -> None:
+    day = 86_400_000
+    histories = Histories.from_lists([[1, 2, 3], [4]], [[0, 10 * day, 20 * day], [20 * day]])
+    weights = np.array([1, 1, 1, 2], np.float32)
+    recent = recency_weight(weights, histories, 10.0)
+    np.testing.assert_allclose(recent / recent[2], [0.25, 0.5, 1.0, 2.0])
+    assert abs(recent.sum() - weights.sum()) < 1e-5
+    assert recency_weight(weights, histories, None) is weights
+    # What comes after the histories' end decides nothing.
+    until = Histories(histories.item_idx, histories.starts, histories.stops - 1, histories.timestamp_ms)
+    np.testing.assert_allclose(recency_weight(weights, until, 10.0)[:2], [2 / 3, 4 / 3], rtol=1e-6)
+    with pytest.raises(NoTimeError, match="recency_half_life_days"):
+        recency_weight(weights, Histories.from_lists([[1, 2, 3], [4]]), 10.0)
 
 
 def _plain(user: torch.Tensor, items: torch.Tensor, positive: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -345,6 +345,26 @@ def test_a_basket_in_two_parts_is_a_leak() -> None:
         check_no_leak(halved, dataset)
 
 
+def test_the_relevant_items_are_the_basket_each_once() -> None:
+    dataset = make_dataset(
+        [
+            (0, 0, 10, 1.0, TRAIN),
+            (0, 2, 100, 1.0, TEST),
+            (0, 2, 100, 2.0, TEST),  # a second line of the same item
+            (0, 1, 100, 1.0, TEST),
+            (0, 3, 200, 1.0, TEST),
+        ],
+        num_items=4,
+        protocol="next_basket",
+    )
+    targets = dataset.targets(TEST)
+    check_no_leak(targets, dataset)
+    for told in ([2, 3], [2, 2]):  # an item of the next basket; one item twice and the other not at all
+        wrong = replace(targets, relevant_item_idx=np.array([*told, 3], np.int32))
+        with pytest.raises(LeakageError, match="query 0: the relevant items are not those that follow"):
+            check_no_leak(wrong, dataset)
+
+
 # --- systems that cheat, and misuse ---------------------------------------------------------------------------------
 
 

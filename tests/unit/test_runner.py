@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,43 @@ def test_a_closed_stage_refuses_and_one_nobody_holds_ends_its_threads():
     unused = LocalStage(FunctionStage("lonely", retrieves(*BEST).function), threads=2)
     asyncio.run(unused.run(make_query(), Candidates.empty()))
     del unused
+    wait_for_none(threads)
+
+
+def test_a_failed_call_keeps_nothing_alive():
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("stage-failing")]
+
+    async def fail() -> None:
+        stage = LocalStage(FunctionStage("failing", raises("retrieval").function), threads=2)
+        with pytest.raises(RuntimeError):
+            await stage.run(make_query(), Candidates.empty())
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(fail())
+        wait_for_none(threads)
+    finally:
+        gc.enable()
+
+
+def test_a_stage_that_stops_its_iteration_is_answered():
+    def stop(*_: Any) -> Candidates:
+        raise StopIteration("over")
+
+    stage = LocalStage(FunctionStage("retrieval", stop), threads=1)
+    with pytest.raises(StageError, match="over"):
+        asyncio.run(asyncio.wait_for(stage.run(make_query(), Candidates.empty()), 10))
+    stage.close()
+
+
+def test_a_stage_in_threads_needs_one():
+    with pytest.raises(ValueError, match="0 threads"):
+        LocalStage(retrieves(*BEST), threads=0)
+
+
+def wait_for_none(threads: Callable[[], list[str]]) -> None:
     deadline = time.monotonic() + 20
     while threads():
         assert time.monotonic() < deadline, threads()

@@ -1,24 +1,26 @@
 """The HTTP side over a real small Bundle, all stages in process, no Ray."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Annotated
 
 import httpx
 import pytest
 import yaml
+from fastapi import Body as BodyOf
+from fastapi import Depends, FastAPI, HTTPException, Query, Response
+from pydantic import BaseModel, Field
 
 from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import START_MS, make_bundle
 from serve import wire
 from serve.config import GatewayConfig, ServeConfig
-from serve.gateway import http_app
+from serve.gateway import QuickBody, http_app
 from serve.middleware import PROBLEM_JSON
 from serve.service import Service
 
@@ -199,6 +201,104 @@ async def test_other_content_types_are_refused_by_name(client):
     for path, body in (("/v1/recommend", {"top_k": 1}), ("/v1/events", {"events": [event("typed")]})):
         content, headers = json.dumps(body), {"content-type": "text/plain"}
         assert_problem(await client.post(path, content=content, headers=headers), 415, "application/json")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "accepted"),
+    [
+        ("application/json", True),
+        ("Application/JSON; charset=utf-8", True),
+        ("application/vnd.shop+json", True),
+        (None, True),
+        ("text/plain; x=json", False),
+        ("multipart/form-data; boundary=json", False),
+        ("text/json", False),
+        ("application/jsonlines", False),
+        ("application/json, text/plain", False),
+    ],
+)
+async def test_only_json_is_json(client, content_type, accepted):
+    """What a web page may send without asking first is refused, whatever word is hidden in it."""
+    headers = {} if content_type is None else {"content-type": content_type}
+    for body in ({"top_k": 1}, {"top_k": 0}):
+        response = await client.post("/v1/recommend", content=json.dumps(body).encode(), headers=headers)
+        usable = 200 if body["top_k"] else 422
+        assert response.status_code == (usable if accepted else 415), response.text
+
+
+async def test_a_client_that_goes_away_in_mid_body_is_no_error_of_ours(client, service, config, caplog):
+    sent = []
+    messages = [{"type": "http.request", "body": b'{"top_k', "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/recommend",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json")],
+        "server": ("gateway", 80),
+        "client": ("127.0.0.1", 1),
+    }
+    await http_app(service, config.gateway)(scope, receive, send)
+    assert [message["status"] for message in sent if "status" in message] == [400]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_quick_body_takes_the_usual_way_where_an_endpoint_wants_more():
+    class Body(BaseModel):
+        number: int
+
+    def deny():
+        raise HTTPException(401)
+
+    def app_with(*dependencies):
+        app = FastAPI(dependencies=list(dependencies))
+        app.router.route_class = QuickBody
+        return app
+
+    guarded, plain = app_with(Depends(deny)), app_with()
+
+    async def echo(body: Body):
+        return Response(str(body.number))
+
+    for app in (guarded, plain):
+        app.post("/")(echo)
+
+    @plain.post("/more/{name}")
+    async def more(name: str, body: Body, response: Response, size: Annotated[int, Query()] = 3):
+        response.headers["x-name"] = name
+        return {"number": body.number, "size": size}
+
+    @plain.post("/list")
+    async def several(body: Annotated[list[Body], Field(max_length=1)]):
+        return len(body)
+
+    @plain.post("/embedded")
+    async def embedded(body: Annotated[Body, BodyOf(embed=True)]):
+        return body.number
+
+    async def ask(app, path, body):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x") as client:
+            return await client.post(path, json=body)
+
+    assert (await ask(guarded, "/", {"number": 1})).status_code == 401
+    assert (await ask(plain, "/", {"number": 1})).text == "1"
+    assert (await ask(plain, "/", {"number": "x"})).status_code == 422
+    answer = await ask(plain, "/more/anna?size=7", {"number": 1})
+    assert (answer.json(), answer.headers["x-name"]) == ({"number": 1, "size": 7}, "anna")
+    assert (await ask(plain, "/list", [{"number": 1}])).json() == 1
+    assert (await ask(plain, "/list", [{"number": 1}] * 2)).status_code == 422
+    assert (await ask(plain, "/embedded", {"body": {"number": 4}})).json() == 4
+    assert (await ask(plain, "/embedded", {"number": 4})).status_code == 422
 
 
 async def test_a_body_that_is_too_large_is_413_announced_or_not(client):

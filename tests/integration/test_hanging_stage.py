@@ -1,0 +1,53 @@
+"""A stage that hangs holds its replica's loop; Serve notices by the health check and starts another replica."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from serve.batching import Batcher
+from serve.deployments import StageDeployment
+
+
+def test_a_replica_whose_stage_hangs_is_replaced():
+    class Hanging(StageDeployment):
+        def __init__(self) -> None:
+            def compute(calls):
+                if "hang" in calls:
+                    time.sleep(600)
+                return [os.getpid() for _ in calls]
+
+            self._batcher = Batcher(compute, 4)
+
+    application = serve.deployment(
+        Hanging,
+        name="hanging",
+        health_check_period_s=0.5,
+        health_check_timeout_s=1.0,
+        graceful_shutdown_timeout_s=0.1,
+        ray_actor_options={"num_cpus": 0.1},
+    ).bind()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        handle = serve.run(application, name="hanging", route_prefix=None).options(method_name="run")
+
+        first = handle.remote("who").result(timeout_s=60)
+        handle.remote("hang")
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                found = handle.remote("who").result(timeout_s=2)
+            except (TimeoutError, RayError, RayServeException):  # the old replica hangs, or is gone
+                time.sleep(0.2)
+                continue
+            assert found != first
+            return
+        raise AssertionError("nobody replaced the replica")
+    finally:
+        serve.shutdown()
+        ray.shutdown()

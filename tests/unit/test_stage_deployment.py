@@ -1,0 +1,74 @@
+"""A stage's replica without Ray: what it answers, and whom it answers with an error."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from recsys.errors import StageError
+from recsys.pipeline.types import Candidates
+from recsys.testing.pipeline import make_query
+from recsys.testing.tiny_bundle import make_bundle
+from serve.config import StageConfig
+from serve.deployments import StageDeployment
+from serve.frames import pack_call, unpack_output
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture
+def retrieval(bundle):
+    return StageDeployment("retrieval", str(bundle.path), StageConfig(threads=1).model_dump(mode="json"))
+
+
+def ask(stage, *queries):
+    async def all_at_once():
+        calls = (stage.run(pack_call(query, Candidates.empty())) for query in queries)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    return asyncio.run(all_at_once())
+
+
+def test_a_batch_answers_each_call_as_it_would_alone(bundle, retrieval):
+    queries = [
+        replace(make_query(bundle_id=bundle.bundle_id), history_item_idx=np.array([item], np.int32),
+                history_timestamp_ms=np.zeros(1, np.int64))
+        for item in (1, 5)
+    ]  # fmt: skip
+    together = [unpack_output(frame) for frame in ask(retrieval, *queries)]
+    alone = [unpack_output(ask(retrieval, query)[0]) for query in queries]
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours.candidates.item_idx, theirs.candidates.item_idx)
+        assert ours.bundle_id == bundle.bundle_id
+
+
+def test_a_call_that_cannot_be_answered_takes_no_other_with_it(bundle, retrieval):
+    good = make_query(bundle_id=bundle.bundle_id)
+    other_bundle = replace(good, bundle_id="another")
+    beyond = replace(good, history_item_idx=np.array([10**6], np.int32), history_timestamp_ms=np.zeros(1, np.int64))
+    first, wrong, unusable, last = ask(retrieval, good, other_bundle, beyond, good)
+    assert len(unpack_output(first).candidates) and len(unpack_output(last).candidates)
+    assert isinstance(wrong, StageError) and "not another" in str(wrong)
+    assert isinstance(unusable, Exception)
+
+
+def test_a_frame_of_another_version_is_an_error_for_its_sender_alone(bundle, retrieval):
+    async def both():
+        good = pack_call(make_query(bundle_id=bundle.bundle_id), Candidates.empty())
+        return await asyncio.gather(retrieval.run(good), retrieval.run(good[:-1]), return_exceptions=True)
+
+    good, odd = asyncio.run(both())
+    assert len(unpack_output(good).candidates)
+    assert isinstance(odd, ValueError)
+
+
+def test_a_replica_is_asked_for_its_health_where_it_computes():
+    """Serve asks a loop of its own unless the class has a coroutine of this name."""
+    assert inspect.iscoroutinefunction(StageDeployment.check_health)
