@@ -9,21 +9,23 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint format bench-spine wheel clean
+.PHONY: help demo test lint format bench-spine bench-training peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # The environment is installed once and again only when what it is made from changes.
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "recsys needs Python 3.11 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "recsys needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 
 .venv/.installed-demo: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv, about 2.5 GB: this takes some minutes"
 	python -m pip install --quiet -c constraints.txt -e '.[cpu,demo]'
 	touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv, about 2.5 GB: this takes some minutes"
 	python -m pip install --quiet -c constraints.txt -e '.[cpu,demo,dev]'
 	touch .venv/.installed-demo $@
 
@@ -48,9 +50,20 @@ format: .venv/.installed-dev  ## let ruff mend what it can
 bench-spine: .venv/.installed-dev  ## measure the figures of tests/benchmarks/results/spine.json
 	python tests/benchmarks/spine.py
 
+# Other libraries, to be measured beside: their pins and ours exclude each other.
+.venv-peers/.installed: tests/benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r $<
+	touch $@
+
+peers: .venv-peers/.installed  ## install the libraries that suites and benchmarks measure beside ours
+
+bench-training: .venv/.installed-dev .venv-peers/.installed  ## measure training speed beside RecTools
+	python tests/benchmarks/training.py
+
 wheel: .venv/.installed-dev  ## build dist/recsys-*.whl
 	python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove the environment, artefacts and caches
-	rm -rf .venv runs dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peers runs dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from pydantic import Field
 
+from jobs.tracking import Tracker, TrackingConfig
 from recsys.config import StrictConfig
 from recsys.errors import RecsysError
 from recsys.files import read_json, write_json
@@ -57,6 +58,7 @@ class ComputeConfig(StrictConfig):
         default=None,
         description="folder or URI that all nodes reach, for checkpoints of running trainings; null: beside the result",
     )
+    tracking: TrackingConfig = Field(default=TrackingConfig(), description="learning curves in TensorBoard or MLflow")
 
     @property
     def threads(self) -> int:
@@ -103,7 +105,7 @@ class FitResult:
 class RayRuntime(Runtime):
     """One worker of a Ray Train run."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracking: TrackingConfig, name: str) -> None:
         import ray.train
         import ray.train.torch
 
@@ -112,6 +114,8 @@ class RayRuntime(Runtime):
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self._metrics: dict[str, float] = {}
+        self._tracker = tracking.open(name) if self.rank == 0 else Tracker()
+        self._open = ExitStack()
 
     def prepare(self, module: ModuleT) -> ModuleT:
         """Move ``module`` to the worker's device and wrap it in DistributedDataParallel when there are several."""
@@ -130,10 +134,13 @@ class RayRuntime(Runtime):
     def report(self, metrics: Mapping[str, float], save: SaveResult | None = None) -> None:
         """Report to Ray Train; the checkpoint of rank 0 is uploaded before this returns."""
         self._metrics = dict(metrics)
+        self._tracker.log(metrics)
         self._report_folder(_STATE, save)
 
     def finish(self, save: SaveResult) -> None:
         """Report the result of the whole training."""
+        self._open.close()
+        self._tracker.close()
         self._report_folder(_RESULT, save)
 
     def _report_folder(self, name: str, save: SaveResult | None) -> None:
@@ -149,7 +156,7 @@ class RayRuntime(Runtime):
             ray.train.report(self._metrics, checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
     def restore(self) -> Path | None:
-        """The newest complete checkpoint of this run, copied to local disk."""
+        """The newest complete checkpoint of this run, on local disk until :meth:`finish`."""
         return self._newest(_STATE)
 
     @property
@@ -163,7 +170,7 @@ class RayRuntime(Runtime):
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
-        folder = Path(checkpoint.to_directory()) / name
+        folder = Path(self._open.enter_context(checkpoint.as_directory())) / name
         return folder if folder.exists() else None
 
 
@@ -183,7 +190,7 @@ def fit_distributed(
         if compute.num_workers:
             metrics = _fit_on_ray(fn, payload, compute, name, home)
         else:
-            metrics = _fit_here(fn, payload, compute, home)
+            metrics = _fit_here(fn, payload, compute, name, home)
         write_json(home / _METRICS, metrics)
     return FitResult(home / _RESULT, read_json(home / _METRICS))
 
@@ -194,10 +201,19 @@ def discard(result: FitResult) -> None:
     shutil.rmtree(result.path.parent)
 
 
-def _fit_here(fn: TrainFunction[Any], payload: Any, compute: ComputeConfig, home: Path) -> Mapping[str, float]:
+def _fit_here(
+    fn: TrainFunction[Any], payload: Any, compute: ComputeConfig, name: str, home: Path
+) -> Mapping[str, float]:
     last: dict[str, float] = {}
+    tracker = compute.tracking.open(name)
+
+    def report(metrics: Mapping[str, float]) -> None:
+        last.update(metrics)
+        tracker.log(metrics)
+
     device = "cuda" if compute.use_gpu else "cpu"
-    save = fn(payload, Runtime(device, checkpoints=home / "checkpoints", report=last.update))
+    save = fn(payload, Runtime(device, checkpoints=home / "checkpoints", report=report))
+    tracker.close()
     (home / _RESULT).mkdir(parents=True)
     save(home / _RESULT)
     shutil.rmtree(home / "checkpoints", ignore_errors=True)
@@ -217,7 +233,13 @@ def _fit_on_ray(
     with ray_session():
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"fn": fn, "payload": ray.put(payload), "threads": compute.threads_per_worker},
+            train_loop_config={
+                "fn": fn,
+                "payload": ray.put(payload),
+                "threads": compute.threads_per_worker,
+                "tracking": compute.tracking,
+                "name": name,
+            },
             scaling_config=ScalingConfig(
                 num_workers=compute.num_workers,
                 use_gpu=compute.use_gpu,
@@ -261,7 +283,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    runtime = RayRuntime()
+    runtime = RayRuntime(config["tracking"], config["name"])
     # Counted where the worker runs: on a cluster the driver's machine may be another one.
     workers_here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(config["threads"] or max(1, (os.cpu_count() or 1) // workers_here))

@@ -56,6 +56,7 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         report = build_report(results, dataset, Split.TEST, config.evaluation, baselines=baselines)
         report.save(folder)
         report.print(Console(stderr=True))
+        Console(stderr=True).print(f"report: {folder}/report.md", highlight=False, soft_wrap=True)
         return report.to_json()
 
     settings = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,11 @@ console = Console(stderr=True)
 
 def run(config: JobConfig, until: str = "pipeline") -> dict[str, Artifact]:
     """Run the steps up to ``until`` (a job module's name); those that are complete are reused."""
+    if "working_dir_files" in (home := Path(config.workdir).absolute()).parts:
+        advice = (
+            "is inside Ray's copy of the submitted folder, which Ray deletes: give one that stays, --set workdir=FOLDER"
+        )
+        console.print(f"[yellow]{home} {advice}[/yellow]", soft_wrap=True)
     done: dict[str, Artifact] = {}
     started = time.perf_counter()
 
@@ -31,6 +37,11 @@ def run(config: JobConfig, until: str = "pipeline") -> dict[str, Artifact]:
         for name, artifact in _steps(config):
             if finish(name, artifact):
                 break
+    if "publish" in done:
+        published = done["publish"].metrics
+        console.print(
+            f"Bundle {published['bundle_id']} in {Path(published['store']).absolute()}", highlight=False, soft_wrap=True
+        )
     table = Table(title=f"{config.name}: {time.perf_counter() - started:.1f} s", show_edge=False)
     table.add_column("step")
     table.add_column("seconds", justify="right")

@@ -41,6 +41,7 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
 
     def make(folder: Path) -> dict[str, Any]:
         if encoder.train.epochs == 0:
+            logger.info("the encoder stays as it is: encoder.train.epochs is 0")
             TextEncoder.load(encoder).save(folder / "model")
             return {"epochs": 0}
         dataset = Dataset.load(prepare.path)

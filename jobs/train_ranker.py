@@ -10,6 +10,7 @@ with its export.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from recsys.training.ranking_examples import RankingExamples, ranking_examples
 from recsys.training.runtime import Runtime
 
 STEP = "ranker"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
                 max_history=config.pipeline.max_history,
                 top_k=config.ranking.num_candidates,
             )
+            logger.info("asking the retriever for candidates of %d queries", len(queries))
             return ranking_examples(targets, run_stages([stage], queries), items, model.max_history)
 
         valid, test = examples(Split.VALID), examples(Split.TEST)

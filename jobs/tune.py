@@ -12,6 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,10 @@ METRIC = "ndcg@10"
 class TrialRuntime(Runtime):
     """One trial: reports every epoch to Ray Tune, and resumes from what it kept."""
 
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self._open = ExitStack()
+
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None = None) -> None:
         """Every epoch of a trial is judged, so ``metrics`` always has ``ndcg@10``."""
         from ray import tune
@@ -59,7 +64,7 @@ class TrialRuntime(Runtime):
         from ray import tune
 
         checkpoint = tune.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory())
+        return None if checkpoint is None else Path(self._open.enter_context(checkpoint.as_directory()))
 
 
 def trial(sampled: Mapping[str, Any], *, model: Mapping[str, Any], prepared: str, text: str | None) -> None:

@@ -21,6 +21,7 @@ from typing import Annotated
 
 import typer
 
+from recsys.bundle.manifest import MANIFEST
 from recsys.errors import ConfigError, RecsysError
 from serve import fastpath
 from serve.config import ServeConfig
@@ -85,18 +86,20 @@ def main(
     bundle: Annotated[str, typer.Option(help="Bundle to serve: folder, store or fsspec URI")],
     topology: Annotated[str, typer.Option(help="graph: stages scale apart; fused: all in each replica")] = "graph",
     port: Annotated[int, typer.Option(help="HTTP port on the loopback interface", min=1, max=65535)] = 8000,
-    events: Annotated[str, typer.Option(help="file of the embedded event store")] = "runs/events.sqlite",
+    events: Annotated[
+        str, typer.Option(help="file of the embedded event store; left out: events.sqlite beside the store of Bundles")
+    ] = "",
     num_cpus: Annotated[int, typer.Option(help="CPUs of a Ray started here; 0 for all of this machine", min=0)] = 0,
     address: Annotated[str, typer.Option(help="join the Ray at this address instead of starting one")] = "",
 ) -> None:
     """Serve recommendations until Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    tree = {
-        "bundle_uri": bundle if "://" in bundle else str(Path(bundle).absolute()),
-        "topology": topology,
-        "event_store": {"kind": "sqlite", "path": str(Path(events).absolute())},
-    }
     try:
+        tree = {
+            "bundle_uri": bundle if "://" in bundle else str(Path(bundle).absolute()),
+            "topology": topology,
+            "event_store": {"kind": "sqlite", "path": str(Path(events).absolute() if events else _beside(bundle))},
+        }
         config = ServeConfig.parse(tree, where="command line")
         with serving(config, port=port, num_cpus=num_cpus or None, address=address or None) as url:
             sys.stdout.write(f"ready: {url}/docs\n")
@@ -109,6 +112,18 @@ def main(
     except RecsysError as error:
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(1) from error
+
+
+def _beside(bundle: str) -> Path:
+    """Events belong to a run: each store of Bundles has its own, beside it.
+
+    :raises ConfigError: for a store that is no folder of this machine.
+    """
+    if "://" in bundle:
+        raise ConfigError("say with --events where events are kept: the Bundle is not in a folder of this machine")
+    path = Path(bundle).absolute()
+    store = path.parent if (path / MANIFEST).exists() else path
+    return store.parent / "events.sqlite"
 
 
 def _refuse_taken(port: int) -> None:

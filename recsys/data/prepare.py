@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ from recsys.data.validation import (
 )
 from recsys.errors import EmptyDataError, SchemaError
 from recsys.files import write_json
+
+logger = logging.getLogger(__name__)
 
 
 class PreparationReport(StrictConfig):
@@ -152,7 +155,24 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
     dataset = Dataset(interactions, items, pa.table({schema.USER_ID: users}), info)
     write_json(folder / "preparation.json", report.model_dump(mode="json"))
     dataset.save(folder)
+    _tell(report, info, folder)
     return dataset
+
+
+def _tell(report: PreparationReport, info: DatasetInfo, folder: Path) -> None:
+    """Where every row went, for the log."""
+    logger.info(
+        "%d of %d rows accepted: %d users, %d items, %d positives",
+        report.num_accepted, report.num_read, info.num_users, info.num_items, info.num_positives,
+    )  # fmt: skip
+    for what, file, counts in (
+        ("rows quarantined", "quarantine.parquet", report.quarantined),
+        ("rows left out by the filters", None, report.filtered),
+        ("catalogue rows quarantined", "quarantine_items.parquet", report.quarantined_items),
+    ):
+        if total := sum(counts.values()):
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
+            logger.info("%d %s: %s%s", total, what, reasons, f" (see {folder / file})" if file else "")
 
 
 def id_map_fingerprint(item_ids: Any) -> str:

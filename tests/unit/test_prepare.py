@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,17 @@ def test_counts_and_quarantine_tell_where_every_row_went(tmp_path: Path) -> None
     ]
     assert table[2]["value"] == "oops"
     assert (table[0]["user_id"], table[0]["item_id"]) == ("u1", "a")
+
+
+def test_the_log_tells_where_every_row_went(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="recsys")
+    prepare(config(tmp_path, filters={"min_user_interactions": 3}), 0, tmp_path / "out")
+    told, counts = caplog.text, report(tmp_path / "out")
+    assert f"{counts.num_accepted} of {counts.num_read} rows accepted" in told
+    for counted in (counts.quarantined, counts.filtered, counts.quarantined_items):
+        for reason, count in counted.items():
+            assert not count or f"{count} x {reason}" in told
+    assert str(tmp_path / "out" / "quarantine.parquet") in told
 
 
 def test_saved_dataset_loads_equal_and_is_deterministic(tmp_path: Path) -> None:

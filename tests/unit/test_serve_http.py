@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import START_MS, make_bundle
-from serve import wire
+from serve import run, wire
 from serve.config import GatewayConfig, ServeConfig
 from serve.gateway import QuickBody, http_app
 from serve.middleware import PROBLEM_JSON
@@ -416,6 +416,13 @@ async def test_openapi_describes_every_call(client):
 def test_milliseconds_are_exact():
     assert wire.milliseconds(datetime(2024, 1, 1, 0, 0, 0, 123999, tzinfo=UTC)) == 1704067200123
     assert math.isclose(wire.milliseconds(datetime.now(UTC)), time.time() * 1e3, abs_tol=1000)
+
+
+def test_events_lie_beside_the_store_of_their_run(bundle, tmp_path):
+    assert run._beside("runs/shop/bundles") == Path("runs/shop/events.sqlite").absolute()
+    assert run._beside(str(bundle.path)) == bundle.path.parent.parent / "events.sqlite"
+    with pytest.raises(ConfigError, match="--events"):
+        run._beside("s3://bucket/bundles")
 
 
 def test_serve_config_refuses_what_makes_no_sense():

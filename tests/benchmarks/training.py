@@ -1,0 +1,314 @@
+"""Training speed beside RecTools SASRec, written to ``results/quality.json``: ``make bench-training``.
+
+Both train in turn, an epoch each, in one run on the same cores (``--only`` picks figures). RecTools runs in an
+environment of its own, ``.venv-peers``. Run it on a quiet machine: it times things.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import typer
+from rows import write_row
+
+from jobs.benchmark import SUITES, BenchmarkConfig
+from jobs.external import export
+from recsys.config import load_config
+from recsys.data.dataset import Dataset, Split
+from recsys.data.histories import Histories
+from recsys.data.prepare import prepare
+from recsys.models.base import FitData
+from recsys.models.esasrec import ESASRec
+from recsys.training.runtime import Runtime
+
+COMMAND = "make bench-training"
+PEER = [".venv-peers/bin/python", "tests/benchmarks/peers/rectools_peer.py", "sasrec"]
+FILE = "quality"
+THREADS = 2
+BATCH = 128
+LENGTH = {"beauty": 50, "ml1m": 200}
+SHARE = {"beauty": 0.25, "ml1m": 0.1}
+"""of the users, for the two speed ratios: an epoch of RecTools on all of them takes minutes"""
+EPOCHS = 4
+"""timed epochs of each side, after one that is not"""
+SPEED_BAR = {"beauty": 12.0, "ml1m": 5.0}
+TIME_BAR = {"beauty": 0.15, "ml1m": 0.3}
+
+
+class Peer:
+    """RecTools SASRec, epoch by epoch."""
+
+    def __init__(self, folder: Path, suite: str, *, epochs: int, patience: int) -> None:
+        words = [*PEER, "--lockstep", "--factors", "64", "--blocks", "2", "--heads", "2"]
+        words += ["--length", str(LENGTH[suite]), "--batch", str(BATCH), "--threads", str(THREADS)]
+        words += ["--epochs", str(epochs), "--patience", str(patience), str(folder)]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def epoch(self) -> dict[str, Any]:
+        """Train one more epoch: ``seconds``, ``cpu_seconds``, ``validation_seconds``, ``ndcg@10``, ``stopped``."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"RecTools ended with {self._process.wait()}")
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
+
+class Ours(Runtime):
+    """Our training in a thread of this process, epoch by epoch; the seconds include validation where there is any."""
+
+    def __init__(self, model: ESASRec, data: FitData) -> None:
+        super().__init__("cpu")
+        self._go, self._rows = threading.Semaphore(0), queue.Queue[dict[str, float]]()
+        self._asked = True
+        self.finished = False
+
+        def train() -> None:
+            self._go.acquire()
+            self._asked = True
+            self._begin()
+            model.fit(data, self)
+            self.finished = True
+
+        self._thread = threading.Thread(target=train, daemon=True)
+        self._thread.start()
+
+    def _begin(self) -> None:
+        self._started, self._cpu = time.perf_counter(), time.process_time()
+
+    def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None = None) -> None:
+        """The end of an epoch: hand over the row, wait for the next turn."""
+        spent = {"seconds": time.perf_counter() - self._started, "cpu_seconds": time.process_time() - self._cpu}
+        self._rows.put({**metrics, **spent})
+        self._go.acquire()
+        self._begin()
+
+    def epoch(self) -> dict[str, float]:
+        """Train one more epoch."""
+        self._go.release()
+        return self._rows.get(timeout=3600)
+
+
+def few_users(dataset: Dataset, share: float, folder: Path) -> Histories:
+    """The training histories of a seeded sample of users; writes them for the peer too."""
+    histories = dataset.positives.histories(Split.TRAIN)
+    users = np.flatnonzero(histories.lengths > 1)
+    chosen = np.sort(np.random.default_rng(0).choice(users, round(len(users) * share), replace=False))
+    for name in ("train", "valid", "test"):
+        table = pq.read_table(folder / f"{name}.parquet")
+        if name == "train":
+            pq.write_table(table.filter(np.isin(table["user_idx"].to_numpy(), chosen)), folder / f"{name}.parquet")
+        else:
+            pq.write_table(table.slice(0, 200), folder / f"{name}.parquet")
+    return histories[chosen]
+
+
+def flops_per_epoch(histories: Histories, num_items: int, model: ESASRec) -> float:
+    """Useful floating-point operations of an epoch: two per multiply-add, times three for forward and backward.
+
+    Per token: the matrices of the blocks, ``8 d^2`` of attention and its two gates' ``2 d^2`` with ``3 d h`` of the
+    feed-forward; the head, ``d N``; and causal attention, ``2 d (p + 1)`` at position ``p``. Nothing else is counted.
+    """
+    lengths = histories.lengths
+    d, h = model.dim, model.hidden_dim
+    whole, rest = lengths // model.max_length, lengths % model.max_length
+    length = model.max_length
+    attended = (whole * (length * (length + 1) // 2) + rest * (rest + 1) // 2).sum()  # of windows cut at the front
+    blocks = model.num_blocks * (4 * d * d + 2 * d * d + 3 * d * h)
+    return 6.0 * (lengths.sum() * (blocks + d * num_items) + model.num_blocks * 2 * d * attended)
+
+
+def matmul_rate(size: int = 2048, repeats: int = 6) -> float:
+    """FLOP/s of a ``size``-cubed fp32 matrix product, the median of ``repeats``."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds: list[float] = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / float(np.median(seconds))
+
+
+def load(suite: str, workdir: Path) -> tuple[BenchmarkConfig, Dataset]:
+    """The suite and its data."""
+    config = load_config(BenchmarkConfig, SUITES / f"{suite}.yaml")
+    return config, prepare(config.data, 0, workdir / suite)
+
+
+def same_shape(suite: str, tokens_per_sequence: float) -> ESASRec:
+    """Ours with the peer's factors, blocks, length, full softmax and sequences per step."""
+    train = {"epochs": EPOCHS + 1, "batch_tokens": round(BATCH * tokens_per_sequence)}
+    shape = {"dim": 64, "num_blocks": 2, "num_heads": 2, "hidden_dim": 128, "max_length": LENGTH[suite]}
+    return ESASRec.parse({**shape, "num_negatives": 0, "train": train}, where="benchmark")
+
+
+def speed(suite: str, workdir: Path) -> None:
+    """``train_speed_ratio_*``: tokens per second, epoch and epoch about; with ``ml1m`` the share of FLOP/s too."""
+    config, dataset = load(suite, workdir)
+    with tempfile.TemporaryDirectory() as scratch:
+        export(dataset, config.evaluation, 0, Path(scratch))
+        histories = few_users(dataset, SHARE[suite], Path(scratch))
+        model = same_shape(suite, float(np.minimum(histories.lengths, LENGTH[suite]).mean()))
+        data = replace(FitData.of(dataset, Split.TRAIN), histories=histories)
+        theirs = Peer(Path(scratch), suite, epochs=EPOCHS + 1, patience=EPOCHS + 1)
+        ours = Ours(model, data)
+        theirs.epoch(), ours.epoch()  # warm
+        seconds: dict[str, list[float]] = {"ours": [], "rectools": [], "ours_cpu": [], "rectools_cpu": []}
+        peak: list[float] = []
+        for _ in range(EPOCHS):
+            row, other = ours.epoch(), theirs.epoch()
+            seconds["ours"].append(row["seconds"])
+            seconds["ours_cpu"].append(row["cpu_seconds"])
+            seconds["rectools"].append(other["seconds"])
+            seconds["rectools_cpu"].append(other["cpu_seconds"])
+            peak.append(matmul_rate())
+            print(f"{suite}: ours {row['seconds']:.2f} s, RecTools {other['seconds']:.2f} s", flush=True)
+        theirs.close()
+    tokens = {
+        "ours": int(histories.lengths.sum()),
+        "rectools": int(np.minimum(histories.lengths - 1, LENGTH[suite]).sum()),
+    }
+    rates = {name: [number / each for each in seconds[name]] for name, number in tokens.items()}
+    ratios = [a / b for a, b in zip(rates["ours"], rates["rectools"], strict=True)]
+    ratio = float(np.median(ratios))
+    shape = (
+        f"64 factors, 2 blocks, length {LENGTH[suite]}, full softmax, batch {BATCH} sequences, fp32, {THREADS} threads"
+    )
+    details = {
+        "tokens_per_s": {name: float(np.median(rate)) for name, rate in rates.items()},
+        "ratios": ratios,
+        "tokens_per_cpu_s": {
+            name: number / float(np.median(seconds[f"{name}_cpu"])) for name, number in tokens.items()
+        },
+        "num_users": len(histories),
+        "torch": torch.__version__,
+    }
+    write_row(
+        FILE,
+        f"train_speed_ratio_{suite}",
+        ratio,
+        unit="x",
+        bar=f">= {SPEED_BAR[suite]:g}",
+        passes=ratio >= SPEED_BAR[suite],
+        protocol=f"real tokens per second over those of RecTools 0.19 SASRec, median of {EPOCHS} epochs each in turn "
+        f"after one to warm up; {suite}, a seeded {SHARE[suite]:.0%} of the users; {shape}; set-up and validation "
+        "excluded",
+        command=COMMAND,
+        seeds=[0],
+        details=details,
+    )
+    if suite == "ml1m":
+        useful = flops_per_epoch(histories, dataset.num_items, model)
+        shares = [useful / each / rate for each, rate in zip(seconds["ours"], peak, strict=True)]
+        share = float(np.median(shares))
+        write_row(
+            FILE,
+            "train_flops_share",
+            share,
+            unit="",
+            bar=">= 0.35",
+            passes=share >= 0.35,
+            protocol="useful FLOP/s of training over those of a 2048^3 fp32 matrix product, in turn with it; useful: 6 "
+            "per token and weight of the blocks' matrices and of all item vectors, 12 d (p + 1) per block for "
+            f"attention at position p; {suite}; {shape}",
+            command=COMMAND,
+            seeds=[0],
+            details={"gflops": useful / float(np.median(seconds["ours"])) / 1e9, "matmul_gflops": np.median(peak) / 1e9,
+                     "shares": shares},
+        )  # fmt: skip
+
+
+def time_to_quality(suite: str, workdir: Path) -> None:
+    """``time_to_quality_*``: until the validation NDCG@10 that RecTools has at its best when it stops early."""
+    config, dataset = load(suite, workdir)
+    system = config.system("esasrec")
+    assert isinstance(system.model, ESASRec)
+    train = system.model.train.model_copy(update={"eval_max_queries": 1 << 30, "patience": 1000})
+    model = system.model.model_copy(update={"train": train})
+    data = FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID))
+    curves: dict[str, list[dict[str, float]]] = {"ours": [], "rectools": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        export(dataset, config.evaluation, 0, Path(scratch))
+        theirs, ours = Peer(Path(scratch), suite, epochs=200, patience=5), Ours(model, data)
+        spent = {"ours": 0.0, "rectools": 0.0}
+        stopped = False
+        while not stopped:
+            row = theirs.epoch()
+            stopped = row["stopped"]
+            spent["rectools"] += row["seconds"] + row["validation_seconds"]
+            curves["rectools"].append({"s": spent["rectools"], "ndcg@10": row["ndcg@10"]})
+            # As much time for ours as theirs has had, so that both see the machine at the same moments.
+            while spent["ours"] < spent["rectools"] and not _done(curves, model, stopped):
+                mine = ours.epoch()
+                spent["ours"] += mine["seconds"]
+                curves["ours"].append({"s": spent["ours"], "ndcg@10": mine["ndcg@10"]})
+            best = {name: max((each["ndcg@10"] for each in curve), default=0.0) for name, curve in curves.items()}
+            print(f"{suite}: {spent}, best {best}", flush=True)
+        theirs.close()
+    quality = max(row["ndcg@10"] for row in curves["rectools"])
+    reached = next((row["s"] for row in curves["ours"] if row["ndcg@10"] >= quality), float("inf"))
+    theirs_s = next(row["s"] for row in curves["rectools"] if row["ndcg@10"] >= quality)
+    ratio = reached / theirs_s
+    write_row(
+        FILE,
+        f"time_to_quality_{suite}",
+        ratio,
+        unit="x",
+        bar=f"<= {TIME_BAR[suite]:g}",
+        passes=ratio <= TIME_BAR[suite],
+        protocol=f"seconds of training and validation until the best validation NDCG@10 ({quality:.4f}) of RecTools "
+        f"0.19 SASRec (64 factors, 2 blocks, length {LENGTH[suite]}, full softmax, batch {BATCH}, learning rate 1e-3, "
+        f"stopped after 5 epochs without a better one), over RecTools' own; {suite}, all users; ours as in the suite; "
+        f"fp32, {THREADS} threads, in turn",
+        command=COMMAND,
+        seeds=[0],
+        details={"seconds": {"ours": reached, "rectools": theirs_s}, "quality": quality, "curves": curves},
+    )
+
+
+def _done(curves: Mapping[str, list[dict[str, float]]], model: ESASRec, stopped: bool) -> bool:
+    """Ours need not go on once RecTools has stopped at a quality that ours has, nor beyond its last epoch."""
+    mine, theirs = curves["ours"], max(row["ndcg@10"] for row in curves["rectools"])
+    if len(mine) >= model.train.epochs:
+        return True
+    return stopped and any(row["ndcg@10"] >= theirs for row in mine)
+
+
+FIGURES: dict[str, Callable[[Path], None]] = {
+    **{f"speed_{suite}": lambda workdir, suite=suite: speed(suite, workdir) for suite in LENGTH},
+    **{f"time_{suite}": lambda workdir, suite=suite: time_to_quality(suite, workdir) for suite in LENGTH},
+}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(FIGURES)}")] = None,
+    workdir: Annotated[Path, typer.Option(help="folder of the prepared data")] = Path("runs/benchmark/training"),
+) -> None:
+    """Measure training speed beside RecTools."""
+    torch.set_num_threads(THREADS)
+    for name in only or list(FIGURES):
+        if name not in FIGURES:
+            raise typer.BadParameter(f"no figure {name!r}, only {', '.join(FIGURES)}")
+        FIGURES[name](workdir)
+
+
+if __name__ == "__main__":
+    typer.run(main)
