@@ -39,7 +39,7 @@ from recsys.data.features import matrix
 from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.page import suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker
-from recsys.evaluation.suite import Anchor, Cost, Run, build_suite_report, judge
+from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
 from recsys.files import atomic_path, read_json, write_json
 from recsys.models import AnyRetriever, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
@@ -156,8 +156,18 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     return save
 
 
-def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Path:
-    """Train and judge what is missing; the folder of the report."""
+@dataclass(frozen=True)
+class Judged:
+    """A whole suite, trained and judged."""
+
+    folder: Path
+    """with ``suite.json``, ``suite.md`` and ``suite.html``"""
+    report: SuiteReport
+    runs: list[Run]
+
+
+def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Judged:
+    """Train and judge what is missing."""
     as_job = JobConfig(name=config.name, workdir=config.workdir, data=config.data, encoder=config.encoder)
     prepared = prepare.run(as_job)
     dataset = Dataset.load(prepared.path)
@@ -165,8 +175,9 @@ def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Pa
     embedded: Artifact | None = None
     if any(system.text for system in systems):
         embedded = embed.run(as_job, prepared, train_encoder.run(as_job, prepared))
-    report = Path(config.workdir) / config.name / "report"
+    folder = Path(config.workdir) / config.name / "report"
     runs: list[Run] = []
+    report: SuiteReport | None = None
     for seed_number in range(max(len(system.seeds or config.seeds) for system in systems)):
         # Seed by seed: after the first round every system stands in the table.
         for system in systems:
@@ -176,8 +187,9 @@ def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Pa
                 runs.append(Run.load(artifact.path / "run"))
                 state = "reused" if artifact.reused else f"done in {artifact.seconds:.0f} s"
                 console.print(f"[bold]{system.name}[/bold] seed {seeds[seed_number]} {state}", highlight=False)
-                write_report(config, runs, dataset, report, command)
-    return report
+                report = write_report(config, runs, dataset, folder, command)
+    assert report is not None, "a suite has a system and a seed"
+    return Judged(folder, report, runs)
 
 
 def train_and_judge(
@@ -252,7 +264,7 @@ def _train(
     return retriever_ranker(load_retriever(folder / "model"), dataset, config.evaluation), training
 
 
-def write_report(config: BenchmarkConfig, runs: list[Run], dataset: Dataset, folder: Path, command: str) -> None:
+def write_report(config: BenchmarkConfig, runs: list[Run], dataset: Dataset, folder: Path, command: str) -> SuiteReport:
     """``suite.json``, ``suite.md`` and ``suite.html`` of the runs so far."""
     report = build_suite_report(
         config.name,
@@ -266,6 +278,7 @@ def write_report(config: BenchmarkConfig, runs: list[Run], dataset: Dataset, fol
     report.save(folder)
     with atomic_path(folder / "suite.html") as temporary:
         temporary.write_text(suite_page(report))
+    return report
 
 
 def hardware() -> str:
@@ -296,12 +309,12 @@ def main(
         for name in only or ():
             config.system(name)
         changed = "".join(f" --set {override}" for override in set_ or ())
-        report = run(config, f"python -m jobs.benchmark --suite {suite}{changed}", tuple(only or ()))
+        folder = run(config, f"python -m jobs.benchmark --suite {suite}{changed}", tuple(only or ())).folder
     except RecsysError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
         raise typer.Exit(2) from error
-    Console().print(Markdown((report / "suite.md").read_text()))
-    console.print(f"report: {report}/suite.html", highlight=False)
+    Console().print(Markdown((folder / "suite.md").read_text()))
+    console.print(f"report: {folder}/suite.html", highlight=False)
 
 
 if __name__ == "__main__":

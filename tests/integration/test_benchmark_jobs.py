@@ -69,7 +69,7 @@ def test_a_search_keeps_to_its_budget_and_is_not_repeated(local_ray, tmp_path):
 @pytest.mark.timeout(300)
 def test_a_suite_is_trained_by_several_workers(local_ray, tmp_path):
     config = BenchmarkConfig.parse(SUITE | {"workdir": str(tmp_path)}, where="test")
-    report = benchmark.run(config, "the command")
+    report = benchmark.run(config, "the command").folder
     (systems,) = read_json(report / "suite.json")["views"].values()
     assert [(one["name"], one["num_workers"]) for one in systems] == [("sequence", 2), ("popularity", 1)]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from jobs import benchmark
 from jobs.benchmark import BenchmarkConfig
 from recsys.config import load_config
-from recsys.errors import ConfigError
+from recsys.errors import ConfigError, ModelError
 from recsys.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +46,7 @@ SUITE = {
 
 def test_a_suite_is_trained_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = BenchmarkConfig.parse(SUITE | {"workdir": str(tmp_path)}, where="test")
-    folder = benchmark.run(config, "the command")
+    folder = benchmark.run(config, "the command").folder
     report = read_json(folder / "suite.json")
     (systems,) = report["views"].values()
     assert [(one["name"], one["seeds"]) for one in systems] == [("sequence", [0, 1]), ("popularity", [0])]
@@ -61,14 +63,80 @@ def test_a_suite_is_trained_once_and_reported(tmp_path: Path, monkeypatch: pytes
         raise AssertionError("a finished training is not done again")
 
     monkeypatch.setattr(benchmark, "fit_distributed", never)
-    again = benchmark.run(config, "the command", only=("popularity",))
+    again = benchmark.run(config, "the command", only=("popularity",)).folder
     (systems,) = read_json(again / "suite.json")["views"].values()
     assert [one["name"] for one in systems] == ["popularity"]
+
+
+POPULAR = """
+import json, sys
+import sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+folder = Path(sys.argv[-1])
+task = json.loads((folder / "task.json").read_text())
+train, valid, test = (pq.read_table(folder / f"{name}.parquet") for name in ("train", "valid", "test"))
+assert "relevant" in valid.column_names and "relevant" not in test.column_names
+best = np.argsort(-np.bincount(train["item_idx"].to_numpy(), minlength=task["num_items"]), kind="stable")
+depth = task["depth"]
+new = [best[~np.isin(best, seen)][:depth] for seen in test["seen"].to_numpy()]
+new = [np.concatenate([items, np.full(depth - len(items), -1)]) for items in new]
+every = [best[:depth]] * len(test)
+LAST
+pq.write_table(pa.table({"ranked": every, "ranked_new": new}), folder / "ranked.parquet")
+said = {"train_seconds": 1.5, "peak_memory_bytes": 1, "num_parameters": 7, "num_workers": 1, "curve": []}
+(folder / "training.json").write_text(json.dumps(said))
+"""
+
+
+def with_program(tmp_path: Path, last: str = "") -> dict[str, object]:
+    """The suite with our popularity and a program that ranks by popularity too."""
+    (tmp_path / "program.py").write_text(POPULAR.replace("LAST", last))
+    command = f"{sys.executable} {tmp_path / 'program.py'} --option 'of its own'"
+    program = {"name": "program", "baseline": True, "seeds": [0], "command": command}
+    return SUITE | {"workdir": str(tmp_path), "systems": [program, SUITE["systems"][1]]}
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_a_program_is_judged_like_a_model(tmp_path: Path, exclude_seen: bool) -> None:
+    tree = with_program(tmp_path) | {"evaluation": {"num_bootstrap": 100, "exclude_seen": exclude_seen}}
+    done = benchmark.run(BenchmarkConfig.parse(tree, where="test"), "the command")
+    theirs, ours = done.runs
+    (view,) = theirs.views
+    for metric, values in theirs.views[view].items():
+        np.testing.assert_array_equal(values, ours.views[view][metric])
+    assert (theirs.cost.train_seconds, theirs.cost.num_parameters) == (1.5, 7)
+    assert not list(tmp_path.glob("benchmark/*/exchange"))
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "words"),
+    [
+        ("raise SystemExit('no memory left')", ModelError, "no memory left"),
+        ("every, new = every[1:], new[1:]", ModelError, "ranked [0-9]+ of [0-9]+ queries"),
+        ("new = every", ModelError, "has seen"),
+        ("new = [np.full(depth, items[0]) for items in new]", ModelError, "twice"),
+    ],
+)
+def test_a_program_that_goes_wrong_is_named(tmp_path: Path, last: str, error: type[Exception], words: str) -> None:
+    config = BenchmarkConfig.parse(with_program(tmp_path, last), where="test")
+    with pytest.raises(error, match=words):
+        benchmark.run(config, "the command")
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    tree = with_program(tmp_path)
+    tree["systems"] = [{"name": "gone", "command": str(tmp_path / "gone")}]
+    with pytest.raises(ConfigError, match=r"gone: No such file.*installed"):
+        benchmark.run(BenchmarkConfig.parse(tree, where="test"), "the command")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"systems": [{"name": "neither"}]}, "either a model or a command"),
+        ({"systems": [SUITE["systems"][1] | {"command": "x"}]}, "either a model or a command"),
+        ({"systems": [{"name": "x", "command": "x", "text": True}]}, "text and search are for models"),
         ({"systems": [SUITE["systems"][1], SUITE["systems"][1]]}, "same name"),
         ({"systems": [SUITE["systems"][0] | {"text": True}]}, "need an encoder"),
         ({"systems": []}, "systems"),
