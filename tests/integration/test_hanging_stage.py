@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-import ray
+import pytest
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -14,7 +14,8 @@ from serve.batching import Batcher
 from serve.deployments import StageDeployment
 
 
-def test_a_replica_whose_stage_hangs_is_replaced():
+@pytest.mark.timeout(300)
+def test_a_replica_whose_stage_hangs_is_replaced(local_ray):
     class Hanging(StageDeployment):
         def __init__(self) -> None:
             def compute(calls):
@@ -32,10 +33,8 @@ def test_a_replica_whose_stage_hangs_is_replaced():
         graceful_shutdown_timeout_s=0.1,
         ray_actor_options={"num_cpus": 0.1},
     ).bind()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    handle = serve.run(application, name="hanging", route_prefix=None).options(method_name="run")
     try:
-        handle = serve.run(application, name="hanging", route_prefix=None).options(method_name="run")
-
         first = handle.remote("who").result(timeout_s=60)
         handle.remote("hang")
         deadline = time.monotonic() + 90
@@ -49,5 +48,4 @@ def test_a_replica_whose_stage_hangs_is_replaced():
             return
         raise AssertionError("nobody replaced the replica")
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        serve.delete("hanging")

@@ -1,0 +1,121 @@
+"""A retriever on real workers: the loss curve of one process, and a worker killed in the middle of an epoch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs._ray import ComputeConfig, fit_distributed
+from recsys.data.config import DataConfig
+from recsys.data.dataset import Dataset, Split
+from recsys.data.prepare import prepare
+from recsys.files import read_json, write_json
+from recsys.models.base import FitData
+from recsys.models.esasrec import ESASRec
+from recsys.training.runtime import Runtime
+
+MODEL = ESASRec.parse(
+    {
+        "dim": 16,
+        "num_blocks": 1,
+        "hidden_dim": 16,
+        "max_length": 20,
+        "num_negatives": 0,
+        "train": {"epochs": 4, "batch_tokens": 300, "warmup_steps": 5},
+    },
+    where="test",
+)
+STEPS_PER_EPOCH = 4
+"""at least; the test checks it"""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a worker is given."""
+
+    data: FitData
+    flag: Path | None
+    """touched by the worker that dies, so that it dies once; None where none is to die"""
+
+
+def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
+    """Train; the last worker kills itself in the third step of the third epoch, unless it has done so before."""
+    epochs_done = [0]
+    report, prepare_module = runtime.report, runtime.prepare
+
+    def counted(metrics, save=None):
+        epochs_done[0], steps[0] = int(metrics["epoch"]), 0
+        report(metrics, save)
+
+    steps = [0]
+
+    def prepared(module):
+        module.register_forward_pre_hook(step)
+        return prepare_module(module)
+
+    def step(*_):
+        steps[0] += 1
+        dies = payload.flag is not None and not payload.flag.exists() and runtime.rank == runtime.world_size - 1
+        if dies and epochs_done[0] == 2 and steps[0] == 3:
+            payload.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    resumed = runtime.restore() is not None
+    runtime.report, runtime.prepare = counted, prepared
+    retriever = MODEL.fit(payload.data, runtime)
+
+    def save(folder: Path) -> None:
+        history = [dict(row) for row in retriever.history]
+        write_json(folder / "done.json", {"history": history, "resumed": resumed, "size": runtime.world_size})
+
+    return save
+
+
+@pytest.fixture(scope="module", autouse=True)
+def by_value(local_ray):
+    """Workers do not find this module: what it defines travels to them."""
+    import ray
+
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    source = {"kind": "synthetic", "num_users": 100, "num_items": 60, "num_clusters": 5, "mean_length": 16}
+    config = DataConfig.parse({"source": source, "split": {"kind": "leave_one_out"}}, where="test")
+    return prepare(config, 0, tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.timeout(400)
+def test_workers_and_a_death_in_mid_epoch_leave_the_curve_as_it_is(local_ray, dataset, tmp_path):
+    data = FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=5)
+    assert data.histories.lengths.sum() > STEPS_PER_EPOCH * MODEL.train.batch_tokens
+
+    def train(name: str, num_workers: int, flag: Path | None = None):
+        compute = ComputeConfig(num_workers=num_workers, threads_per_worker=1)
+        fitted = fit_distributed(fit, Payload(data, flag), compute=compute, name=name, storage=tmp_path / name)
+        return read_json(fitted.path / "done.json")
+
+    alone, together = train("alone", 0), train("together", 2)
+    broken = train("broken", 2, tmp_path / "died")
+    assert (tmp_path / "died").exists()
+    assert (alone["size"], together["size"], broken["size"]) == (1, 2, 2)
+    assert (together["resumed"], broken["resumed"]) == (False, True)
+    curves = {name: [row["loss"] for row in one["history"]] for name, one in
+              (("alone", alone), ("together", together), ("broken", broken))}  # fmt: skip
+    assert len(curves["alone"]) == 4 and curves["alone"][-1] < curves["alone"][0]
+    # Dropout is drawn per worker, so the curves of one and of two are of one kind, not equal number by number.
+    np.testing.assert_allclose(curves["together"], curves["alone"], rtol=0.02)
+    np.testing.assert_allclose(curves["broken"], curves["together"], rtol=1e-5)
+    judged = [[row["ndcg@10"] for row in one["history"]] for one in (together, broken)]
+    np.testing.assert_allclose(judged[1], judged[0], atol=1e-3)
