@@ -7,7 +7,9 @@ environment of its own, ``.venv-peers``. Run it on a quiet machine: it times thi
 from __future__ import annotations
 
 import json
+import multiprocessing
 import queue
+import resource
 import subprocess
 import tempfile
 import threading
@@ -26,6 +28,7 @@ from rows import write_row
 from jobs.benchmark import SUITES, BenchmarkConfig
 from jobs.external import export
 from recsys.config import load_config
+from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.data.prepare import prepare
@@ -284,6 +287,41 @@ def time_to_quality(suite: str, workdir: Path) -> None:
     )
 
 
+def million_items(workdir: Path) -> None:
+    """``train_1m_items_peak_bytes``: a catalogue of a million items, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak, before, seconds, tokens = pool.apply(_train_million, (str(workdir / "million"),))
+    held = 1_000_000 * 64 * 4
+    write_row(
+        FILE,
+        "train_1m_items_peak_bytes",
+        peak,
+        unit="bytes",
+        bar="<= 3e9",
+        passes=peak <= 3e9,
+        protocol="largest resident size of the process that trains an epoch over 1,000,000 synthetic items, 64 dims, "
+        f"sampled softmax with 4096 negatives, 4096 tokens per step, fp32; {before / 1e9:.2f}e9 before training; item "
+        f"vectors alone are {held / 1e9:.2f}e9, held as weights, gradients, two moments of AdamW and a running average",
+        command=COMMAND,
+        seeds=[0],
+        details={"tokens": tokens, "seconds": seconds},
+    )
+
+
+def _train_million(folder: str) -> tuple[int, int, float, int]:
+    torch.set_num_threads(THREADS)
+    source = {"kind": "synthetic", "num_users": 20_000, "num_items": 1_000_000, "num_clusters": 1000, "mean_length": 20}
+    dataset = prepare(DataConfig.parse({"source": source}, where="benchmark"), 0, folder)
+    data = FitData.of(dataset, Split.TRAIN)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model = ESASRec.parse({"num_negatives": 4096, "train": {"epochs": 1, "batch_tokens": 4096}}, where="benchmark")
+    started = time.perf_counter()
+    model.fit(data, Runtime("cpu"))
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak, before, seconds, int(data.histories.lengths.sum())
+
+
 def _done(curves: Mapping[str, list[dict[str, float]]], model: ESASRec, stopped: bool) -> bool:
     """Ours need not go on once RecTools has stopped at a quality that ours has, nor beyond its last epoch."""
     mine, theirs = curves["ours"], max(row["ndcg@10"] for row in curves["rectools"])
@@ -294,6 +332,7 @@ def _done(curves: Mapping[str, list[dict[str, float]]], model: ESASRec, stopped:
 
 FIGURES: dict[str, Callable[[Path], None]] = {
     **{f"speed_{suite}": lambda workdir, suite=suite: speed(suite, workdir) for suite in LENGTH},
+    "million": million_items,
     **{f"time_{suite}": lambda workdir, suite=suite: time_to_quality(suite, workdir) for suite in LENGTH},
 }
 
