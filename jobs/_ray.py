@@ -85,7 +85,13 @@ def ray_session() -> Generator[None]:
         ray.init()
     else:
         # The dashboard holds the state API, without which Ray Train's own watchers complain every second.
-        ray.init(include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(
+            address="local",  # not one that somebody else has left running on this machine
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
     try:
         yield
     finally:
