@@ -229,14 +229,14 @@ def _fit_here(
 def _fit_on_ray(
     fn: TrainFunction[Any], payload: Any, compute: ComputeConfig, name: str, home: Path
 ) -> Mapping[str, float]:
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
     storage = compute.storage_path or str(home / "ray")
-    with ray_session():
+    with ray_session():  # before Ray is imported: it reads its settings then
+        import ray
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.config import LoggingConfig
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
         trainer = TorchTrainer(
             _worker,
             train_loop_config={

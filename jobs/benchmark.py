@@ -14,6 +14,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from jobs import embed, prepare, train_encoder
-from jobs._ray import ComputeConfig, discard, fit_distributed
+from jobs._ray import ComputeConfig, discard, fit_distributed, ray_session
 from jobs.artifacts import Artifact, build
 from jobs.cli import show_progress
 from jobs.config import JobConfig
@@ -168,6 +169,11 @@ class Judged:
 
 def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Judged:
     """Train and judge what is missing."""
+    with ray_session() if config.compute.num_workers else nullcontext():
+        return _run(config, command, only)
+
+
+def _run(config: BenchmarkConfig, command: str, only: tuple[str, ...]) -> Judged:
     as_job = JobConfig(name=config.name, workdir=config.workdir, data=config.data, encoder=config.encoder)
     prepared = prepare.run(as_job)
     dataset = Dataset.load(prepared.path)
