@@ -48,6 +48,7 @@ from recsys.models.text_encoder import TextEncoderConfig
 from recsys.training.runtime import Runtime
 
 SUITES = Path("configs/benchmark")
+_TABLE_WIDTH = 180
 console = Console(stderr=True)
 logger = logging.getLogger(__name__)
 
@@ -319,7 +320,9 @@ def main(
     except RecsysError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
         raise typer.Exit(2) from error
-    Console().print(Markdown((folder / "suite.md").read_text()))
+    text, output = (folder / "suite.md").read_text(), Console()
+    # The tables are wide: where they do not fit, their source is easier to read than what would be left of them.
+    output.print(Markdown(text)) if output.width >= _TABLE_WIDTH else output.print(text, soft_wrap=True, markup=False)
     console.print(f"report: {folder}/suite.html", highlight=False)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="sequences per step")
     parser.add_argument("--epochs", type=int, default=100, help="at most")
     parser.add_argument("--patience", type=int, default=5, help="epochs without a better validation NDCG@10")
-    parser.add_argument("--regularization", type=float, nargs="+", default=[500.0], help="EASE; the best on validation")
+    parser.add_argument("--regularization", default="500", help="EASE; of several (with commas) the best on validation")
     parser.add_argument("--threads", type=int, default=0, help="0 for torch's default")
     parser.add_argument("--lockstep", action="store_true")
     parser.add_argument("folder", type=Path)
@@ -127,7 +127,7 @@ class Ease(Model):
     def __init__(self, args: Any, task: dict[str, Any], train: pa.Table, valid: pa.Table) -> None:
         self.num_items, self.exclude_seen = task["num_items"], task["exclude_seen"]
         self.curve, fitted = [], []
-        for regularization in args.regularization:
+        for regularization in map(float, args.regularization.split(",")):
             model = EASEModel(regularization=regularization)
             dataset = Dataset.construct(interactions(train))
             model.fit(dataset)
@@ -154,6 +154,7 @@ class Sasrec(Model):
         self.curve = []
         seed_everything(task["seed"], workers=True)
         watch = Watch(self, valid, args)
+        WATCHES.append(watch)
         model = SASRecModel(
             n_blocks=args.blocks,
             n_heads=args.heads,
@@ -165,16 +166,8 @@ class Sasrec(Model):
             loss="softmax",
             epochs=args.epochs,
             recommend_torch_device="cpu",
-            get_trainer_func=lambda: Trainer(
-                max_epochs=args.epochs,
-                accelerator="cpu",
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[watch],
-            ),
+            get_trainer_func=trainer,
+            get_trainer_func_kwargs={"epochs": args.epochs},
         )
         self.model = model
         self.counts = np.bincount(train["item_idx"].to_numpy(), minlength=self.num_items)
@@ -208,6 +201,24 @@ class Sasrec(Model):
         return out
 
 
+WATCHES: list[Callback] = []
+"""RecTools knows a trainer by the name of the function that makes it, so what goes into it stands here."""
+
+
+def trainer(epochs: int) -> Trainer:
+    """A trainer that leaves everything but training to the callbacks."""
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=WATCHES,
+    )
+
+
 class Watch(Callback):
     """Times epochs, judges them, stops, and keeps the best weights."""
 
@@ -215,6 +226,10 @@ class Watch(Callback):
         self.model, self.valid, self.args = model, valid, args
         self.best: dict[str, torch.Tensor] = {}
         self.best_quality, self.best_epoch = -1.0, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        """RecTools trains with a copy of the trainer; what is seen there must be seen here."""
+        return self
 
     def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
         if self.args.lockstep and not sys.stdin.readline():
