@@ -25,7 +25,7 @@ def suite_page(report: SuiteReport) -> str:
     :raises ConfigError: where matplotlib is not installed.
     """
     parts = [f"<h1>Benchmark {html.escape(report.suite)}</h1>"]
-    parts.append(f"<p class=conditions>{html.escape(report.conditions())}</p>")
+    parts.append(f"<p class=conditions>{_code(report.conditions())}</p>")
     for view in report.views:
         parts += [f"<h2>{'Items new to the user' if view == 'new' else 'Repeats included'}</h2>", _table(report, view)]
     if report.anchors:
@@ -136,6 +136,12 @@ def _slices(systems: Sequence[SystemSummary], position: int) -> Callable[[Any], 
     return draw
 
 
+def _code(text: str) -> str:
+    """Escaped, with what stands between backticks as code."""
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))
+
+
 def _coverage(report: SuiteReport) -> Callable[[Any], None]:
     systems = next(iter(report.views.values()))
     k = report.main_metric.partition("@")[2]
@@ -144,6 +150,7 @@ def _coverage(report: SuiteReport) -> Callable[[Any], None]:
         for number, one in enumerate(systems):
             x, y = one.slates[f"coverage@{k}"], one.metrics[report.main_metric].mean
             axes.scatter([x], [y], color=f"C{number}")
+            axes.margins(x=0.2)  # room for the names
             axes.annotate(one.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
 
     return draw
