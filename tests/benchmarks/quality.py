@@ -65,9 +65,15 @@ def mean_runs(runs: list[Run], system: str, view: str, metric: str) -> np.ndarra
 
 def beauty(config: BenchmarkConfig, report: SuiteReport, runs: list[Run]) -> None:
     """Ids alone, ids and text, and the one over the other."""
-    level(report, "beauty_id_ndcg10", "esasrec", "ndcg@10", 0.0540)
+    present = {run.system for run in runs}
+    if "esasrec" in present:
+        level(report, "beauty_id_ndcg10", "esasrec", "ndcg@10", 0.0540)
+    if "esasrec_text" not in present:
+        return
     level(report, "beauty_ndcg10", "esasrec_text", "ndcg@10", 0.0570)
     level(report, "beauty_recall10", "esasrec_text", "recall@10", 0.0980)
+    if "esasrec" not in present:
+        return
     users = runs[0].user_idx["new"]
     text, ids = (mean_runs(runs, system, "new", "ndcg@10") for system in ("esasrec_text", "esasrec"))
     ratio = ratio_interval(text, ids, users, config.evaluation)
@@ -127,14 +133,17 @@ ROWS: dict[str, Callable[[BenchmarkConfig, SuiteReport, list[Run]], None]] = {
 }
 
 
-def main(suite: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(ROWS)}")] = None) -> None:
+def main(
+    suite: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(ROWS)}")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="these systems only, and the rows that need no other")] = None,
+) -> None:
     """Train, judge and write the rows."""
     show_progress()
     for name in suite or list(ROWS):
         if name not in ROWS:
             raise typer.BadParameter(f"no suite {name!r}, only {', '.join(ROWS)}")
         config = load_config(BenchmarkConfig, SUITES / f"{name}.yaml")
-        done = benchmark.run(config, f"python -m jobs.benchmark --suite {name}")
+        done = benchmark.run(config, f"python -m jobs.benchmark --suite {name}", tuple(only or ()))
         ROWS[name](config, done.report, done.runs)
 
 
