@@ -118,6 +118,16 @@ def local_ray() -> Iterator[Any]:
         ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def travels_by_value(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ray's workers cannot import a test file: what it defines travels to them by value."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(request.module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(request.module)
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 

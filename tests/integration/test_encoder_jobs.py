@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,15 +30,7 @@ NUM_ITEMS = 3000
 COMPUTE = ComputeConfig(num_workers=2, cpus_per_worker=0.5, threads_per_worker=1, max_failures=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ship_this_module() -> Iterator[None]:
-    """Workers cannot import a test file, so what it defines travels by value."""
-    import ray
-
-    module = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(module)
-    yield
-    ray.cloudpickle.unregister_pickle_by_value(module)
+pytestmark = pytest.mark.usefixtures("travels_by_value")
 
 
 @pytest.fixture(scope="module")

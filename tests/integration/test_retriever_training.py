@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,15 +77,7 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     return save
 
 
-@pytest.fixture(scope="module", autouse=True)
-def by_value(local_ray):
-    """Workers do not find this module: what it defines travels to them."""
-    import ray
-
-    module = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(module)
-    yield
-    ray.cloudpickle.unregister_pickle_by_value(module)
+pytestmark = pytest.mark.usefixtures("travels_by_value")
 
 
 @pytest.fixture(scope="module")
