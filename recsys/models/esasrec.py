@@ -28,6 +28,7 @@ from recsys.errors import EmptyDataError, ModelError, NoTimeError
 from recsys.files import read_json, write_json
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
 from recsys.models.layers.blocks import GatedBlock
+from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.items import ItemVectors
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.rotary import rotation
@@ -261,7 +262,7 @@ class _Network(nn.Module):
         self.items = ItemVectors(has_id, text_vectors, dim, config.text_hidden_dim)
         self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.head_dim = dim // config.num_heads
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             [GatedBlock(dim, config.num_heads, config.hidden_dim, config.dropout) for _ in range(config.num_blocks)]
         )

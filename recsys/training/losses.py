@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Logits held at once: 2 MiB of float32 on a CPU, to stay in its cache, and 256 MiB on a GPU, to keep it busy."""
+"""Logits held at once: 2 MiB of float32 per thread of a CPU, to stay in its cache; 256 MiB to keep a GPU busy."""
 
 
 def softmax_loss(
@@ -66,7 +66,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         loss = torch.zeros((), device=user_TD.device)
         grad_user, grad_positive = torch.empty_like(user_TD), torch.empty_like(positive_TD)
         grad_candidate = torch.zeros_like(candidate_CD, dtype=torch.float32)
-        chunk = max(1, _CHUNK_ELEMENTS[user_TD.device.type] // max(1, len(candidate_CD)))
+        threads = torch.get_num_threads() if user_TD.device.type == "cpu" else 1
+        chunk = max(1, _CHUNK_ELEMENTS[user_TD.device.type] * threads // max(1, len(candidate_CD)))
         for start in range(0, len(user_TD), chunk):
             rows = slice(start, start + chunk)
             user, positive, weight = user_TD[rows], positive_TD[rows], weight_T[rows, None]

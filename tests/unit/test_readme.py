@@ -51,11 +51,14 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
 
 
 def test_the_figures_of_the_readme_are_the_measured_ones() -> None:
-    rows = {row["name"]: row for row in read_json(ROOT / "tests/benchmarks/results/spine.json")}
+    results = (read_json(ROOT / "tests/benchmarks/results" / f"{name}.json") for name in ("spine", "quality"))
+    rows = {row["name"]: row for file in results for row in file}
     readme = (ROOT / "README.md").read_text()
     systems = rows["ndcg10_served_minus_best_baseline"]["details"]
     for name, interval in systems.items():
         assert f"| {interval['mean']:.4f} |" in readme, f"the README's table lacks {name}"
+    for name, metrics in rows["beauty_id_ndcg10"]["details"]["systems"].items():
+        assert f"{metrics['ndcg@10']:.4f}" in readme, f"the README's text lacks {name}"
     for name, row in rows.items():
         value = f"{row['value']:.4g}" if row["value"] < 1e6 else f"{row['value']:.3g}".replace("e+0", "e")
         outcome = "met" if row["passes"] else "**missed**"

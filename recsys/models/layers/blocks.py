@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.packing import PackedLayout, packed_causal_attention
 from recsys.models.layers.rotary import rotate
 
@@ -31,7 +32,7 @@ class GatedBlock(nn.Module):
         self.feed_in = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.feed_out = nn.Linear(hidden_dim, dim, bias=False)
         self.feed_gate = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_TD: Tensor, layout: PackedLayout, rotation_2TE: Tensor) -> Tensor:
         """float [T, D] to float [T, D]; ``rotation_2TE`` as :func:`recsys.models.layers.rotary.rotation` makes it."""
