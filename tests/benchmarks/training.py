@@ -80,16 +80,15 @@ class Ours(Runtime):
 
     def __init__(self, model: ESASRec, data: FitData) -> None:
         super().__init__("cpu")
-        self._go, self._rows = threading.Semaphore(0), queue.Queue[dict[str, float]]()
-        self._asked = True
-        self.finished = False
+        self._go, self._rows = threading.Semaphore(0), queue.Queue[dict[str, float] | Exception]()
 
         def train() -> None:
             self._go.acquire()
-            self._asked = True
             self._begin()
-            model.fit(data, self)
-            self.finished = True
+            try:
+                model.fit(data, self)
+            except Exception as error:  # noqa: BLE001 raised where the next epoch is asked for
+                self._rows.put(error)
 
         self._thread = threading.Thread(target=train, daemon=True)
         self._thread.start()
@@ -107,7 +106,10 @@ class Ours(Runtime):
     def epoch(self) -> dict[str, float]:
         """Train one more epoch."""
         self._go.release()
-        return self._rows.get(timeout=3600)
+        row = self._rows.get(timeout=3600)
+        if isinstance(row, Exception):
+            raise row
+        return row
 
 
 def few_users(dataset: Dataset, share: float, folder: Path) -> Histories:
