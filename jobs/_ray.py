@@ -127,7 +127,9 @@ class RayRuntime(Runtime):
         """Move ``module`` to the worker's device and wrap it in DistributedDataParallel when there are several."""
         import ray.train.torch
 
-        return cast(ModuleT, ray.train.torch.prepare_model(module))
+        # Buffers are constants that every worker made alike (texts, trends): to send them each step costs more than it.
+        options = {"broadcast_buffers": False}
+        return cast(ModuleT, ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options))
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of ``value`` over all workers."""

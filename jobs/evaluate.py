@@ -37,8 +37,8 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         stages: list[Stage] = [retrieval_stage(config, dataset, model)]
         stages.append(RankingStage("", load_ranker(ranker.path / "judged")))
         catalogue = Catalogue.build(dataset.items)
-        vectors = model.item_vectors() if isinstance(model, VectorRetriever) else None
-        served = [*stages, RerankingStage("", catalogue, config.pipeline.reranking, item_vectors=vectors)]
+        embeddings = model.item_embeddings() if isinstance(model, VectorRetriever) else None
+        served = [*stages, RerankingStage("", catalogue, config.pipeline.reranking, item_embeddings=embeddings)]
         systems: dict[str, RankFn] = {
             "served": staged(served, config, config.evaluation.depth),
             "retrieval": staged(stages[:1], config, config.evaluation.depth),

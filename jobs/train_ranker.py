@@ -82,9 +82,9 @@ def retrieval_stage(config: JobConfig, dataset: Dataset, retriever: Retriever) -
     return RetrievalStage("", retriever, index, Catalogue.build(dataset.items))
 
 
-def _item_vectors(retriever: Retriever, content: NDArray[np.float32]) -> NDArray[np.float32]:
+def _item_embeddings(retriever: Retriever, content: NDArray[np.float32]) -> NDArray[np.float32]:
     """The space in which the ranker measures similarity: the retriever's, or the items' content where it has none."""
-    return retriever.item_vectors() if isinstance(retriever, VectorRetriever) else content
+    return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else content
 
 
 def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact) -> Artifact:
@@ -99,7 +99,7 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
         base_retriever = load_retriever(retriever.path / "base")
         features = ItemFeatures.of(dataset, Split.TRAIN)
         content = item_content(texts, features)
-        items = RankingItems.of(features, _item_vectors(base_retriever, content))
+        items = RankingItems.of(features, _item_embeddings(base_retriever, content))
         stage = retrieval_stage(config, dataset, base_retriever)
 
         sampling = config.evaluation.model_copy(update={"max_queries": config.ranking.max_queries, "seed": config.seed})
@@ -129,7 +129,7 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
         export = config.ranking.export
         for name, until in (("judged", Split.VALID), ("final", Split.TEST)):
             ranker = model.load(fitted.path / name)
-            vectors = _item_vectors(load_retriever(retriever.path / name), content)
+            vectors = _item_embeddings(load_retriever(retriever.path / name), content)
             ranker = ranker.with_items(RankingItems.of(ItemFeatures.of(dataset, until), vectors), content)
             exported = export_ranker(ranker, export, train.batch)
             if name == "judged":

@@ -134,6 +134,13 @@ class VectorRetriever(Retriever):
     def item_vectors(self) -> NDArray[np.float32]:
         """float32 [num_items, D], in order of ``item_idx``."""
 
+    def item_embeddings(self) -> NDArray[np.float32]:
+        """float32 [num_items, E]: what two items are compared by, the first E dimensions of the item vectors.
+
+        Dimensions that say how much in demand an item is, not what it is, come after them.
+        """
+        return self.item_vectors()
+
     def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """The best inner product over the user's K vectors."""
         users = self.encode_users(histories, now_ms)

@@ -5,8 +5,9 @@ items, input and output item vectors tied. Deviations: sequences are packed, not
 rotary (relative) instead of learned; a learned start vector stands before the first item and answers the empty
 history; item vectors add a projection of the item's text to the ID embedding, so that new items are retrievable. With
 ``objective: next_basket`` every item of a basket is foretold from what came before the basket, not from the rest of it.
+``trend_half_lives_days`` lengthens user and item vectors by what is in demand of late (:mod:`.layers.trend`).
 
-Shape legend: B histories, T tokens, D dim, N items, S sampled negatives.
+Shape legend: B histories, T tokens, D dim, N items, S sampled negatives, F trends, V = D + F.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,9 +33,10 @@ from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.items import ItemVectors
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.rotary import rotation
+from recsys.models.layers.trend import Trends, TrendWeights
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.loop import TrainConfig, best_epoch, sample_targets, train, validation_ndcg
-from recsys.training.losses import softmax_loss
+from recsys.training.losses import Trend, softmax_loss
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import (
     NegativeSampler,
@@ -81,6 +83,11 @@ class ESASRec(RetrieverConfig):
         gt=0,
         description="an interaction this many days before the newest weighs half as a target; null weighs all alike",
     )
+    trend_half_lives_days: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(),
+        max_length=16,
+        description="let demand of late speak: per half-life a dimension with each item's faded count (needs time)",
+    )
     train: TrainConfig = Field(default=TrainConfig(), description="how long and how fast to train")
 
     @model_validator(mode="after")
@@ -98,7 +105,7 @@ class ESASRec(RetrieverConfig):
         plan = _Plan(self, data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(data.seed)
-            network = _Network(self, _has_interactions(data), _text(data))
+            network = _Network(self, _has_interactions(data), _text(data), plan.trend_table())
         retriever = ESASRecRetriever(self, network, data.num_items)
         valid = None
         if data.valid is not None and len(data.valid):
@@ -125,17 +132,23 @@ class ESASRec(RetrieverConfig):
     def load(self, folder: Path) -> ESASRecRetriever:
         """Read a saved model; the text vectors of the catalogue are not needed for it."""
         tensors = load_tensors(folder / "model.safetensors")
-        item_vectors_ND = tensors.pop("item_vectors")
+        item_vectors_NV = tensors.pop("item_vectors")
         has_id = tensors["items.has_id"]
         text_dim = tensors["items.text.weight" if "items.text.weight" in tensors else "items.text.0.weight"].shape[1] \
             if any(name.startswith("items.text.") for name in tensors) else 0  # fmt: skip
-        network = _Network(self, has_id, torch.zeros(0, text_dim) if text_dim else None)
+        num_trends = len(self.trend_half_lives_days)
+        network = _Network(
+            self,
+            has_id,
+            torch.zeros(0, text_dim) if text_dim else None,
+            torch.zeros(0, num_trends, len(has_id)) if num_trends else None,
+        )
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise ModelError(f"{folder}: the weights do not fit the configuration: {error}", path=str(folder)) from None
         network.eval()
-        retriever = ESASRecRetriever(self, network, len(has_id), item_vectors_ND)
+        retriever = ESASRecRetriever(self, network, len(has_id), item_vectors_NV)
         retriever.history = read_json(folder / "history.json")
         return retriever
 
@@ -151,51 +164,55 @@ class ESASRecRetriever(VectorRetriever):
     """A fitted :class:`ESASRec`."""
 
     def __init__(
-        self, config: ESASRec, network: _Network, num_items: int, item_vectors_ND: Tensor | None = None
+        self, config: ESASRec, network: _Network, num_items: int, item_vectors_NV: Tensor | None = None
     ) -> None:
         self.config: ESASRec = config
         self.num_items = num_items
         self._network = network
-        self._items_ND = item_vectors_ND
+        self._items_NV = item_vectors_NV
 
     def refresh(self) -> None:
         """Forget the cached item vectors, after the network has changed."""
-        self._items_ND = None
+        self._items_NV = None
 
     def _items(self) -> Tensor:
-        if self._items_ND is None:
+        if self._items_NV is None:
             with torch.no_grad():
-                self._items_ND = self._network.items().float().clone()
-        return self._items_ND
+                self._items_NV = self._network.item_vectors().float().clone()
+        return self._items_NV
 
     def item_vectors(self) -> NDArray[np.float32]:
-        """float32 [N, D]: ID embedding (where the item has one) plus projected text."""
+        """float32 [N, V]: ID embedding (where the item has one) plus projected text; then the trends, if any."""
         return self._items().cpu().numpy()
 
+    def item_embeddings(self) -> NDArray[np.float32]:
+        """float32 [N, D]: the item vectors without the trends."""
+        return self.item_vectors()[:, : self.config.dim]
+
     def vectors_from_text(self, text_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [n, D] item vectors of new items from their text vectors, float32 [n, D_text]."""
+        """float32 [n, V] item vectors of new items from their text vectors, float32 [n, D_text]; no demand so far."""
         if self._network.items.text is None:
             raise ModelError("this model was fitted without text: it has no vectors for new items")
         device = self._items().device
         with torch.inference_mode():
-            return self._network.items.from_text(torch.tensor(text_vectors, device=device)).cpu().numpy()
+            vectors = self._network.items.from_text(torch.tensor(text_vectors, device=device))
+        return np.pad(vectors.cpu().numpy(), [(0, 0), (0, len(self.config.trend_half_lives_days))])
 
     def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """float32 [B, 1, D]: the last position's output; the start vector's for an empty history."""
+        """float32 [B, 1, V]: the last position's output; the start vector's for an empty history."""
         packed_lengths = np.minimum(histories.lengths + 1, self.config.max_length)
-        users = np.empty((len(histories), 1, self.config.dim), np.float32)
-        items_ND = self._items()
+        users = np.empty((len(histories), 1, self._num_dimensions), np.float32)
         # Histories of like length share a pass; a pass is bounded so that a million users need no more memory.
         order = np.argsort(packed_lengths, kind="stable")
         passes = np.cumsum(packed_lengths[order]) // _INFERENCE_TOKENS
         for rows in np.split(order, np.flatnonzero(np.diff(passes)) + 1):
             if len(rows):
-                output, lengths = self._encode(histories[rows], items_ND)
+                output, lengths = self._encode(histories[rows])
                 users[rows, 0] = output[np.cumsum(lengths) - 1]
         return users
 
     def encode_prefixes(self, histories: Histories) -> NDArray[np.float32]:
-        """float32 [B, D], for validation: histories that begin at one row of the log share their passes.
+        """float32 [B, V], for validation: histories that begin at one row of the log share their passes.
 
         Rolling evaluation asks for every prefix of a user's log. A prefix is read from a stretch of ``max_length``
         tokens that it shares with the prefixes near it, so it sees its newest ``max_length / 2`` interactions or
@@ -209,12 +226,11 @@ class ESASRecRetriever(VectorRetriever):
         begins = starts + np.maximum(stretches[:, 1] - 1, 0) * half
         ends = np.zeros_like(begins)
         np.maximum.at(ends, inverse, histories.stops)
-        users = np.empty((len(histories), self.config.dim), np.float32)
-        items_ND = self._items()
+        users = np.empty((len(histories), self._num_dimensions), np.float32)
         passes = np.cumsum(ends - begins + 1) // _INFERENCE_TOKENS
         for rows in np.split(np.arange(len(begins)), np.flatnonzero(np.diff(passes)) + 1):
             views = Histories(histories.item_idx, begins[rows], ends[rows])
-            output, lengths = self._encode(views, items_ND, has_start=begins[rows] == starts[rows])
+            output, lengths = self._encode(views, has_start=begins[rows] == starts[rows])
             place = (np.cumsum(lengths) - lengths) + (begins[rows] == starts[rows]) - begins[rows] - 1
             mine = np.flatnonzero((inverse >= rows[0]) & (inverse <= rows[-1]))
             users[mine] = output[place[inverse[mine] - rows[0]] + histories.stops[mine]]
@@ -225,9 +241,9 @@ class ESASRecRetriever(VectorRetriever):
         return self.encode_prefixes(histories) @ self.item_vectors().T
 
     def _encode(
-        self, histories: Histories, items_ND: Tensor, has_start: NDArray[np.bool_] | None = None
+        self, histories: Histories, has_start: NDArray[np.bool_] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Outputs [T, D] at every token, and the number of tokens of each history (its start included)."""
+        """User vectors [T, V] at every token, and the number of tokens of each history (its start included)."""
         if has_start is None:
             has_start = histories.lengths < self.config.max_length
             histories = histories.last(self.config.max_length)
@@ -239,12 +255,19 @@ class ESASRecRetriever(VectorRetriever):
         is_item[(np.cumsum(lengths) - lengths)[has_start]] = False
         item_T = np.full(len(is_item), -1, np.int64)
         item_T[is_item] = packed.item_idx
+        items_ND = self._items()[:, : self.config.dim]
         device = items_ND.device
         layout = PackedLayout.of(lengths).to(device)
         with torch.inference_mode():
             token_T = torch.from_numpy(item_T).to(device)
-            output_TD = self._network.encode(items_ND[token_T.clamp(min=0)], token_T < 0, layout)
-            return output_TD.float().cpu().numpy(), lengths
+            user_TD = self._network.encode(items_ND[token_T.clamp(min=0)], token_T < 0, layout)
+            if self._network.trend is not None:
+                user_TD = torch.cat([user_TD, self._network.trend(user_TD)], dim=1)
+            return user_TD.float().cpu().numpy(), lengths
+
+    @property
+    def _num_dimensions(self) -> int:
+        return self.config.dim + len(self.config.trend_half_lives_days)
 
     def save_weights(self, folder: Path) -> None:
         """Weights, the finished item vectors, and the learning curve."""
@@ -256,7 +279,7 @@ _INFERENCE_TOKENS = 1 << 15
 
 
 class _Network(nn.Module):
-    def __init__(self, config: ESASRec, has_id: Tensor, text_vectors: Tensor | None) -> None:
+    def __init__(self, config: ESASRec, has_id: Tensor, text_vectors: Tensor | None, trend_MFN: Tensor | None) -> None:
         super().__init__()
         dim = config.dim
         self.items = ItemVectors(has_id, text_vectors, dim, config.text_hidden_dim)
@@ -267,6 +290,14 @@ class _Network(nn.Module):
             [GatedBlock(dim, config.num_heads, config.hidden_dim, config.dropout) for _ in range(config.num_blocks)]
         )
         self.norm = nn.LayerNorm(dim)
+        self.trend: TrendWeights | None = None
+        if trend_MFN is not None:
+            self.trend = TrendWeights(dim, len(config.trend_half_lives_days), trend_MFN)
+
+    def item_vectors(self) -> Tensor:
+        """[N, V]: all items, at the end of the log."""
+        vectors_ND = self.items()
+        return vectors_ND if self.trend is None else torch.cat([vectors_ND, self.trend.table_MFN[-1].T], dim=1)
 
     def encode(self, input_TD: Tensor, is_start_T: Tensor, layout: PackedLayout) -> Tensor:
         """[T, D] item vectors (rows where ``is_start`` are replaced) to [T, D] user vectors, one per position."""
@@ -289,6 +320,10 @@ class _Network(nn.Module):
         user_TD = self.encode(input_TD, part.is_start_T, part.layout)
         if part.query_T is not None:
             user_TD = user_TD.index_select(0, part.query_T)
+        trend = None
+        if self.trend is not None:
+            assert part.moment_T is not None
+            trend = Trend(self.trend(user_TD), part.moment_T, self.trend.table_MFN)
         return softmax_loss(
             user_TD,
             positive_TD.to(user_TD.dtype),
@@ -297,6 +332,7 @@ class _Network(nn.Module):
             weight_T=part.weight_T,
             candidate_C=part.candidate,
             log_correction_C=part.log_correction,
+            trend=trend,
         )
 
 
@@ -311,6 +347,8 @@ class _Part:
     layout: PackedLayout
     query_T: Tensor | None
     """int64 [T]: the token whose output must foretell target ``t``; None where that is token ``t`` itself"""
+    moment_T: Tensor | None
+    """int64 [T]: the moment of each target among those of the trends"""
     id_keep: Tensor | None
     candidate: Tensor | None
     log_correction: Tensor | None
@@ -325,6 +363,12 @@ class _Plan:
         self.sampler = NegativeSampler(counts, config.negative_power)
         self.weights = recency_weight(data.weights, data.histories, config.recency_half_life_days)
         self.running_weight = np.concatenate([np.zeros(1), np.cumsum(self.weights, dtype=np.float64)])
+        self.trends: Trends | None = None
+        if config.trend_half_lives_days:
+            self.trends = Trends.of(data.histories, data.weights, data.num_items, config.trend_half_lives_days)
+
+    def trend_table(self) -> Tensor | None:
+        return None if self.trends is None else torch.from_numpy(self.trends.table_MFN)
 
     def epoch(self, epoch: int) -> Sequence[_Step]:
         rng = rng_for(self.data.seed, 3, epoch)
@@ -361,7 +405,10 @@ class _Step:
         id_keep = candidate = log_correction = None
         if config.id_dropout and data.text_vectors is not None:
             id_keep = tensor(rng.random(data.num_items) >= config.id_dropout)
-        query = None
+        moment = query = None
+        if self.plan.trends is not None:
+            assert data.histories.timestamp_ms is not None
+            moment = tensor(self.plan.trends.moment(data.histories.timestamp_ms[windows.target_row]))
         if config.objective == "next_basket":
             assert data.histories.timestamp_ms is not None
             query = tensor(first_of_basket(windows, data.histories.timestamp_ms))
@@ -375,6 +422,7 @@ class _Step:
             weight_T=tensor(token_weight(windows, self.plan.weights)),
             layout=PackedLayout.of(windows.lengths).to(device),
             query_T=query,
+            moment_T=moment,
             id_keep=id_keep,
             candidate=candidate,
             log_correction=log_correction,
@@ -390,6 +438,10 @@ def _text(data: FitData) -> Tensor | None:
         return None
     if len(data.text_vectors) != data.num_items:
         raise ModelError(f"{len(data.text_vectors)} text vectors for {data.num_items} items: embed the items again")
+    finite = np.isfinite(data.text_vectors).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise ModelError(f"the text vector of item_idx {row} is not finite: embed the items again", item_idx=row)
     return torch.tensor(data.text_vectors, dtype=torch.float32)
 
 

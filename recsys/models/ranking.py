@@ -50,9 +50,9 @@ class RankingItems:
     """float32 [N, D]: the retriever's item vectors, scaled to unit length"""
 
     @classmethod
-    def of(cls, features: ItemFeatures, item_vectors: NDArray[np.float32]) -> RankingItems:
-        norm = np.linalg.norm(item_vectors, axis=1, keepdims=True)
-        return cls(features, (item_vectors / np.maximum(norm, 1e-12)).astype(np.float32))
+    def of(cls, features: ItemFeatures, item_embeddings: NDArray[np.float32]) -> RankingItems:
+        norm = np.linalg.norm(item_embeddings, axis=1, keepdims=True)
+        return cls(features, (item_embeddings / np.maximum(norm, 1e-12)).astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -21,32 +21,34 @@ class ItemSimilarity:
     """Cosines between items."""
 
     def __init__(
-        self, catalogue: Catalogue, item_vectors: FloatArray | None = None, index: VectorIndex | None = None
+        self, catalogue: Catalogue, item_embeddings: FloatArray | None = None, index: VectorIndex | None = None
     ) -> None:
-        """``item_vectors`` float32 [N, D] in order of ``item_idx``; ``index`` holds the same vectors."""
+        """``item_embeddings`` float32 [N, D] in order of ``item_idx``; ``index`` holds vectors that begin with them."""
         self.catalogue = catalogue
-        self.item_vectors = item_vectors
-        self._index = index if item_vectors is not None else None
+        self.item_embeddings = item_embeddings
+        self._index = index if item_embeddings is not None else None
 
     @classmethod
     def of(cls, bundle: Bundle) -> ItemSimilarity:
         """What ``bundle`` offers."""
-        return cls(bundle.catalogue(), bundle_item_vectors(bundle), bundle.index() if bundle.has("index") else None)
+        return cls(bundle.catalogue(), bundle_item_embeddings(bundle), bundle.index() if bundle.has("index") else None)
 
     def cosines(self, rows: Int32Array, columns: Int32Array) -> FloatArray:
         """float32 [rows, columns], -1 to 1 (0 to 1 by categories)."""
         items = np.concatenate([rows, columns])
-        if self.item_vectors is None:
+        if self.item_embeddings is None:
             units = self.catalogue.category_rows(items)
         else:
-            vectors = self.item_vectors[items]
+            vectors = self.item_embeddings[items]
             units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
         return units[: len(rows)] @ units[len(rows) :].T
 
     def neighbours(self, item_idx: int, k: int, allowed: BoolArray) -> tuple[Int32Array, FloatArray]:
         """The ``k`` allowed items most like ``item_idx``, and their cosines, descending. ``allowed`` is bool [N]."""
-        if self._index is not None and self.item_vectors is not None:
-            query = self.item_vectors[item_idx][None]
+        if self._index is not None and self.item_embeddings is not None:
+            # Dimensions beyond the embeddings say how much in demand an item is: zero there, they play no part.
+            query = np.zeros((1, self._index.dim), np.float32)
+            query[0, : self.item_embeddings.shape[1]] = self.item_embeddings[item_idx]
             _, found = self._index.search(query, min(_OVERFETCH * k, len(self.catalogue)), allowed)
             items = found[0][found[0] >= 0]
         else:
@@ -58,9 +60,9 @@ class ItemSimilarity:
         return items[order], cosines[order]
 
 
-def bundle_item_vectors(bundle: Bundle) -> FloatArray | None:
+def bundle_item_embeddings(bundle: Bundle) -> FloatArray | None:
     """float32 [N, D] of the Bundle's retriever, or None where its kind has no vectors."""
     from recsys.models.base import VectorRetriever
 
     retriever = bundle.retriever()
-    return retriever.item_vectors() if isinstance(retriever, VectorRetriever) else None
+    return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else None

@@ -90,7 +90,7 @@ def make_bundle(parent: Path, pipeline: PipelineConfig | None = None, *, seed: i
     ranker = AttentionRanker(
         ranker_config,
         network,
-        RankingItems.of(features, retriever.item_vectors()),
+        RankingItems.of(features, retriever.item_embeddings()),
         project(network, content),
         uses_time=True,
     )

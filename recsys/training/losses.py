@@ -1,17 +1,28 @@
 """Softmax over many items without ever holding all logits.
 
-Shape legend: T tokens, C candidates, D dim, c tokens of one chunk.
+Shape legend: T tokens, C candidates, D dim, c tokens of one chunk, M moments, F trends, N items.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Logits held at once: 2 MiB of float32 per thread of a CPU, to stay in its cache; 256 MiB to keep a GPU busy."""
+
+
+class Trend(NamedTuple):
+    """What is added to a logit for how much in demand its item was at the token's moment."""
+
+    weight_TF: Tensor
+    """float, the weight of each trend for each token's query"""
+    moment_T: Tensor
+    """int64, row of the table for each token"""
+    table_MFN: Tensor
+    """float32, every trend of every item at every moment; constant"""
 
 
 def softmax_loss(
@@ -23,6 +34,7 @@ def softmax_loss(
     weight_T: Tensor,
     candidate_C: Tensor | None = None,
     log_correction_C: Tensor | None = None,
+    trend: Trend | None = None,
 ) -> Tensor:
     """Weighted sum over tokens of ``-log softmax`` of the positive item, against all or sampled candidates.
 
@@ -39,13 +51,24 @@ def softmax_loss(
         weight_T: float, weight of each token's loss.
         candidate_C: int64, item of each candidate; an item may come twice. None where candidate ``c`` is item ``c``.
         log_correction_C: float, added to each candidate's logit.
+        trend: adds ``weight . table[moment, :, item]`` to the logits of candidates and positives.
 
     Returns:
         A float32 scalar. Logits ``[T, C]`` and their gradient exist for a chunk of tokens at a time only: gradients
         are accumulated in the forward pass, so nothing is recomputed in the backward pass.
     """
+    weight_TF, moment_T, table_MFN = trend or (None, None, None)
     loss = _SoftmaxLoss.apply(
-        user_TD, positive_TD, candidate_CD, positive_T, weight_T.float(), candidate_C, log_correction_C
+        user_TD,
+        positive_TD,
+        candidate_CD,
+        positive_T,
+        weight_T.float(),
+        candidate_C,
+        log_correction_C,
+        weight_TF,
+        moment_T,
+        table_MFN,
     )
     assert isinstance(loss, Tensor)
     return loss
@@ -62,10 +85,14 @@ class _SoftmaxLoss(torch.autograd.Function):
         weight_T: Tensor,
         candidate_C: Tensor | None,
         log_correction_C: Tensor | None,
+        trend_weight_TF: Tensor | None,
+        moment_T: Tensor | None,
+        table_MFN: Tensor | None,
     ) -> Tensor:
         loss = torch.zeros((), device=user_TD.device)
         grad_user, grad_positive = torch.empty_like(user_TD), torch.empty_like(positive_TD)
         grad_candidate = torch.zeros_like(candidate_CD, dtype=torch.float32)
+        grad_trend = None if trend_weight_TF is None else torch.empty_like(trend_weight_TF)
         threads = torch.get_num_threads() if user_TD.device.type == "cpu" else 1
         chunk = max(1, _CHUNK_ELEMENTS[user_TD.device.type] * threads // max(1, len(candidate_CD)))
         for start in range(0, len(user_TD), chunk):
@@ -73,6 +100,17 @@ class _SoftmaxLoss(torch.autograd.Function):
             user, positive, weight = user_TD[rows], positive_TD[rows], weight_T[rows, None]
             positive_logit = (user.float() * positive.float()).sum(-1, keepdim=True)
             logit_cC = (user @ candidate_CD.T).float()
+            trend_cFC = positive_trend = None
+            if trend_weight_TF is not None:
+                assert moment_T is not None
+                assert table_MFN is not None
+                trend_weight, moment = trend_weight_TF[rows].float(), moment_T[rows]
+                trend_cFC = table_MFN[moment]
+                if candidate_C is not None:
+                    trend_cFC = trend_cFC.index_select(2, candidate_C)
+                positive_trend = table_MFN[moment, :, positive_T[rows]]
+                logit_cC += torch.bmm(trend_weight.unsqueeze(1), trend_cFC).squeeze(1)
+                positive_logit = positive_logit + (trend_weight * positive_trend).sum(-1, keepdim=True)
             if log_correction_C is not None:
                 logit_cC += log_correction_C
             if candidate_C is None:
@@ -92,14 +130,19 @@ class _SoftmaxLoss(torch.autograd.Function):
             _accumulate(grad_candidate, share_cC.T, user * scale.to(user.dtype))
             grad_user[rows] = (share_cC @ candidate_CD) * scale.to(user.dtype) + positive_share * positive
             grad_positive[rows] = positive_share * user
-        ctx.save_for_backward(grad_user, grad_positive, grad_candidate.to(candidate_CD.dtype))
+            if grad_trend is not None:
+                assert trend_cFC is not None
+                assert positive_trend is not None
+                met = torch.bmm(trend_cFC, share_cC.float().unsqueeze(-1)).squeeze(-1)
+                grad_trend[rows] = (met * scale + positive_share.float() * positive_trend).to(grad_trend.dtype)
+        saved = [grad_user, grad_positive, grad_candidate.to(candidate_CD.dtype)]
+        ctx.save_for_backward(*saved, *([] if grad_trend is None else [grad_trend]))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_user, grad_positive, grad_candidate = ctx.saved_tensors
-        scale = grad_outputs[0]
-        return grad_user * scale, grad_positive * scale, grad_candidate * scale, None, None, None, None
+        user, positive, candidate, *trend = (grad * grad_outputs[0] for grad in ctx.saved_tensors)
+        return user, positive, candidate, None, None, None, None, trend[0] if trend else None, None, None
 
 
 def _accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:

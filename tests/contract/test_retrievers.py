@@ -54,6 +54,16 @@ class TestESASRecWithText(RetrieverContract):
         assert (users @ new_items.T).argmax(1).tolist() == [0, 1, 2, 3]
 
 
+class TestESASRecWithTrends(TestESASRecWithText):
+    config = SMALL.model_copy(update={"id_dropout": 0.3, "trend_half_lives_days": (0.5, 3.0)})
+
+    def test_items_are_compared_without_their_demand(self, fitted: Retriever) -> None:
+        assert isinstance(fitted, ESASRecRetriever)
+        assert fitted.item_vectors().shape[1] == fitted.item_embeddings().shape[1] + 2
+        assert fitted.item_vectors()[:, 16:].max() > 0
+        np.testing.assert_array_equal(fitted.item_embeddings(), fitted.item_vectors()[:, :16])
+
+
 class TestPopularity(RetrieverContract):
     config = Popularity()
 

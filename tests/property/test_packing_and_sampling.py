@@ -14,7 +14,7 @@ from recsys.errors import NoTimeError
 from recsys.models.layers.packing import PackedLayout, packed_causal_attention
 from recsys.models.layers.rotary import rotate, rotation
 from recsys.training import losses
-from recsys.training.losses import softmax_loss
+from recsys.training.losses import Trend, softmax_loss
 from recsys.training.sampling import (
     NegativeSampler,
     cut_windows,
@@ -144,6 +144,40 @@ def test_full_softmax_and_its_gradient(tokens: int, num_items: int, chunk: int) 
     torch.testing.assert_close(named, expected)
     for actual, wanted in zip(
         torch.autograd.grad(3 * loss, [user, items]), torch.autograd.grad(3 * expected, [user, items]), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(1, 20), st.integers(2, 15), st.integers(1, 60), st.booleans())
+def test_softmax_with_trends_and_its_gradient(tokens: int, num_items: int, chunk: int, named: bool) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    user = torch.randn(tokens, 4, generator=generator, requires_grad=True)
+    items = torch.randn(num_items, 4, generator=generator, requires_grad=True)
+    demand = torch.randn(tokens, 3, generator=generator, requires_grad=True)
+    moment, table = torch.randint(5, (tokens,), generator=generator), torch.rand(5, 3, num_items, generator=generator)
+    positive = torch.randint(num_items, (tokens,), generator=generator)
+    weight = torch.rand(tokens, generator=generator)
+    order = torch.randperm(num_items, generator=generator) if named else torch.arange(num_items)
+    elements = losses._CHUNK_ELEMENTS["cpu"]
+    losses._CHUNK_ELEMENTS["cpu"] = chunk
+    try:
+        loss = softmax_loss(
+            user,
+            items[positive],
+            items[order],
+            positive_T=positive,
+            weight_T=weight,
+            candidate_C=order if named else None,
+            trend=Trend(demand, moment, table),
+        )
+    finally:
+        losses._CHUNK_ELEMENTS["cpu"] = elements
+    logits = user @ items.T + torch.einsum("tf,tfn->tn", demand, table[moment])
+    expected = (F.cross_entropy(logits, positive, reduction="none") * weight).sum()
+    torch.testing.assert_close(loss, expected)
+    leaves = [user, items, demand]
+    for actual, wanted in zip(
+        torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, leaves), strict=True
     ):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
 

@@ -173,10 +173,17 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    whole = data()
+    broken = FitData(whole.histories, np.full_like(whole.weights, 1e38), whole.items, whole.text_vectors)
+    with pytest.raises(ModelError, match="learning_rate"):
+        CONFIG.fit(broken, Runtime("cpu"))
+
+
+def test_a_text_vector_that_is_not_finite_is_an_error() -> None:
     broken = data()
     assert broken.text_vectors is not None
-    broken.text_vectors[:] = np.inf
-    with pytest.raises(ModelError, match="learning_rate"):
+    broken.text_vectors[5, 1] = np.nan
+    with pytest.raises(ModelError, match="item_idx 5 is not finite"):
         CONFIG.fit(broken, Runtime("cpu"))
 
 

@@ -28,9 +28,9 @@ def build_stage(bundle: Bundle, name: str) -> Stage | None:
 
         return RankingStage(bundle.bundle_id, bundle.ranker())
     if name == "reranking":
-        from recsys.pipeline.similarity import bundle_item_vectors
+        from recsys.pipeline.similarity import bundle_item_embeddings
         from recsys.pipeline.stages.reranking import RerankingStage
 
         config = bundle.pipeline_config.reranking
-        return RerankingStage(bundle.bundle_id, bundle.catalogue(), config, bundle_item_vectors(bundle))
+        return RerankingStage(bundle.bundle_id, bundle.catalogue(), config, bundle_item_embeddings(bundle))
     raise ConfigError(f"there is no stage {name!r}; stages are {', '.join(STAGES)}", stage=name)

@@ -45,13 +45,13 @@ class RerankingStage:
         bundle_id: str,
         catalogue: Catalogue,
         config: RerankingConfig | None = None,
-        item_vectors: FloatArray | None = None,
+        item_embeddings: FloatArray | None = None,
     ) -> None:
-        """``item_vectors`` float32 [N, D] of any length; None compares items by their categories."""
+        """``item_embeddings`` float32 [N, D] of any length; None compares items by their categories."""
         self.bundle_id = bundle_id
         self.catalogue = catalogue
         self.config = config or RerankingConfig()
-        self.item_vectors = item_vectors
+        self.item_embeddings = item_embeddings
         self._pins = [self._resolve_pin(pin) for pin in self.config.pins]
         self._boost: FloatArray | None = None
         for boost in self.config.boosts:
@@ -180,9 +180,9 @@ class RerankingStage:
         return candidates, sorted((place, row_of[item]) for item, place in place_of.items())
 
     def _unit_vectors(self, items: Int32Array) -> FloatArray:
-        if self.item_vectors is None:
+        if self.item_embeddings is None:
             return self.catalogue.category_rows(items)
-        vectors_CD = self.item_vectors[items]
+        vectors_CD = self.item_embeddings[items]
         norms_C1 = np.sqrt(np.einsum("cd,cd->c", vectors_CD, vectors_CD))[:, None]
         return vectors_CD / np.maximum(norms_C1, np.float32(1e-12))
 
