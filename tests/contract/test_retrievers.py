@@ -10,9 +10,10 @@ from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
 from recsys.models import KINDS
 from recsys.models.base import FitData, Retriever, RetrieverConfig
-from recsys.models.esasrec import ESASRec, ESASRecRetriever
+from recsys.models.esasrec import ESASRec
 from recsys.models.item_knn import ItemKNN
 from recsys.models.popularity import Popularity
+from recsys.models.sequence import SequenceRetriever
 from recsys.testing.retriever_contract import RetrieverContract
 from recsys.training.loop import TrainConfig
 from recsys.training.runtime import Runtime
@@ -46,7 +47,7 @@ class TestESASRecWithText(RetrieverContract):
 
     def test_an_item_is_found_by_its_text_alone(self, fitted: Retriever) -> None:
         """A new item ranks as its cluster does: its vector comes from its text alone."""
-        assert isinstance(fitted, ESASRecRetriever)
+        assert isinstance(fitted, SequenceRetriever)
         text = self.fit_data(self.dataset).text_vectors
         assert text is not None
         new_items = fitted.vectors_from_text(np.eye(8, dtype=np.float32)[:4])
@@ -58,7 +59,7 @@ class TestESASRecWithTrends(TestESASRecWithText):
     config = SMALL.model_copy(update={"id_dropout": 0.3, "trend_half_lives_days": (0.5, 3.0)})
 
     def test_items_are_compared_without_their_demand(self, fitted: Retriever) -> None:
-        assert isinstance(fitted, ESASRecRetriever)
+        assert isinstance(fitted, SequenceRetriever)
         assert fitted.item_vectors().shape[1] == fitted.item_embeddings().shape[1] + 2
         assert fitted.item_vectors()[:, 16:].max() > 0
         np.testing.assert_array_equal(fitted.item_embeddings(), fitted.item_vectors()[:, :16])

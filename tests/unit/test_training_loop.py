@@ -15,7 +15,8 @@ from recsys.data.dataset import Split
 from recsys.data.histories import Histories
 from recsys.errors import ModelError
 from recsys.models.base import FitData, Retriever
-from recsys.models.esasrec import ESASRec, ESASRecRetriever
+from recsys.models.esasrec import ESASRec
+from recsys.models.sequence import SequenceRetriever
 from recsys.testing.planted import planted_clusters
 from recsys.training.loop import TrainConfig, best_epoch, sample_targets, validation_ndcg
 from recsys.training.runtime import Runtime
@@ -163,7 +164,7 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
     chosen = best_epoch([dict(row) for row in fitted.history])
     assert chosen is not None
     assert len(fitted.history) == chosen + 2 < 60
-    assert isinstance(fitted, ESASRecRetriever)
+    assert isinstance(fitted, SequenceRetriever)
     kept = validation_ndcg(fitted.score_prefixes, DATASET.targets(Split.VALID), Runtime("cpu"))
     assert kept == pytest.approx(fitted.history[chosen - 1]["ndcg@10"])
     refit = config.refit(fitted)
@@ -204,7 +205,7 @@ def test_prefixes_share_passes(max_length: int) -> None:
     """As one by one where histories are short; for longer ones at least half of ``max_length`` is read."""
     config = CONFIG.model_copy(update={"max_length": max_length})
     fitted = config.fit(data(), Runtime("cpu"))
-    assert isinstance(fitted, ESASRecRetriever)
+    assert isinstance(fitted, SequenceRetriever)
     log = DATASET.positives
     users, stops = np.repeat(np.arange(5), 8), np.concatenate([np.arange(8)] * 5)
     starts = log.user_offsets[users]
