@@ -10,13 +10,25 @@ from recsys.errors import ModelError
 from recsys.files import read_json
 from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
 from recsys.models.base import Retriever, RetrieverConfig
+from recsys.models.caser import Caser
 from recsys.models.esasrec import ESASRec
+from recsys.models.gru4rec import GRU4Rec
 from recsys.models.item_knn import ItemKNN
+from recsys.models.lstm import LSTM
 from recsys.models.popularity import Popularity
 from recsys.models.ranker_export import load_exported
 from recsys.models.ranking import Ranker, RankerConfig
+from recsys.models.sasrec import SASRec
 
-KINDS: tuple[type[RetrieverConfig], ...] = (ESASRec, Popularity, ItemKNN)
+KINDS: tuple[type[RetrieverConfig], ...] = (
+    Popularity,
+    ItemKNN,
+    GRU4Rec,
+    LSTM,
+    Caser,
+    SASRec,
+    ESASRec,
+)
 
 RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig,)
 

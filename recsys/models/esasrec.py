@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from recsys.models.layers.blocks import GatedBlock
 from recsys.models.layers.dropout import Dropout
+from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.rotary import rotation
-from recsys.models.sequence import Encoder, SequenceConfig
+from recsys.models.sequence import SequenceConfig
 
 
 class ESASRec(SequenceConfig):

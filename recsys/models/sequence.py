@@ -1,10 +1,10 @@
 """What sequence models share: a history becomes one vector per position, and items vectors it is compared with.
 
-A model of this family is a :class:`SequenceConfig` with an :class:`Encoder` of its own. Training foretells every item
-of a history from what came before it: softmax over sampled or all items, input and output item vectors tied.
-Sequences are packed, not padded; a learned start vector stands before the first item and answers the empty history;
-item vectors add a projection of the item's text to the ID embedding, so that new items are retrievable. With
-``objective: next_basket`` every item of a basket is foretold from what came before the basket, not from its rest.
+A model of this family is a :class:`SequenceConfig` with an encoder of its own (:mod:`.layers.encoder`). Training
+foretells every item of a history from what came before it: softmax over sampled or all items, input and output item
+vectors tied. Sequences are packed, not padded; a learned start vector stands before the first item and answers the
+empty history; item vectors add a projection of the item's text to the ID embedding, so that new items are
+retrievable. With ``objective: next_basket`` every item of a basket is foretold from what came before the basket.
 ``trend_half_lives_days`` lengthens user and item vectors by what is in demand of late (:mod:`.layers.trend`).
 
 Shape legend: B histories, T tokens, D dim, N items, S sampled negatives, F trends, V = D + F.
@@ -29,6 +29,7 @@ from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, ModelError, NoTimeError
 from recsys.files import read_json, write_json
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.items import ItemVectors
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.trend import Trends, TrendWeights
@@ -48,14 +49,6 @@ from recsys.training.sampling import (
     token_weight,
     total_weight,
 )
-
-
-class Encoder(nn.Module, ABC):
-    """Reads packed sequences."""
-
-    @abstractmethod
-    def forward(self, input_TD: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, D] vectors of what was read at each position to [T, D] user vectors; none looks at a later position."""
 
 
 class SequenceConfig(RetrieverConfig, ABC):

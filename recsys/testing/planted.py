@@ -33,6 +33,27 @@ def planted_clusters(
     return dataset_of(np.array(users), np.array(items), split, num_items=num_clusters * items_per_cluster)
 
 
+def planted_chain(
+    *, num_users: int = 120, num_items: int = 12, length: int = 12, faith: float = 0.8, seed: int = 0
+) -> Dataset:
+    """A Markov chain: each item has one successor, taken with probability ``faith``, else any. The last item is VALID.
+
+    Successors form one cycle over all items, so every item is equally popular and only order tells.
+    """
+    rng = np.random.default_rng(seed)
+    cycle = rng.permutation(num_items)
+    successor = np.empty(num_items, np.int64)
+    successor[cycle] = np.roll(cycle, -1)
+    items = np.empty((num_users, length), np.int64)
+    items[:, 0] = rng.integers(0, num_items, num_users)
+    for position in range(1, length):
+        follows = rng.random(num_users) < faith
+        items[:, position] = np.where(follows, successor[items[:, position - 1]], rng.integers(0, num_items, num_users))
+    users = np.repeat(np.arange(num_users), length)
+    split = np.where(np.tile(np.arange(length), num_users) == length - 1, Split.VALID, Split.TRAIN)
+    return dataset_of(users, items.ravel(), split, num_items=num_items)
+
+
 def dataset_of(
     user_idx: NDArray[np.integer], item_idx: NDArray[np.integer], split: NDArray[np.integer], *, num_items: int
 ) -> Dataset:
