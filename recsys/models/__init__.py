@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from recsys.config import parse, union
 from recsys.errors import ModelError
 from recsys.files import read_json
+from recsys.models.als import ALS
 from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
 from recsys.models.base import Retriever, RetrieverConfig
+from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
+from recsys.models.ease import EASE
 from recsys.models.esasrec import ESASRec
 from recsys.models.gru4rec import GRU4Rec
 from recsys.models.item_knn import ItemKNN
@@ -19,10 +22,19 @@ from recsys.models.popularity import Popularity
 from recsys.models.ranker_export import load_exported
 from recsys.models.ranking import Ranker, RankerConfig
 from recsys.models.sasrec import SASRec
+from recsys.models.svd import SVD
+from recsys.models.tfidf import TfIdf
+from recsys.models.user_knn import UserKNN
 
 KINDS: tuple[type[RetrieverConfig], ...] = (
     Popularity,
     ItemKNN,
+    UserKNN,
+    TfIdf,
+    SVD,
+    ALS,
+    BPR,
+    EASE,
     GRU4Rec,
     LSTM,
     Caser,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,7 +45,7 @@ class RetrieverContract:
         return planted_clusters()
 
     def fit_data(self, dataset: Dataset) -> FitData:
-        """What the family is fitted on; override it to add text vectors."""
+        """What the family is fitted on; override it to add text."""
         return FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=7)
 
     @pytest.fixture
@@ -126,7 +127,7 @@ class RetrieverContract:
         item_idx = np.where(log.split == Split.TRAIN, log.item_idx, 0)
         other = dataset_of(log.user_idx, item_idx, log.split, num_items=dataset.num_items)
         config = self.config.refit(fitted)
-        data = [FitData.of(source, Split.TRAIN, text_vectors=self._text(source), seed=7) for source in (dataset, other)]
+        data = [replace(self.fit_data(source), valid=None) for source in (dataset, other)]
         first, second = (config.fit(part, Runtime("cpu")).score(histories) for part in data)
         np.testing.assert_array_equal(first, second)
 
@@ -140,9 +141,8 @@ class RetrieverContract:
         dataset = self.dataset
         histories = dataset.positives.histories(Split.TRAIN)
         nothing = Histories(histories.item_idx, histories.starts, histories.starts, histories.timestamp_ms)
-        data = FitData(nothing, dataset.positives.weight, dataset.items, self._text(dataset))
         with pytest.raises(EmptyDataError, match="no positive interaction"):
-            self.config.fit(data, Runtime("cpu"))
+            self.config.fit(replace(self.fit_data(dataset), histories=nothing), Runtime("cpu"))
 
     def test_vectors_agree_with_scores(self, fitted: Retriever, histories: Histories) -> None:
         """For families with vectors: their inner product is the score, so an index finds what ``score`` ranks."""
@@ -152,9 +152,6 @@ class RetrieverContract:
         assert users.shape == (len(histories), fitted.num_vectors, items.shape[1])
         assert users.dtype == items.dtype == np.float32
         _close(np.einsum("bkd,nd->bkn", users, items).max(1), fitted.score(histories))
-
-    def _text(self, dataset: Dataset) -> NDArray[np.float32] | None:
-        return self.fit_data(dataset).text_vectors
 
 
 def _close(actual: NDArray[Any], expected: NDArray[Any]) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
 from recsys.models import KINDS
+from recsys.models.als import ALS
 from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
+from recsys.models.ease import EASE
 from recsys.models.esasrec import ESASRec
 from recsys.models.gru4rec import GRU4Rec
 from recsys.models.item_knn import ItemKNN
@@ -18,6 +24,9 @@ from recsys.models.lstm import LSTM
 from recsys.models.popularity import Popularity
 from recsys.models.sasrec import SASRec
 from recsys.models.sequence import SequenceRetriever
+from recsys.models.svd import SVD
+from recsys.models.tfidf import TfIdf
+from recsys.models.user_knn import UserKNN
 from recsys.testing.planted import planted_chain
 from recsys.testing.retriever_contract import RetrieverContract
 from recsys.training.loop import TrainConfig, validation_ndcg
@@ -115,6 +124,54 @@ class TestItemKNN(RetrieverContract):
     min_ndcg = 0.35
 
 
+class TestPearsonItemKNN(RetrieverContract):
+    config = ItemKNN(num_neighbours=11, shrinkage=1.0, similarity="pearson")
+    min_ndcg = 0.35
+
+
+class TestUserKNN(RetrieverContract):
+    config = UserKNN(num_neighbours=20, shrinkage=1.0)
+    min_ndcg = 0.35
+
+
+class TestPearsonUserKNN(RetrieverContract):
+    config = UserKNN(num_neighbours=20, shrinkage=1.0, similarity="pearson")
+    min_ndcg = 0.35
+
+
+class TestTfIdf(RetrieverContract):
+    """Words that tell the cluster, planted in the titles."""
+
+    config = TfIdf()
+    min_ndcg = 0.35
+
+    def fit_data(self, dataset: Dataset) -> FitData:
+        data = FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=7)
+        titles = [["red", "blue", "green", "white"][i // 12] + f" thing number{i}" for i in range(data.num_items)]
+        at = data.items.column_names.index("title")
+        return replace(data, items=data.items.set_column(at, "title", pa.array(titles)))
+
+
+class TestSVD(RetrieverContract):
+    config = SVD(dim=8)
+    min_ndcg = 0.35
+
+
+class TestALS(RetrieverContract):
+    config = ALS(dim=8, iterations=5, regularization=0.1)
+    min_ndcg = 0.35
+
+
+class TestBPR(RetrieverContract):
+    config = BPR(dim=8, iterations=30)
+    min_ndcg = 0.35
+
+
+class TestEASE(RetrieverContract):
+    config = EASE(regularization=10.0)
+    min_ndcg = 0.35
+
+
 class TestRecentItemKNN(RetrieverContract):
     config = ItemKNN(num_neighbours=11, shrinkage=1.0, half_life=3)
     min_ndcg = 0.35
@@ -129,7 +186,7 @@ def test_every_kind_is_tested() -> None:
     assert set(KINDS) <= below(RetrieverContract)
 
 
-@pytest.mark.parametrize("config", [SMALL, ItemKNN()])
+@pytest.mark.parametrize("config", [SMALL, ItemKNN(), UserKNN(), SVD(), ALS(), EASE()])
 def test_an_item_outside_the_catalogue_is_refused(config: RetrieverConfig) -> None:
     contract = TestPopularity()
     fitted = config.fit(FitData.of(contract.dataset, Split.TRAIN), Runtime("cpu"))

@@ -1,0 +1,19 @@
+"""Libraries that only some kinds need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from recsys.errors import ConfigError
+
+
+def library(module: str, kind: str) -> Any:
+    """The module, for a model of ``kind``.
+
+    :raises ConfigError: when it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"the kind {kind} needs {module}: {error}; pip install 'recsys[classical]'") from error
