@@ -11,11 +11,13 @@ from recsys.files import read_json
 from recsys.models.als import ALS
 from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
 from recsys.models.base import Retriever, RetrieverConfig
+from recsys.models.bert4rec import BERT4Rec
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
 from recsys.models.ease import EASE
 from recsys.models.esasrec import ESASRec
 from recsys.models.gru4rec import GRU4Rec
+from recsys.models.hstu import HSTU
 from recsys.models.item_knn import ItemKNN
 from recsys.models.lstm import LSTM
 from recsys.models.popularity import Popularity
@@ -39,7 +41,9 @@ KINDS: tuple[type[RetrieverConfig], ...] = (
     LSTM,
     Caser,
     SASRec,
+    BERT4Rec,
     ESASRec,
+    HSTU,
 )
 
 RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig,)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
-from recsys.models.layers.packing import PackedLayout, packed_causal_attention
+from recsys.models.layers.packing import PackedLayout, packed_attention
 from recsys.models.sequence import SequenceConfig
 
 
@@ -77,6 +77,6 @@ class _Block(nn.Module):
         query_TD = self.attention_norm(x_TD)
         qkv_T3D = torch.cat([self.query(query_TD), self.key_value(x_TD)], dim=1)
         qkv_T3HE = qkv_T3D.view(tokens, 3, self.num_heads, dim // self.num_heads)
-        x_TD = query_TD + self.dropout(self.attention_out(packed_causal_attention(qkv_T3HE, layout)))
+        x_TD = query_TD + self.dropout(self.attention_out(packed_attention(qkv_T3HE, layout)))
         normed_TD = self.feed_norm(x_TD)
         return normed_TD + self.dropout(self.feed_out(self.dropout(F.relu(self.feed_in(normed_TD)))))

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from recsys.training.losses import Trend, softmax_loss
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import (
     NegativeSampler,
+    PackedWindows,
     Windows,
     cut_windows,
     first_of_basket,
@@ -85,9 +86,18 @@ class SequenceConfig(RetrieverConfig, ABC):
     )
     train: TrainConfig = Field(default=TrainConfig(), description="how long and how fast to train")
 
+    reads_both_ways: ClassVar[bool] = False
+    """positions also see what comes after them: then what is asked for must be blank, not read"""
+    reads_time: ClassVar[bool] = False
+    """the encoder uses the times of the layout, where the data has them"""
+
     @abstractmethod
     def encoder(self) -> Encoder:
         """A fresh one, its weights drawn from torch's generator."""
+
+    def blanks(self, windows: PackedWindows, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """bool [T], for a model that reads both ways: the targets that training hides and asks for."""
+        raise NotImplementedError
 
     def fit(self, data: FitData, runtime: Runtime) -> SequenceRetriever:
         """Train on all positives; with ``data.valid`` the weights of the best epoch are kept."""
@@ -200,7 +210,7 @@ class SequenceRetriever(VectorRetriever):
         passes = np.cumsum(packed_lengths[order]) // _INFERENCE_TOKENS
         for rows in np.split(order, np.flatnonzero(np.diff(passes)) + 1):
             if len(rows):
-                output, lengths = self._encode(histories[rows])
+                output, lengths = self._encode(histories[rows], now_ms=None if now_ms is None else now_ms[rows])
                 users[rows, 0] = output[np.cumsum(lengths) - 1]
         return users
 
@@ -230,14 +240,23 @@ class SequenceRetriever(VectorRetriever):
         return users
 
     def score_prefixes(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """float32 [B, N]: scores of :meth:`encode_prefixes`."""
+        """float32 [B, N]: scores of :meth:`encode_prefixes`, where prefixes can share a pass."""
+        if self.config.reads_both_ways or self.config.reads_time:
+            return self.score(histories, now_ms)
         return self.encode_prefixes(histories) @ self.item_vectors().T
 
     def _encode(
-        self, histories: Histories, has_start: NDArray[np.bool_] | None = None
+        self,
+        histories: Histories,
+        has_start: NDArray[np.bool_] | None = None,
+        now_ms: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """User vectors [T, V] at every token, and the number of tokens of each history (its start included)."""
-        if has_start is None:
+        """User vectors [T, V] at every token, and the number of tokens of each history (its blank included)."""
+        both_ways = self.config.reads_both_ways
+        if both_ways:
+            histories = histories.last(self.config.max_length - 1)
+            has_start = np.ones(len(histories), bool)
+        elif has_start is None:
             has_start = histories.lengths < self.config.max_length
             histories = histories.last(self.config.max_length)
         lengths = histories.lengths + has_start
@@ -245,12 +264,17 @@ class SequenceRetriever(VectorRetriever):
         if packed.item_idx.size and not 0 <= packed.item_idx.min() <= packed.item_idx.max() < self.num_items:
             raise ModelError(f"a history holds an item_idx outside 0..{self.num_items - 1}")
         is_item = np.ones(lengths.sum(), bool)
-        is_item[(np.cumsum(lengths) - lengths)[has_start]] = False
+        ends = np.cumsum(lengths)
+        # The blank stands before the first item, or, where it is asked for, after the last.
+        is_item[ends - 1 if both_ways else (ends - lengths)[has_start]] = False
         item_T = np.full(len(is_item), -1, np.int64)
         item_T[is_item] = packed.item_idx
         items_ND = self._items()[:, : self.config.dim]
         device = items_ND.device
-        layout = PackedLayout.of(lengths).to(device)
+        times = None
+        if self.config.reads_time and packed.timestamp_ms is not None:
+            times = _token_times(packed.timestamp_ms, is_item, lengths, now_ms)
+        layout = PackedLayout.of(lengths, times).to(device)
         with torch.inference_mode():
             token_T = torch.from_numpy(item_T).to(device)
             user_TD = self._network.encode(items_ND[token_T.clamp(min=0)], token_T < 0, layout)
@@ -269,6 +293,26 @@ class SequenceRetriever(VectorRetriever):
 
 
 _INFERENCE_TOKENS = 1 << 15
+
+
+def _token_times(
+    item_time: NDArray[np.int64],
+    is_item: NDArray[np.bool_],
+    lengths: NDArray[np.int64],
+    now_ms: NDArray[np.int64] | None,
+) -> NDArray[np.int64]:
+    """int64 [T, 2]: a token answers when the next one happens; the last at ``now_ms``, or at once without it.
+
+    A start is read when its first item happens, and where there is none, now.
+    """
+    ends = np.cumsum(lengths)
+    read = np.zeros(len(is_item), np.int64)
+    read[is_item] = item_time
+    last = read[ends - 1] if now_ms is None else now_ms
+    asked = np.append(read[1:], 0)
+    asked[ends - 1] = last
+    read[~is_item] = asked[~is_item]
+    return np.stack([read, asked], axis=1)
 
 
 class _Network(nn.Module):
@@ -391,23 +435,35 @@ class _Step:
         id_keep = candidate = log_correction = None
         if config.id_dropout and data.text_vectors is not None:
             id_keep = tensor(rng.random(data.num_items) >= config.id_dropout)
-        moment = query = None
+        times = data.histories.timestamp_ms
+        input_row, target_row, weight = windows.input_row, windows.target_row, token_weight(windows, self.plan.weights)
+        query = moment = layout_times = None
+        if config.reads_both_ways:
+            blank = config.blanks(windows, rng)
+            query = np.flatnonzero(blank)
+            input_row = np.where(blank, -1, target_row)
+            # What is asked for stands for all: the step's weight is that of every target.
+            weight = weight[query] * np.float32(len(target_row) / max(1, len(query)))
+            target_row = target_row[query]
+        elif config.objective == "next_basket":
+            assert times is not None
+            query = first_of_basket(windows, times)
         if self.plan.trends is not None:
-            assert data.histories.timestamp_ms is not None
-            moment = tensor(self.plan.trends.moment(data.histories.timestamp_ms[windows.target_row]))
-        if config.objective == "next_basket":
-            assert data.histories.timestamp_ms is not None
-            query = tensor(first_of_basket(windows, data.histories.timestamp_ms))
+            assert times is not None
+            moment = tensor(self.plan.trends.moment(times[target_row]))
+        if config.reads_time and times is not None:
+            asked = times[windows.target_row]
+            layout_times = np.stack([np.where(input_row < 0, asked, times[np.maximum(input_row, 0)]), asked], axis=1)
         if config.num_negatives:
             drawn = sampler.draw(config.num_negatives, rng)
             candidate, log_correction = tensor(drawn), tensor(sampler.log_correction(drawn))
         return _Part(
-            input_T=tensor(log[np.maximum(windows.input_row, 0)].astype(np.int64)),
-            is_start_T=tensor(windows.input_row < 0),
-            positive_T=tensor(log[windows.target_row].astype(np.int64)),
-            weight_T=tensor(token_weight(windows, self.plan.weights)),
-            layout=PackedLayout.of(windows.lengths).to(device),
-            query_T=query,
+            input_T=tensor(log[np.maximum(input_row, 0)].astype(np.int64)),
+            is_start_T=tensor(input_row < 0),
+            positive_T=tensor(log[target_row].astype(np.int64)),
+            weight_T=tensor(weight),
+            layout=PackedLayout.of(windows.lengths, layout_times).to(device),
+            query_T=None if query is None else tensor(query),
             moment_T=moment,
             id_keep=id_keep,
             candidate=candidate,

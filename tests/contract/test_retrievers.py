@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
@@ -14,16 +15,19 @@ from recsys.errors import ModelError, NoTimeError
 from recsys.models import KINDS
 from recsys.models.als import ALS
 from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.bert4rec import BERT4Rec
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
 from recsys.models.ease import EASE
 from recsys.models.esasrec import ESASRec
 from recsys.models.gru4rec import GRU4Rec
+from recsys.models.hstu import HSTU
 from recsys.models.item_knn import ItemKNN
+from recsys.models.layers.packing import PackedLayout
 from recsys.models.lstm import LSTM
 from recsys.models.popularity import Popularity
 from recsys.models.sasrec import SASRec
-from recsys.models.sequence import SequenceRetriever
+from recsys.models.sequence import SequenceConfig, SequenceRetriever
 from recsys.models.svd import SVD
 from recsys.models.tfidf import TfIdf
 from recsys.models.user_knn import UserKNN
@@ -76,12 +80,32 @@ class TestESASRecWithTrends(TestESASRecWithText):
 
 class SequenceContract(RetrieverContract):
     min_ndcg = 0.35
+    chain_epochs = 6
+
+    def test_no_position_sees_another_sequence_or_what_comes_after(self) -> None:
+        assert isinstance(self.config, SequenceConfig)
+        torch.manual_seed(0)
+        encoder = self.config.encoder().eval()
+        lengths = np.array([3, 9, 1, 4])
+        times = np.cumsum(np.full((17, 2), 60_000), axis=0)
+        layout = PackedLayout.of(lengths, times)
+        before = torch.randn(17, self.config.dim)
+        after = before.clone()
+        after[8:12] += torch.randn(4, self.config.dim)
+        with torch.no_grad():
+            changed = ((encoder(after, layout) - encoder(before, layout)).abs() > 1e-4).any(1).numpy()
+        # The last four of the second sequence are others.
+        assert changed[8:12].all()
+        assert not changed[12:].any()
+        assert not changed[:3].any()
+        assert changed[3:8].all() if self.config.reads_both_ways else not changed[3:8].any()
 
     def test_order_matters(self) -> None:
         """A planted Markov chain: the next item depends on the last one alone, and the model finds it."""
         dataset = planted_chain()
         data = FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=7)
-        fitted = self.config.fit(data, Runtime("cpu"))
+        train = TRAIN.model_copy(update={"epochs": self.chain_epochs, "patience": 100, "eval_exclude_seen": False})
+        fitted = self.config.model_copy(update={"train": train}).fit(data, Runtime("cpu"))
         ndcg = validation_ndcg(fitted.score, dataset.targets(Split.VALID), Runtime("cpu"), exclude_seen=False, k=1)
         # Of twelve items one follows with probability .8; chance hits it in a twelfth of all cases.
         assert ndcg >= 0.6
@@ -105,6 +129,19 @@ class TestCaser(SequenceContract):
 
 class TestESASRec(SequenceContract):
     config = SMALL
+
+
+class TestBERT4Rec(SequenceContract):
+    """Slow to find out what "the one before" is: it must come out of absolute positions and a fifth of the targets."""
+
+    config = BERT4Rec(
+        dim=16, num_blocks=1, max_length=10, dropout=0.0, num_negatives=0, train=TRAIN.model_copy(update={"epochs": 20})
+    )
+    chain_epochs = 60
+
+
+class TestHSTU(SequenceContract):
+    config = HSTU(dim=16, num_blocks=1, max_length=10, dropout=0.1, num_negatives=0, train=TRAIN)
 
 
 class TestSASRec(SequenceContract):

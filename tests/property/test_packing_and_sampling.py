@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from recsys.data.histories import Histories
 from recsys.errors import NoTimeError
-from recsys.models.layers.packing import PackedLayout, packed_causal_attention
+from recsys.models.layers.packing import PackedLayout, packed_attention
 from recsys.models.layers.rotary import rotate, rotation
 from recsys.training import losses
 from recsys.training.losses import Trend, softmax_loss
@@ -33,7 +33,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 def test_packed_attention_is_attention_of_each_sequence(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(len(lengths))
     qkv = torch.randn(sum(lengths), 3, 2, 4, generator=generator)
-    packed = packed_causal_attention(qkv, PackedLayout.of(np.array(lengths)))
+    packed = packed_attention(qkv, PackedLayout.of(np.array(lengths)))
     for own, result in zip(qkv.split(lengths), packed.split(lengths), strict=True):
         query, key, value = own.permute(1, 2, 0, 3)
         mask = torch.full((len(own), len(own)), -torch.inf).triu(1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.models.layers.dropout import Dropout
-from recsys.models.layers.packing import PackedLayout, packed_causal_attention
+from recsys.models.layers.packing import PackedLayout, packed_attention
 from recsys.models.layers.rotary import rotate
 
 
@@ -39,7 +39,7 @@ class GatedBlock(nn.Module):
         tokens, dim = x_TD.shape
         qkv = self.qkv(self.attention_norm(x_TD)).view(tokens, 3, self.num_heads, dim // self.num_heads)
         qkv = torch.cat([rotate(qkv[:, :2], rotation_2TE), qkv[:, 2:]], dim=1)
-        attended = self.attention_out(packed_causal_attention(qkv, layout))
+        attended = self.attention_out(packed_attention(qkv, layout))
         x_TD = x_TD + self.dropout(attended * torch.sigmoid(self.attention_gate(x_TD)))
         value, gate = self.feed_in(self.feed_norm(x_TD)).chunk(2, dim=-1)
         fed = self.feed_out(value * F.silu(gate))

@@ -32,9 +32,11 @@ class PackedLayout:
     """int64 [T]: where each token stands in the flattened buckets, one after the other"""
     position_T: Tensor
     """int64 [T]: 0 for the first token of each sequence"""
+    time_T2: Tensor | None = None
+    """int64 [T, 2], ms: when what a token read happened, and when its answer is asked for; None without times"""
 
     @classmethod
-    def of(cls, lengths: NDArray[np.int64]) -> PackedLayout:
+    def of(cls, lengths: NDArray[np.int64], time_T2: NDArray[np.int64] | None = None) -> PackedLayout:
         """The layout of sequences of ``lengths`` (int64 [B], each at least 1) laid end to end in this order."""
         assert lengths.min(initial=1) > 0, "a packed sequence holds at least one token"
         starts = np.cumsum(lengths) - lengths
@@ -52,18 +54,21 @@ class PackedLayout:
             unpad[token[real]] = filled + np.flatnonzero(real)
             buckets.append(torch.from_numpy(token))
             filled += token.size
-        return cls(tuple(buckets), torch.from_numpy(unpad), torch.from_numpy(position))
+        times = None if time_T2 is None else torch.from_numpy(time_T2)
+        return cls(tuple(buckets), torch.from_numpy(unpad), torch.from_numpy(position), times)
 
     def to(self, device: torch.device) -> PackedLayout:
         """The same layout on ``device``."""
         buckets = tuple(bucket.to(device, non_blocking=True) for bucket in self.buckets)
-        return PackedLayout(buckets, self.unpad_T.to(device), self.position_T.to(device))
+        times = None if self.time_T2 is None else self.time_T2.to(device)
+        return PackedLayout(buckets, self.unpad_T.to(device), self.position_T.to(device), times)
 
 
-def packed_causal_attention(qkv_T3HE: Tensor, layout: PackedLayout) -> Tensor:
-    """Causal attention within each sequence: ``[T, 3, H, E]`` (queries, keys, values) to ``[T, H * E]``.
+def packed_attention(qkv_T3HE: Tensor, layout: PackedLayout, *, causal: bool = True) -> Tensor:
+    """Attention within each sequence: ``[T, 3, H, E]`` (queries, keys, values) to ``[T, H * E]``.
 
-    A token attends to itself and to what came before it in its own sequence, never to another sequence.
+    A token attends to itself and to what came before it in its own sequence, or to all of its sequence where not
+    ``causal``; never to another sequence.
     """
     _, _, heads, dim = qkv_T3HE.shape
     outputs: list[Tensor] = []
@@ -71,6 +76,13 @@ def packed_causal_attention(qkv_T3HE: Tensor, layout: PackedLayout) -> Tensor:
         rows, longest = bucket.shape
         qkv = qkv_T3HE.index_select(0, bucket.flatten()).view(rows, longest, 3, heads, dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended_BHLE = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mask = None if causal else real_tokens(bucket)[:, None, None, :]
+        attended_BHLE = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
         outputs.append(attended_BHLE.transpose(1, 2).reshape(rows * longest, heads * dim))
     return torch.cat(outputs).index_select(0, layout.unpad_T)
+
+
+def real_tokens(bucket_BL: Tensor) -> Tensor:
+    """bool [B, L]: the places of a bucket that are not padding."""
+    first = torch.ones_like(bucket_BL[:, :1], dtype=torch.bool)
+    return torch.cat([first, bucket_BL[:, 1:] != bucket_BL[:, :-1]], dim=1)
