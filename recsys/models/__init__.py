@@ -20,6 +20,7 @@ from recsys.models.gru4rec import GRU4Rec
 from recsys.models.hstu import HSTU
 from recsys.models.item_knn import ItemKNN
 from recsys.models.lstm import LSTM
+from recsys.models.mind import MIND
 from recsys.models.popularity import Popularity
 from recsys.models.ranker_export import load_exported
 from recsys.models.ranking import Ranker, RankerConfig
@@ -44,6 +45,7 @@ KINDS: tuple[type[RetrieverConfig], ...] = (
     BERT4Rec,
     ESASRec,
     HSTU,
+    MIND,
 )
 
 RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig,)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -124,7 +124,8 @@ class Retriever(ABC):
 class VectorRetriever(Retriever):
     """A retriever whose score is the inner product of a user vector and an item vector, so that FAISS can search it."""
 
-    num_vectors: ClassVar[int] = 1
+    num_vectors: int = 1
+    """K, the vectors per user"""
 
     @abstractmethod
     def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:

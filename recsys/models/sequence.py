@@ -1,10 +1,9 @@
 """What sequence models share: a history becomes one vector per position, and items vectors it is compared with.
 
 A model of this family is a :class:`SequenceConfig` with an encoder of its own (:mod:`.layers.encoder`). Training
-foretells every item of a history from what came before it: softmax over sampled or all items, input and output item
-vectors tied. Sequences are packed, not padded; a learned start vector stands before the first item and answers the
-empty history; item vectors add a projection of the item's text to the ID embedding, so that new items are
-retrievable. With ``objective: next_basket`` every item of a basket is foretold from what came before the basket.
+foretells every item of a history from what came before it; input and output item vectors are tied. Sequences are
+packed, not padded; a learned start vector stands before the first item and answers the empty history. With
+``objective: next_basket`` every item of a basket is foretold from what came before the basket.
 ``trend_half_lives_days`` lengthens user and item vectors by what is in demand of late (:mod:`.layers.trend`).
 
 Shape legend: B histories, T tokens, D dim, N items, S sampled negatives, F trends, V = D + F.
@@ -12,12 +11,10 @@ Shape legend: B histories, T tokens, D dim, N items, S sampled negatives, F tren
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,25 +23,28 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.data.histories import Histories
-from recsys.errors import EmptyDataError, ModelError, NoTimeError
-from recsys.files import read_json, write_json
-from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.errors import ModelError, NoTimeError
+from recsys.models.base import FitData
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.items import ItemVectors
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.trend import Trends, TrendWeights
-from recsys.training.checkpoint import load_tensors, save_tensors
-from recsys.training.loop import TrainConfig, best_epoch, sample_targets, train, validation_ndcg
+from recsys.models.towers import (
+    Plan,
+    TowerConfig,
+    TowerNetwork,
+    TowerRetriever,
+    hidden_ids,
+    sampler_of,
+    target_weights,
+)
 from recsys.training.losses import Trend, softmax_loss
-from recsys.training.runtime import Runtime
 from recsys.training.sampling import (
-    NegativeSampler,
     PackedWindows,
     Windows,
     cut_windows,
     first_of_basket,
     plan_epoch,
-    recency_weight,
     rng_for,
     split_batch,
     token_weight,
@@ -52,39 +52,18 @@ from recsys.training.sampling import (
 )
 
 
-class SequenceConfig(RetrieverConfig, ABC):
+class SequenceConfig(TowerConfig, ABC):
     """Hyper-parameters of every sequence model."""
 
-    dim: int = Field(default=64, ge=4, le=4096, description="size of user and item vectors")
-    max_length: int = Field(default=100, ge=1, le=65536, description="newest interactions of a history that are read")
-    dropout: float = Field(default=0.2, ge=0, lt=1, description="share of activations dropped in training")
-    text_hidden_dim: int = Field(
-        default=0, ge=0, le=65536, description="hidden size of the text projection; 0 is linear"
-    )
-    id_dropout: float = Field(
-        default=0.2, ge=0, le=1, description="share of items whose ID is hidden in a training step"
-    )
-    num_negatives: int = Field(
-        default=1024, ge=0, le=1 << 22, description="negatives sampled per step; 0 is softmax over all items"
-    )
-    negative_power: float = Field(
-        default=0.5, ge=0, le=1, description="negatives are drawn by count to this power; 0 is uniform"
-    )
     objective: Literal["next_item", "next_basket"] = Field(
         default="next_item",
         description="what a history must foretell: the next item, or all items of the user's next moment (needs time)",
-    )
-    recency_half_life_days: float | None = Field(
-        default=None,
-        gt=0,
-        description="an interaction this many days before the newest weighs half as a target; null weighs all alike",
     )
     trend_half_lives_days: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(),
         max_length=16,
         description="let demand of late speak: per half-life a dimension with each item's faded count (needs time)",
     )
-    train: TrainConfig = Field(default=TrainConfig(), description="how long and how fast to train")
 
     reads_both_ways: ClassVar[bool] = False
     """positions also see what comes after them: then what is asked for must be blank, not read"""
@@ -99,107 +78,33 @@ class SequenceConfig(RetrieverConfig, ABC):
         """bool [T], for a model that reads both ways: the targets that training hides and asks for."""
         raise NotImplementedError
 
-    def fit(self, data: FitData, runtime: Runtime) -> SequenceRetriever:
-        """Train on all positives; with ``data.valid`` the weights of the best epoch are kept."""
-        if not data.histories.lengths.sum():
-            raise EmptyDataError("there is no positive interaction to train on: check the positives' configuration")
-        if self.objective == "next_basket" and data.histories.timestamp_ms is None:
-            raise NoTimeError("objective next_basket needs timestamps to tell baskets apart: use next_item")
-        plan = _Plan(self, data)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(data.seed)
-            network = _Network(self, _has_interactions(data), _text(data), plan.trend_table())
-        retriever = SequenceRetriever(self, network, data.num_items)
-        valid = None
-        if data.valid is not None and len(data.valid):
-            valid = sample_targets(data.valid, self.train.eval_max_queries, data.seed)
+    def plan(self, data: FitData) -> SequencePlan:
+        return SequencePlan(self, data)
 
-        def validate() -> float:
-            assert valid is not None
-            retriever.refresh()
-            return validation_ndcg(retriever.score_prefixes, valid, runtime, exclude_seen=self.train.eval_exclude_seen)
+    def network(self, items: ItemVectors, plan: Plan | None) -> SequenceNetwork:
+        trend_MFN: Tensor | None = None
+        if self.trend_half_lives_days:
+            num_items, num_trends = len(items.has_id), len(self.trend_half_lives_days)
+            trends = plan.trends if isinstance(plan, SequencePlan) else None
+            trend_MFN = torch.zeros(0, num_trends, num_items) if trends is None else torch.from_numpy(trends.table_MFN)
+        return SequenceNetwork(self, items, trend_MFN)
 
-        retriever.history = train(
-            network,
-            plan=plan.epoch,
-            validate=None if valid is None else validate,
-            config=self.train,
-            runtime=runtime,
-            seed=data.seed,
-            fingerprint=_fingerprint(self, data),
-        )
-        network.to("cpu")
-        retriever.refresh()
-        return retriever
-
-    def load(self, folder: Path) -> SequenceRetriever:
-        """Read a saved model; the text vectors of the catalogue are not needed for it."""
-        tensors = load_tensors(folder / "model.safetensors")
-        item_vectors_NV = tensors.pop("item_vectors")
-        has_id = tensors["items.has_id"]
-        text_dim = tensors["items.text.weight" if "items.text.weight" in tensors else "items.text.0.weight"].shape[1] \
-            if any(name.startswith("items.text.") for name in tensors) else 0  # fmt: skip
-        num_trends = len(self.trend_half_lives_days)
-        network = _Network(
-            self,
-            has_id,
-            torch.zeros(0, text_dim) if text_dim else None,
-            torch.zeros(0, num_trends, len(has_id)) if num_trends else None,
-        )
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ModelError(f"{folder}: the weights do not fit the configuration: {error}", path=str(folder)) from None
-        network.eval()
-        retriever = SequenceRetriever(self, network, len(has_id), item_vectors_NV)
-        retriever.history = read_json(folder / "history.json")
-        return retriever
-
-    def refit(self, fitted: Retriever) -> Self:
-        """The same with exactly the number of epochs that was best for ``fitted``."""
-        chosen = best_epoch([dict(row) for row in fitted.history])
-        if chosen is None:
-            return self
-        return self.model_copy(update={"train": self.train.model_copy(update={"epochs": chosen})})
+    def retriever(
+        self, network: TowerNetwork, num_items: int, item_vectors_NV: Tensor | None = None
+    ) -> SequenceRetriever:
+        assert isinstance(network, SequenceNetwork)
+        return SequenceRetriever(self, network, num_items, item_vectors_NV)
 
 
-class SequenceRetriever(VectorRetriever):
+class SequenceRetriever(TowerRetriever):
     """A fitted sequence model."""
 
     def __init__(
-        self, config: SequenceConfig, network: _Network, num_items: int, item_vectors_NV: Tensor | None = None
+        self, config: SequenceConfig, network: SequenceNetwork, num_items: int, item_vectors_NV: Tensor | None = None
     ) -> None:
+        super().__init__(config, network, num_items, item_vectors_NV)
         self.config: SequenceConfig = config
-        self.num_items = num_items
-        self._network = network
-        self._items_NV = item_vectors_NV
-
-    def refresh(self) -> None:
-        """Forget the cached item vectors, after the network has changed."""
-        self._items_NV = None
-
-    def _items(self) -> Tensor:
-        if self._items_NV is None:
-            with torch.no_grad():
-                self._items_NV = self._network.item_vectors().float().clone()
-        return self._items_NV
-
-    def item_vectors(self) -> NDArray[np.float32]:
-        """float32 [N, V]: ID embedding (where the item has one) plus projected text; then the trends, if any."""
-        return self._items().cpu().numpy()
-
-    def item_embeddings(self) -> NDArray[np.float32]:
-        """float32 [N, D]: the item vectors without the trends."""
-        return self.item_vectors()[:, : self.config.dim]
-
-    def vectors_from_text(self, text_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [n, V] item vectors of new items from their text vectors, float32 [n, D_text]; no demand so far."""
-        if self._network.items.text is None:
-            raise ModelError("this model was fitted without text: it has no vectors for new items")
-        device = self._items().device
-        with torch.inference_mode():
-            vectors = self._network.items.from_text(torch.tensor(text_vectors, device=device))
-        return np.pad(vectors.cpu().numpy(), [(0, 0), (0, len(self.config.trend_half_lives_days))])
+        self._network: SequenceNetwork = network
 
     def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """float32 [B, 1, V]: the last position's output; the start vector's for an empty history."""
@@ -239,7 +144,9 @@ class SequenceRetriever(VectorRetriever):
             users[mine] = output[place[inverse[mine] - rows[0]] + histories.stops[mine]]
         return users
 
-    def score_prefixes(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score_for_validation(
+        self, histories: Histories, now_ms: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         """float32 [B, N]: scores of :meth:`encode_prefixes`, where prefixes can share a pass."""
         if self.config.reads_both_ways or self.config.reads_time:
             return self.score(histories, now_ms)
@@ -286,11 +193,6 @@ class SequenceRetriever(VectorRetriever):
     def _num_dimensions(self) -> int:
         return self.config.dim + len(self.config.trend_half_lives_days)
 
-    def save_weights(self, folder: Path) -> None:
-        """Weights, the finished item vectors, and the learning curve."""
-        save_tensors(folder / "model.safetensors", {**self._network.state_dict(), "item_vectors": self._items()})
-        write_json(folder / "history.json", list(self.history))
-
 
 _INFERENCE_TOKENS = 1 << 15
 
@@ -315,13 +217,12 @@ def _token_times(
     return np.stack([read, asked], axis=1)
 
 
-class _Network(nn.Module):
-    def __init__(
-        self, config: SequenceConfig, has_id: Tensor, text_vectors: Tensor | None, trend_MFN: Tensor | None
-    ) -> None:
-        super().__init__()
+class SequenceNetwork(TowerNetwork):
+    """Reads packed sequences with the encoder of ``config``."""
+
+    def __init__(self, config: SequenceConfig, items: ItemVectors, trend_MFN: Tensor | None) -> None:
+        super().__init__(items)
         dim = config.dim
-        self.items = ItemVectors(has_id, text_vectors, dim, config.text_hidden_dim)
         self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.encoder = config.encoder()
         self.trend: TrendWeights | None = None
@@ -339,14 +240,7 @@ class _Network(nn.Module):
 
     def forward(self, part: _Part) -> Tensor:
         """The summed weighted loss of a part of a step."""
-        if part.candidate is None:
-            vectors = self.items(None, part.id_keep)
-            input_TD, positive_TD, candidate_CD = vectors[part.input_T], vectors[part.positive_T], vectors
-        else:
-            asked = (part.input_T, part.positive_T, part.candidate)
-            lengths = [len(items) for items in asked]
-            unique, place = torch.cat(asked).unique(return_inverse=True)
-            input_TD, positive_TD, candidate_CD = self.items(unique, part.id_keep)[place].split(lengths)
+        input_TD, positive_TD, candidate_CD = self.look_up(part.input_T, part.positive_T, part.candidate, part.id_keep)
         user_TD = self.encode(input_TD, part.is_start_T, part.layout)
         if part.query_T is not None:
             user_TD = user_TD.index_select(0, part.query_T)
@@ -384,21 +278,19 @@ class _Part:
     log_correction: Tensor | None
 
 
-class _Plan:
-    """Turns histories into the steps of each epoch."""
+class SequencePlan:
+    """Turns histories into the steps of each epoch: windows of targets, each foretold from what came before it."""
 
     def __init__(self, config: SequenceConfig, data: FitData) -> None:
         self.config, self.data = config, data
-        counts = np.bincount(data.histories.pack().item_idx, minlength=data.num_items).astype(np.float64)
-        self.sampler = NegativeSampler(counts, config.negative_power)
-        self.weights = recency_weight(data.weights, data.histories, config.recency_half_life_days)
+        if config.objective == "next_basket" and data.histories.timestamp_ms is None:
+            raise NoTimeError("objective next_basket needs timestamps to tell baskets apart: use next_item")
+        self.sampler = sampler_of(config, data)
+        self.weights = target_weights(config, data)
         self.running_weight = np.concatenate([np.zeros(1), np.cumsum(self.weights, dtype=np.float64)])
         self.trends: Trends | None = None
         if config.trend_half_lives_days:
             self.trends = Trends.of(data.histories, data.weights, data.num_items, config.trend_half_lives_days)
-
-    def trend_table(self) -> Tensor | None:
-        return None if self.trends is None else torch.from_numpy(self.trends.table_MFN)
 
     def epoch(self, epoch: int) -> Sequence[_Step]:
         rng = rng_for(self.data.seed, 3, epoch)
@@ -409,7 +301,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Step:
-    plan: _Plan
+    plan: SequencePlan
     batch: Windows
     epoch: int
     number: int
@@ -432,9 +324,8 @@ class _Step:
         def tensor(array: NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
-        id_keep = candidate = log_correction = None
-        if config.id_dropout and data.text_vectors is not None:
-            id_keep = tensor(rng.random(data.num_items) >= config.id_dropout)
+        candidate = log_correction = None
+        hidden = hidden_ids(config, data, rng)
         times = data.histories.timestamp_ms
         input_row, target_row, weight = windows.input_row, windows.target_row, token_weight(windows, self.plan.weights)
         query = moment = layout_times = None
@@ -465,34 +356,7 @@ class _Step:
             layout=PackedLayout.of(windows.lengths, layout_times).to(device),
             query_T=None if query is None else tensor(query),
             moment_T=moment,
-            id_keep=id_keep,
+            id_keep=None if hidden is None else tensor(hidden),
             candidate=candidate,
             log_correction=log_correction,
         )
-
-
-def _has_interactions(data: FitData) -> Tensor:
-    return torch.from_numpy(np.bincount(data.histories.pack().item_idx, minlength=data.num_items) > 0)
-
-
-def _text(data: FitData) -> Tensor | None:
-    if data.text_vectors is None:
-        return None
-    if len(data.text_vectors) != data.num_items:
-        raise ModelError(f"{len(data.text_vectors)} text vectors for {data.num_items} items: embed the items again")
-    finite = np.isfinite(data.text_vectors).all(axis=1)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise ModelError(f"the text vector of item_idx {row} is not finite: embed the items again", item_idx=row)
-    return torch.tensor(data.text_vectors, dtype=torch.float32)
-
-
-def _fingerprint(config: SequenceConfig, data: FitData) -> str:
-    parts: Mapping[str, object] = {
-        "config": config.content_hash(),
-        "seed": data.seed,
-        "validated": data.valid is not None,
-        "rows": int(data.histories.lengths.sum()),
-        "items": data.num_items,
-    }
-    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()

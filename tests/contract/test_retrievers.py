@@ -14,7 +14,7 @@ from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
 from recsys.models import KINDS
 from recsys.models.als import ALS
-from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
 from recsys.models.bert4rec import BERT4Rec
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
@@ -25,13 +25,14 @@ from recsys.models.hstu import HSTU
 from recsys.models.item_knn import ItemKNN
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.lstm import LSTM
+from recsys.models.mind import MIND
 from recsys.models.popularity import Popularity
 from recsys.models.sasrec import SASRec
 from recsys.models.sequence import SequenceConfig, SequenceRetriever
 from recsys.models.svd import SVD
 from recsys.models.tfidf import TfIdf
 from recsys.models.user_knn import UserKNN
-from recsys.testing.planted import planted_chain
+from recsys.testing.planted import planted_chain, planted_clusters
 from recsys.testing.retriever_contract import RetrieverContract
 from recsys.training.loop import TrainConfig, validation_ndcg
 from recsys.training.runtime import Runtime
@@ -148,6 +149,29 @@ class TestSASRec(SequenceContract):
     config = SASRec(dim=16, num_blocks=1, max_length=10, dropout=0.1, num_negatives=0, train=TRAIN)
 
 
+class TestMIND(RetrieverContract):
+    config = MIND(dim=16, num_interests=3, max_length=10, dropout=0.1, num_negatives=0, train=TRAIN)
+    min_ndcg = 0.35
+
+    def test_every_interest_of_a_user_is_found(self) -> None:
+        """Histories of two clusters each: some vector of the user is nearest to the one, another to the other."""
+        clusters = planted_clusters(num_users=240, length=6)
+        first = clusters.positives.item_idx.reshape(120, 2, 6)
+        lists = [np.random.default_rng(pair).permutation(items.ravel()).tolist() for pair, items in enumerate(first)]
+        histories = Histories.from_lists(lists)
+        data = FitData(histories, np.ones(len(histories.item_idx), np.float32), clusters.items)
+        train = TRAIN.model_copy(update={"epochs": 30})
+        config = self.config.model_copy(update={"max_length": 16, "train": train})
+        fitted = config.fit(data, Runtime("cpu"))
+        assert isinstance(fitted, VectorRetriever)
+        nearest = (fitted.encode_users(histories) @ fitted.item_vectors().T).argmax(-1) // 12
+        both = [
+            set(own) == {items[0] // 12, items[6] // 12}
+            for own, items in zip(nearest, first.reshape(120, 12), strict=True)
+        ]
+        assert np.mean(both) > 0.5
+
+
 class TestPopularity(RetrieverContract):
     config = Popularity()
 
@@ -223,7 +247,7 @@ def test_every_kind_is_tested() -> None:
     assert set(KINDS) <= below(RetrieverContract)
 
 
-@pytest.mark.parametrize("config", [SMALL, ItemKNN(), UserKNN(), SVD(), ALS(), EASE()])
+@pytest.mark.parametrize("config", [SMALL, ItemKNN(), UserKNN(), SVD(), ALS(), EASE(), MIND(train=TRAIN)])
 def test_an_item_outside_the_catalogue_is_refused(config: RetrieverConfig) -> None:
     contract = TestPopularity()
     fitted = config.fit(FitData.of(contract.dataset, Split.TRAIN), Runtime("cpu"))

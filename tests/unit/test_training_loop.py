@@ -165,7 +165,7 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
     assert chosen is not None
     assert len(fitted.history) == chosen + 2 < 60
     assert isinstance(fitted, SequenceRetriever)
-    kept = validation_ndcg(fitted.score_prefixes, DATASET.targets(Split.VALID), Runtime("cpu"))
+    kept = validation_ndcg(fitted.score_for_validation, DATASET.targets(Split.VALID), Runtime("cpu"))
     assert kept == pytest.approx(fitted.history[chosen - 1]["ndcg@10"])
     refit = config.refit(fitted)
     assert isinstance(refit, ESASRec)

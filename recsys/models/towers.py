@@ -1,0 +1,259 @@
+"""User vectors and item vectors that are trained for each other: what all models of this kind share.
+
+A model is a :class:`TowerConfig` with a plan of training steps and a network that makes user vectors from histories and
+item vectors from what is known of the items; the loss is softmax over sampled or all items. Item vectors add a
+projection of the item's text to the ID embedding, so that new items are retrievable.
+
+Shape legend: B histories, T targets, D dim, N items, V length of the vectors that are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys.data.histories import Histories
+from recsys.errors import EmptyDataError, ModelError
+from recsys.files import read_json, write_json
+from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.layers.items import ItemVectors
+from recsys.training.checkpoint import load_tensors, save_tensors
+from recsys.training.loop import Step, TrainConfig, best_epoch, sample_targets, train, validation_ndcg
+from recsys.training.runtime import Runtime
+from recsys.training.sampling import NegativeSampler, recency_weight
+
+
+class Plan(Protocol):
+    """What a training consists of."""
+
+    def epoch(self, epoch: int) -> Sequence[Step]:
+        """The steps of an epoch (numbered from 0)."""
+        ...
+
+
+class TowerNetwork(nn.Module, ABC):
+    """Items, and whatever makes user vectors; ``forward(part)`` is the summed weighted loss of a part of a step."""
+
+    def __init__(self, items: ItemVectors) -> None:
+        super().__init__()
+        self.items = items
+
+    def look_up(
+        self, input_T: Tensor, positive_P: Tensor, candidate_C: Tensor | None, id_keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors [T, D], [P, D] and [C, D] of the items (int64) read, to be found, and to be told from them.
+
+        ``candidate_C`` None is all items; ``id_keep`` is as for :class:`.layers.items.ItemVectors`.
+        """
+        if candidate_C is None:
+            vectors_ND = self.items(None, id_keep)
+            return vectors_ND[input_T], vectors_ND[positive_P], vectors_ND
+        asked = (input_T, positive_P, candidate_C)
+        unique, place = torch.cat(asked).unique(return_inverse=True)
+        input_TD, positive_PD, candidate_CD = self.items(unique, id_keep)[place].split([len(items) for items in asked])
+        return input_TD, positive_PD, candidate_CD
+
+    def item_vectors(self) -> Tensor:
+        """[N, V]: all items."""
+        return self.items()
+
+
+class TowerConfig(RetrieverConfig, ABC):
+    """Hyper-parameters of every such model."""
+
+    dim: int = Field(default=64, ge=4, le=4096, description="size of user and item vectors")
+    max_length: int = Field(default=100, ge=1, le=65536, description="newest interactions of a history that are read")
+    dropout: float = Field(default=0.2, ge=0, lt=1, description="share of activations dropped in training")
+    text_hidden_dim: int = Field(
+        default=0, ge=0, le=65536, description="hidden size of the text projection; 0 is linear"
+    )
+    id_dropout: float = Field(
+        default=0.2, ge=0, le=1, description="share of items whose ID is hidden in a training step"
+    )
+    num_negatives: int = Field(
+        default=1024, ge=0, le=1 << 22, description="negatives sampled per step; 0 is softmax over all items"
+    )
+    negative_power: float = Field(
+        default=0.5, ge=0, le=1, description="negatives are drawn by count to this power; 0 is uniform"
+    )
+    recency_half_life_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="an interaction this many days before the newest weighs half as a target; null weighs all alike",
+    )
+    train: TrainConfig = Field(default=TrainConfig(), description="how long and how fast to train")
+
+    @abstractmethod
+    def plan(self, data: FitData) -> Plan:
+        """The training steps."""
+
+    @abstractmethod
+    def network(self, items: ItemVectors, plan: Plan | None) -> TowerNetwork:
+        """A fresh one, its weights drawn from torch's generator; without a plan for weights that are read."""
+
+    @abstractmethod
+    def retriever(self, network: TowerNetwork, num_items: int, item_vectors_NV: Tensor | None = None) -> TowerRetriever:
+        """What scores with ``network``."""
+
+    def fit(self, data: FitData, runtime: Runtime) -> TowerRetriever:
+        """Train on all positives; with ``data.valid`` the weights of the best epoch are kept."""
+        if not data.histories.lengths.sum():
+            raise EmptyDataError("there is no positive interaction to train on: check the positives' configuration")
+        plan = self.plan(data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(data.seed)
+            network = self.network(
+                ItemVectors(_has_interactions(data), _text(data), self.dim, self.text_hidden_dim), plan
+            )
+        retriever = self.retriever(network, data.num_items)
+        valid = None
+        if data.valid is not None and len(data.valid):
+            valid = sample_targets(data.valid, self.train.eval_max_queries, data.seed)
+
+        def validate() -> float:
+            assert valid is not None
+            retriever.refresh()
+            score, exclude_seen = retriever.score_for_validation, self.train.eval_exclude_seen
+            return validation_ndcg(score, valid, runtime, exclude_seen=exclude_seen)
+
+        retriever.history = train(
+            network,
+            plan=plan.epoch,
+            validate=None if valid is None else validate,
+            config=self.train,
+            runtime=runtime,
+            seed=data.seed,
+            fingerprint=_fingerprint(self, data),
+        )
+        network.to("cpu")
+        retriever.refresh()
+        return retriever
+
+    def load(self, folder: Path) -> TowerRetriever:
+        """Read a saved model; the text vectors of the catalogue are not needed for it."""
+        tensors = load_tensors(folder / "model.safetensors")
+        item_vectors_NV = tensors.pop("item_vectors")
+        has_id = tensors["items.has_id"]
+        text_dim = tensors["items.text.weight" if "items.text.weight" in tensors else "items.text.0.weight"].shape[1] \
+            if any(name.startswith("items.text.") for name in tensors) else 0  # fmt: skip
+        text = torch.zeros(0, text_dim) if text_dim else None
+        network = self.network(ItemVectors(has_id, text, self.dim, self.text_hidden_dim), None)
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ModelError(f"{folder}: the weights do not fit the configuration: {error}", path=str(folder)) from None
+        network.eval()
+        retriever = self.retriever(network, len(has_id), item_vectors_NV)
+        retriever.history = read_json(folder / "history.json")
+        return retriever
+
+    def refit(self, fitted: Retriever) -> Self:
+        """The same with exactly the number of epochs that was best for ``fitted``."""
+        chosen = best_epoch([dict(row) for row in fitted.history])
+        if chosen is None:
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"epochs": chosen})})
+
+
+class TowerRetriever(VectorRetriever):
+    """A fitted :class:`TowerConfig`."""
+
+    def __init__(
+        self, config: TowerConfig, network: TowerNetwork, num_items: int, item_vectors_NV: Tensor | None = None
+    ) -> None:
+        self.config: TowerConfig = config
+        self.num_items = num_items
+        self._network = network
+        self._items_NV = item_vectors_NV
+
+    def refresh(self) -> None:
+        """Forget the cached item vectors, after the network has changed."""
+        self._items_NV = None
+
+    def _items(self) -> Tensor:
+        if self._items_NV is None:
+            with torch.no_grad():
+                self._items_NV = self._network.item_vectors().float().clone()
+        return self._items_NV
+
+    def item_vectors(self) -> NDArray[np.float32]:
+        """float32 [N, V]: ID embedding (where the item has one) plus projected text; then the trends, if any."""
+        return self._items().cpu().numpy()
+
+    def item_embeddings(self) -> NDArray[np.float32]:
+        """float32 [N, D]: the item vectors without what was added to them."""
+        return self.item_vectors()[:, : self.config.dim]
+
+    def vectors_from_text(self, text_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 [n, V] item vectors of new items from their text vectors, float32 [n, D_text]; no demand so far."""
+        if self._network.items.text is None:
+            raise ModelError("this model was fitted without text: it has no vectors for new items")
+        items_NV = self._items()
+        with torch.inference_mode():
+            vectors = self._network.items.from_text(torch.tensor(text_vectors, device=items_NV.device))
+        return np.pad(vectors.cpu().numpy(), [(0, 0), (0, items_NV.shape[1] - self.config.dim)])
+
+    def score_for_validation(
+        self, histories: Histories, now_ms: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """float32 [B, N]: what :meth:`score` says, or what is close to it and sooner there."""
+        return self.score(histories, now_ms)
+
+    def save_weights(self, folder: Path) -> None:
+        """Weights, the finished item vectors, and the learning curve."""
+        save_tensors(folder / "model.safetensors", {**self._network.state_dict(), "item_vectors": self._items()})
+        write_json(folder / "history.json", list(self.history))
+
+
+def sampler_of(config: TowerConfig, data: FitData) -> NegativeSampler:
+    """Draws negatives by how often items were interacted with."""
+    counts = np.bincount(data.histories.pack().item_idx, minlength=data.num_items).astype(np.float64)
+    return NegativeSampler(counts, config.negative_power)
+
+
+def target_weights(config: TowerConfig, data: FitData) -> NDArray[np.float32]:
+    """float32 [R]: the weight of each row of the log as a target."""
+    return recency_weight(data.weights, data.histories, config.recency_half_life_days)
+
+
+def hidden_ids(config: TowerConfig, data: FitData, rng: np.random.Generator) -> NDArray[np.bool_] | None:
+    """bool [N]: False for items whose ID is hidden in a step, where that is asked for."""
+    if not config.id_dropout or data.text_vectors is None:
+        return None
+    return rng.random(data.num_items) >= config.id_dropout
+
+
+def _has_interactions(data: FitData) -> Tensor:
+    return torch.from_numpy(np.bincount(data.histories.pack().item_idx, minlength=data.num_items) > 0)
+
+
+def _text(data: FitData) -> Tensor | None:
+    if data.text_vectors is None:
+        return None
+    if len(data.text_vectors) != data.num_items:
+        raise ModelError(f"{len(data.text_vectors)} text vectors for {data.num_items} items: embed the items again")
+    finite = np.isfinite(data.text_vectors).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise ModelError(f"the text vector of item_idx {row} is not finite: embed the items again", item_idx=row)
+    return torch.tensor(data.text_vectors, dtype=torch.float32)
+
+
+def _fingerprint(config: TowerConfig, data: FitData) -> str:
+    parts: Mapping[str, object] = {
+        "config": config.content_hash(),
+        "seed": data.seed,
+        "validated": data.valid is not None,
+        "rows": int(data.histories.lengths.sum()),
+        "items": data.num_items,
+    }
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
