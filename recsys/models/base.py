@@ -121,8 +121,33 @@ class Retriever(ABC):
         write_json(folder / "config.json", self.config.model_dump(mode="json"))
 
 
+@dataclass(frozen=True)
+class ItemBonus:
+    """What the scores of a few items of each user have beyond the inner product; those of all others have nothing."""
+
+    item_idx: NDArray[np.int32]
+    """int32 [E]: ``offsets[b]`` to ``offsets[b + 1]`` are the items of user ``b``, each once"""
+    offsets: NDArray[np.int64]
+    """int64 [B + 1]"""
+    bonus: NDArray[np.float32]
+    """float32 [E], of either sign"""
+
+    def of(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Items (int32) and bonuses (float32) of user ``row``."""
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        return self.item_idx[part], self.bonus[part]
+
+    def add_to(self, scores_BN: NDArray[np.float32]) -> None:
+        """Add each bonus to its score, in place."""
+        rows = np.repeat(np.arange(len(scores_BN)), np.diff(self.offsets))
+        scores_BN[rows, self.item_idx] += self.bonus
+
+
 class VectorRetriever(Retriever):
-    """A retriever whose score is the inner product of a user vector and an item vector, so that FAISS can search it."""
+    """A retriever whose score is the inner product of a user vector and an item vector, so that FAISS can search it.
+
+    A family may add to the scores of the items that a user knows (:meth:`bonus`); those are few, and scored apart.
+    """
 
     num_vectors: int = 1
     """K, the vectors per user"""
@@ -142,9 +167,19 @@ class VectorRetriever(Retriever):
         """
         return self.item_vectors()
 
+    def bonus(
+        self, histories: Histories, users_BKD: NDArray[np.float32], now_ms: NDArray[np.int64] | None = None
+    ) -> ItemBonus | None:
+        """What is added to inner products, given what :meth:`encode_users` said; None for a family without it."""
+        return None
+
     def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """The best inner product over the user's K vectors."""
+        """The best inner product over the user's K vectors, and the bonus."""
         users = self.encode_users(histories, now_ms)
         batch, vectors, dim = users.shape
         scores = (users.reshape(batch * vectors, dim) @ self.item_vectors().T).reshape(batch, vectors, self.num_items)
-        return scores.max(axis=1)
+        best = scores.max(axis=1)
+        bonus = self.bonus(histories, users, now_ms)
+        if bonus is not None:
+            bonus.add_to(best)
+        return best

@@ -4,9 +4,11 @@ A model of this family is a :class:`SequenceConfig` with an encoder of its own (
 foretells every item of a history from what came before it; input and output item vectors are tied. Sequences are
 packed, not padded; a learned start vector stands before the first item and answers the empty history. With
 ``objective: next_basket`` every item of a basket is foretold from what came before the basket.
-``trend_half_lives_days`` lengthens user and item vectors by what is in demand of late (:mod:`.layers.trend`).
+``trend_half_lives_days`` lengthens user and item vectors by what is in demand of late (:mod:`.layers.trend`), and
+``habit_half_lives_days`` the scores of what the user knows by how often they came back to it (:mod:`.layers.habit`).
 
-Shape legend: B histories, T tokens, D dim, N items, S sampled negatives, F trends, V = D + F.
+Shape legend: B histories, T tokens, D dim, N items, S sampled negatives, F half-lives, V = D and both kinds of F: user
+vectors end with the weights of habits, where item vectors have zeros.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from torch import Tensor, nn
 
 from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
-from recsys.models.base import FitData
+from recsys.models.base import FitData, ItemBonus
 from recsys.models.layers.encoder import Encoder
+from recsys.models.layers.habit import Habits, PastOfTargets
 from recsys.models.layers.items import ItemVectors
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.trend import Trends, TrendWeights
@@ -38,7 +41,7 @@ from recsys.models.towers import (
     sampler_of,
     target_weights,
 )
-from recsys.training.losses import Trend, softmax_loss
+from recsys.training.losses import Habit, Trend, softmax_loss
 from recsys.training.sampling import (
     PackedWindows,
     Windows,
@@ -63,6 +66,11 @@ class SequenceConfig(TowerConfig, ABC):
         default=(),
         max_length=16,
         description="let demand of late speak: per half-life a dimension with each item's faded count (needs time)",
+    )
+    habit_half_lives_days: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(),
+        max_length=16,
+        description="where users come back to the same: per half-life, how often they did adds to a score (needs time)",
     )
 
     reads_both_ways: ClassVar[bool] = False
@@ -150,7 +158,12 @@ class SequenceRetriever(TowerRetriever):
         """float32 [B, N]: scores of :meth:`encode_prefixes`, where prefixes can share a pass."""
         if self.config.reads_both_ways or self.config.reads_time:
             return self.score(histories, now_ms)
-        return self.encode_prefixes(histories) @ self.item_vectors().T
+        users_BV = self.encode_prefixes(histories)
+        scores_BN = users_BV @ self.item_vectors().T
+        bonus = self.bonus(histories, users_BV[:, None], now_ms)
+        if bonus is not None:
+            bonus.add_to(scores_BN)
+        return scores_BN
 
     def _encode(
         self,
@@ -185,13 +198,23 @@ class SequenceRetriever(TowerRetriever):
         with torch.inference_mode():
             token_T = torch.from_numpy(item_T).to(device)
             user_TD = self._network.encode(items_ND[token_T.clamp(min=0)], token_T < 0, layout)
-            if self._network.trend is not None:
-                user_TD = torch.cat([user_TD, self._network.trend(user_TD)], dim=1)
-            return user_TD.float().cpu().numpy(), lengths
+            weights = [part(user_TD) for part in (self._network.trend, self._network.habit) if part is not None]
+            return torch.cat([user_TD, *weights], dim=1).float().cpu().numpy(), lengths
+
+    def bonus(
+        self, histories: Histories, users_BKD: NDArray[np.float32], now_ms: NDArray[np.int64] | None = None
+    ) -> ItemBonus | None:
+        """What the user's habits add to the scores of the items of the history."""
+        half_lives = self.config.habit_half_lives_days
+        if not half_lives:
+            return None
+        habits = Habits.of(histories, now_ms, half_lives, self.num_items)
+        weight_EF = np.repeat(users_BKD[:, 0, -len(half_lives) :], np.diff(habits.offsets), axis=0)
+        return ItemBonus(habits.item_idx, habits.offsets, (weight_EF * habits.count_EF).sum(axis=1))
 
     @property
     def _num_dimensions(self) -> int:
-        return self.config.dim + len(self.config.trend_half_lives_days)
+        return self.config.dim + len(self.config.trend_half_lives_days) + len(self.config.habit_half_lives_days)
 
 
 _INFERENCE_TOKENS = 1 << 15
@@ -228,11 +251,18 @@ class SequenceNetwork(TowerNetwork):
         self.trend: TrendWeights | None = None
         if trend_MFN is not None:
             self.trend = TrendWeights(dim, len(config.trend_half_lives_days), trend_MFN)
+        self.habit: nn.Linear | None = None
+        if config.habit_half_lives_days:
+            self.habit = nn.Linear(dim, len(config.habit_half_lives_days))
+            nn.init.zeros_(self.habit.weight)
+            nn.init.zeros_(self.habit.bias)
 
     def item_vectors(self) -> Tensor:
         """[N, V]: all items, at the end of the log."""
-        vectors_ND = self.items()
-        return vectors_ND if self.trend is None else torch.cat([vectors_ND, self.trend.table_MFN[-1].T], dim=1)
+        vectors_NV = self.items()
+        if self.trend is not None:
+            vectors_NV = torch.cat([vectors_NV, self.trend.table_MFN[-1].T], dim=1)
+        return vectors_NV if self.habit is None else nn.functional.pad(vectors_NV, (0, self.habit.out_features))
 
     def encode(self, input_TD: Tensor, is_start_T: Tensor, layout: PackedLayout) -> Tensor:
         """[T, D] item vectors (rows where ``is_start`` are replaced) to [T, D] user vectors, one per position."""
@@ -248,6 +278,10 @@ class SequenceNetwork(TowerNetwork):
         if self.trend is not None:
             assert part.moment_T is not None
             trend = Trend(self.trend(user_TD), part.moment_T, self.trend.table_MFN)
+        habit = None
+        if self.habit is not None:
+            assert part.habit is not None
+            habit = Habit(self.habit(user_TD), *part.habit)
         return softmax_loss(
             user_TD,
             positive_TD.to(user_TD.dtype),
@@ -257,6 +291,7 @@ class SequenceNetwork(TowerNetwork):
             candidate_C=part.candidate,
             log_correction_C=part.log_correction,
             trend=trend,
+            habit=habit,
         )
 
 
@@ -273,6 +308,8 @@ class _Part:
     """int64 [T]: the token whose output must foretell target ``t``; None where that is token ``t`` itself"""
     moment_T: Tensor | None
     """int64 [T]: the moment of each target among those of the trends"""
+    habit: tuple[Tensor, ...] | None
+    """the fields of :class:`recsys.training.losses.Habit` after the weights"""
     id_keep: Tensor | None
     candidate: Tensor | None
     log_correction: Tensor | None
@@ -291,6 +328,9 @@ class SequencePlan:
         self.trends: Trends | None = None
         if config.trend_half_lives_days:
             self.trends = Trends.of(data.histories, data.weights, data.num_items, config.trend_half_lives_days)
+        self.past: PastOfTargets | None = None
+        if config.habit_half_lives_days:
+            self.past = PastOfTargets.of(data.histories, by_basket=config.objective == "next_basket")
 
     def epoch(self, epoch: int) -> Sequence[_Step]:
         rng = rng_for(self.data.seed, 3, epoch)
@@ -324,7 +364,7 @@ class _Step:
         def tensor(array: NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
-        candidate = log_correction = None
+        candidate = log_correction = drawn = None
         hidden = hidden_ids(config, data, rng)
         times = data.histories.timestamp_ms
         input_row, target_row, weight = windows.input_row, windows.target_row, token_weight(windows, self.plan.weights)
@@ -348,6 +388,14 @@ class _Step:
         if config.num_negatives:
             drawn = sampler.draw(config.num_negatives, rng)
             candidate, log_correction = tensor(drawn), tensor(sampler.log_correction(drawn))
+        habit = None
+        if self.plan.past is not None:
+            habits, query_T = self.plan.past.habits(target_row, config.habit_half_lives_days, data.num_items)
+            positive_TF = habits.count(query_T, log[target_row].astype(np.int64), data.num_items)
+            if drawn is not None:
+                habits = habits.among(drawn)
+            candidates = habits.item_idx.astype(np.int64)
+            habit = tuple(map(tensor, (positive_TF, query_T, habits.offsets, candidates, habits.count_EF)))
         return _Part(
             input_T=tensor(log[np.maximum(input_row, 0)].astype(np.int64)),
             is_start_T=tensor(input_row < 0),
@@ -356,6 +404,7 @@ class _Step:
             layout=PackedLayout.of(windows.lengths, layout_times).to(device),
             query_T=None if query is None else tensor(query),
             moment_T=moment,
+            habit=habit,
             id_keep=None if hidden is None else tensor(hidden),
             candidate=candidate,
             log_correction=log_correction,

@@ -145,13 +145,17 @@ class RetrieverContract:
             self.config.fit(replace(self.fit_data(dataset), histories=nothing), Runtime("cpu"))
 
     def test_vectors_agree_with_scores(self, fitted: Retriever, histories: Histories) -> None:
-        """For families with vectors: their inner product is the score, so an index finds what ``score`` ranks."""
+        """For families with vectors: inner product and bonus are the score, so an index finds what ``score`` ranks."""
         if not isinstance(fitted, VectorRetriever):
             pytest.skip("this family has no vectors")
         users, items = fitted.encode_users(histories), fitted.item_vectors()
         assert users.shape == (len(histories), fitted.num_vectors, items.shape[1])
         assert users.dtype == items.dtype == np.float32
-        _close(np.einsum("bkd,nd->bkn", users, items).max(1), fitted.score(histories))
+        scores = np.einsum("bkd,nd->bkn", users, items).max(1)
+        bonus = fitted.bonus(histories, users)
+        if bonus is not None:
+            bonus.add_to(scores)
+        _close(scores, fitted.score(histories))
 
 
 def _close(actual: NDArray[Any], expected: NDArray[Any]) -> None:

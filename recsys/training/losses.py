@@ -1,6 +1,7 @@
 """Softmax over many items without ever holding all logits.
 
-Shape legend: T tokens, C candidates, D dim, c tokens of one chunk, M moments, F trends, N items.
+Shape legend: T tokens, C candidates, D dim, c tokens of one chunk, M moments, F half-lives, N items, Q queries, E pairs
+of a query and a candidate, e those of one chunk's tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,32 @@ class Trend(NamedTuple):
     """float32, every trend of every item at every moment; constant"""
 
 
+class Habit(NamedTuple):
+    """What is added to a logit for how often its item stands in the history of the token's query."""
+
+    weight_TF: Tensor
+    """float, the weight of each half-life for each token's query"""
+    positive_TF: Tensor
+    """float32, the counts of each token's positive; constant"""
+    query_T: Tensor
+    """int64, the query of each token"""
+    offset_Q: Tensor
+    """int64 [Q + 1]: ``offset_Q[q]`` to ``offset_Q[q + 1]`` are the pairs of query ``q``"""
+    candidate_E: Tensor
+    """int64, place of each pair's item among the candidates"""
+    count_EF: Tensor
+    """float32, the counts of each pair; constant"""
+
+    def pairs(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the tokens ``rows``: pairs of each [c], token of each pair [e], its candidate [e], its counts [e, F]."""
+        query_c = self.query_T[rows]
+        num_c = self.offset_Q[query_c + 1] - self.offset_Q[query_c]
+        token_e = torch.repeat_interleave(num_c)
+        first_c = self.offset_Q[query_c] - (num_c.cumsum(0) - num_c)
+        pair_e = first_c[token_e] + torch.arange(len(token_e), device=token_e.device)
+        return num_c, token_e, self.candidate_E[pair_e], self.count_EF[pair_e]
+
+
 def softmax_loss(
     user_TD: Tensor,
     positive_TD: Tensor,
@@ -35,6 +62,7 @@ def softmax_loss(
     candidate_C: Tensor | None = None,
     log_correction_C: Tensor | None = None,
     trend: Trend | None = None,
+    habit: Habit | None = None,
 ) -> Tensor:
     """Weighted sum over tokens of ``-log softmax`` of the positive item, against all or sampled candidates.
 
@@ -52,12 +80,12 @@ def softmax_loss(
         candidate_C: int64, item of each candidate; an item may come twice. None where candidate ``c`` is item ``c``.
         log_correction_C: float, added to each candidate's logit.
         trend: adds ``weight . table[moment, :, item]`` to the logits of candidates and positives.
+        habit: adds ``weight . count`` to the logits of the candidates and positives that the query's history holds.
 
     Returns:
         A float32 scalar. Logits ``[T, C]`` and their gradient exist for a chunk of tokens at a time only: gradients
         are accumulated in the forward pass, so nothing is recomputed in the backward pass.
     """
-    weight_TF, moment_T, table_MFN = trend or (None, None, None)
     loss = _SoftmaxLoss.apply(
         user_TD,
         positive_TD,
@@ -66,9 +94,10 @@ def softmax_loss(
         weight_T.float(),
         candidate_C,
         log_correction_C,
-        weight_TF,
-        moment_T,
-        table_MFN,
+        None if trend is None else trend.weight_TF,
+        trend,
+        None if habit is None else habit.weight_TF,
+        habit,
     )
     assert isinstance(loss, Tensor)
     return loss
@@ -86,13 +115,15 @@ class _SoftmaxLoss(torch.autograd.Function):
         candidate_C: Tensor | None,
         log_correction_C: Tensor | None,
         trend_weight_TF: Tensor | None,
-        moment_T: Tensor | None,
-        table_MFN: Tensor | None,
+        trend: Trend | None,
+        habit_weight_TF: Tensor | None,
+        habit: Habit | None,
     ) -> Tensor:
         loss = torch.zeros((), device=user_TD.device)
         grad_user, grad_positive = torch.empty_like(user_TD), torch.empty_like(positive_TD)
         grad_candidate = torch.zeros_like(candidate_CD, dtype=torch.float32)
         grad_trend = None if trend_weight_TF is None else torch.empty_like(trend_weight_TF)
+        grad_habit = None if habit_weight_TF is None else torch.empty_like(habit_weight_TF)
         threads = torch.get_num_threads() if user_TD.device.type == "cpu" else 1
         chunk = max(1, _CHUNK_ELEMENTS[user_TD.device.type] * threads // max(1, len(candidate_CD)))
         for start in range(0, len(user_TD), chunk):
@@ -100,17 +131,23 @@ class _SoftmaxLoss(torch.autograd.Function):
             user, positive, weight = user_TD[rows], positive_TD[rows], weight_T[rows, None]
             positive_logit = (user.float() * positive.float()).sum(-1, keepdim=True)
             logit_cC = (user @ candidate_CD.T).float()
-            trend_cFC = positive_trend = None
+            trend_cFC = positive_trend = pairs = None
             if trend_weight_TF is not None:
-                assert moment_T is not None
-                assert table_MFN is not None
-                trend_weight, moment = trend_weight_TF[rows].float(), moment_T[rows]
-                trend_cFC = table_MFN[moment]
+                assert trend is not None
+                trend_weight, moment = trend_weight_TF[rows].float(), trend.moment_T[rows]
+                trend_cFC = trend.table_MFN[moment]
                 if candidate_C is not None:
                     trend_cFC = trend_cFC.index_select(2, candidate_C)
-                positive_trend = table_MFN[moment, :, positive_T[rows]]
+                positive_trend = trend.table_MFN[moment, :, positive_T[rows]]
                 logit_cC += torch.bmm(trend_weight.unsqueeze(1), trend_cFC).squeeze(1)
                 positive_logit = positive_logit + (trend_weight * positive_trend).sum(-1, keepdim=True)
+            if habit_weight_TF is not None:
+                assert habit is not None
+                habit_weight = habit_weight_TF[rows].float()
+                pairs = _, token_e, candidate_e, count_eF = habit.pairs(rows)
+                place_e = token_e * logit_cC.shape[1] + candidate_e
+                logit_cC.view(-1).index_add_(0, place_e, (habit_weight[token_e] * count_eF).sum(-1))
+                positive_logit = positive_logit + (habit_weight * habit.positive_TF[rows]).sum(-1, keepdim=True)
             if log_correction_C is not None:
                 logit_cC += log_correction_C
             if candidate_C is None:
@@ -135,14 +172,23 @@ class _SoftmaxLoss(torch.autograd.Function):
                 assert positive_trend is not None
                 met = torch.bmm(trend_cFC, share_cC.float().unsqueeze(-1)).squeeze(-1)
                 grad_trend[rows] = (met * scale + positive_share.float() * positive_trend).to(grad_trend.dtype)
-        saved = [grad_user, grad_positive, grad_candidate.to(candidate_CD.dtype)]
-        ctx.save_for_backward(*saved, *([] if grad_trend is None else [grad_trend]))
+            if grad_habit is not None:
+                assert habit is not None
+                assert pairs is not None
+                num_c, token_e, candidate_e, count_eF = pairs
+                met_eF = share_cC[token_e, candidate_e].float().unsqueeze(-1) * count_eF
+                met = torch.segment_reduce(met_eF, "sum", lengths=num_c, initial=0)
+                known = positive_share.float() * habit.positive_TF[rows]
+                grad_habit[rows] = (met * scale + known).to(grad_habit.dtype)
+        ctx.save_for_backward(grad_user, grad_positive, grad_candidate.to(candidate_CD.dtype), grad_trend, grad_habit)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        user, positive, candidate, *trend = (grad * grad_outputs[0] for grad in ctx.saved_tensors)
-        return user, positive, candidate, None, None, None, None, trend[0] if trend else None, None, None
+        user, positive, candidate, trend, habit = (
+            None if grad is None else grad * grad_outputs[0] for grad in ctx.saved_tensors
+        )
+        return user, positive, candidate, None, None, None, None, trend, None, habit, None
 
 
 def _accumulate(into: Tensor, left: Tensor, right: Tensor) -> None:

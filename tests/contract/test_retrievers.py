@@ -79,6 +79,17 @@ class TestESASRecWithTrends(TestESASRecWithText):
         np.testing.assert_array_equal(fitted.item_embeddings(), fitted.item_vectors()[:, :16])
 
 
+class TestESASRecWithHabits(TestESASRecWithText):
+    config = SMALL.model_copy(
+        update={"id_dropout": 0.3, "trend_half_lives_days": (1.0,), "habit_half_lives_days": (0.5, 30.0)}
+    )
+
+
+class TestESASRecSampledWithHabits(RetrieverContract):
+    config = SMALL.model_copy(update={"num_negatives": 32, "habit_half_lives_days": (30.0,)})
+    min_ndcg = 0.35
+
+
 class SequenceContract(RetrieverContract):
     min_ndcg = 0.35
     chain_epochs = 6

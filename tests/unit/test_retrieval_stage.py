@@ -9,7 +9,7 @@ import pytest
 from recsys.data.histories import Histories
 from recsys.errors import BundleMismatchError
 from recsys.index import FlatIndex
-from recsys.models.base import Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.base import ItemBonus, Retriever, RetrieverConfig, VectorRetriever
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.stages import retrieval
 from recsys.pipeline.stages.retrieval import RetrievalStage
@@ -54,6 +54,16 @@ class MeanRetriever(VectorRetriever):
         raise AssertionError
 
 
+class FondRetriever(MeanRetriever):
+    """Of the items of the history some are worth more than they look, and some less."""
+
+    def bonus(self, histories: Histories, users_BKD: np.ndarray, now_ms: Any = None) -> ItemBonus:
+        items = [np.unique(histories.items(row)) for row in range(len(histories))]
+        known = np.concatenate(items).astype(np.int32)
+        bonus = np.where(known % 4 == 0, -9.0, 9.0).astype(np.float32)
+        return ItemBonus(known, np.cumsum([0, *map(len, items)]), bonus)
+
+
 class ScoringRetriever(Retriever):
     """The same scores without vectors to search."""
 
@@ -83,9 +93,12 @@ def catalogue() -> Catalogue:
     )
 
 
+KINDS = ["one vector", "many vectors", "bonus", "bonus and many vectors", "scores"]
+
+
 def make_stage(catalogue: Catalogue, kind: str) -> tuple[RetrievalStage, MeanRetriever]:
     vectors = np.random.default_rng(0).standard_normal((NUM_ITEMS, DIM)).astype(np.float32)
-    model = MeanRetriever(vectors, num_vectors=3 if kind == "many vectors" else 1)
+    model = (FondRetriever if "bonus" in kind else MeanRetriever)(vectors, num_vectors=3 if "many" in kind else 1)
     if kind == "scores":
         return RetrievalStage("bundle", ScoringRetriever(model), None, catalogue), model
     return RetrievalStage("bundle", model, FlatIndex().build(vectors), catalogue), model
@@ -96,6 +109,8 @@ QUERIES = [
     make_query(history=[3, 4], excluded=[3, 4], num_candidates=20, filters=Filters(categories_any=("a",))),
     make_query(),
     make_query(history=[9], excluded=range(1, 280), num_candidates=30),
+    make_query(history=[3, 4, 8, 11, 52, 97], num_candidates=20, filters=Filters(categories_any=("b",))),
+    make_query(history=range(250), excluded=range(40), num_candidates=30),
     make_query(history=[1, 5, 8], excluded=[5], num_candidates=1, filters=Filters(price_max=0.3)),
     make_query(history=[1], num_candidates=NUM_ITEMS * 3),
     make_query(history=[1], filters=Filters(categories_any=("nothing",))),
@@ -113,7 +128,7 @@ def run(stage: RetrievalStage, queries: list[Query]) -> list[Candidates]:
     return stage.run_batch(queries, [Candidates.empty() for _ in queries])
 
 
-@pytest.mark.parametrize("kind", ["one vector", "many vectors", "scores"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_overfetch", [0, 5, 1024])
 def test_exactly_the_best_allowed_items(
     catalogue: Catalogue, kind: str, max_overfetch: int, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +142,7 @@ def test_exactly_the_best_allowed_items(
         np.testing.assert_array_equal(found.stage_scores["retrieval"], found.score)
 
 
-@pytest.mark.parametrize("kind", ["one vector", "many vectors", "scores"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_result_does_not_depend_on_the_batch(catalogue: Catalogue, kind: str):
     stage, _ = make_stage(catalogue, kind)
     alone = [run(stage, [query])[0] for query in QUERIES]

@@ -13,7 +13,7 @@ import numpy as np
 from recsys.data.histories import Histories
 from recsys.errors import BundleMismatchError
 from recsys.index import VectorIndex
-from recsys.models.base import Retriever, VectorRetriever
+from recsys.models.base import ItemBonus, Retriever, VectorRetriever
 from recsys.pipeline.catalogue import BoolArray, Catalogue, contains
 from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
 
@@ -65,7 +65,8 @@ class RetrievalStage:
         now_ms = np.array([query.now_ms for query in queries], np.int64)
         if self._vector_retriever is not None and self._index is not None:
             users_BKD = self._vector_retriever.encode_users(histories, now_ms)
-            return self._search(self._index, queries, users_BKD)
+            bonus = self._vector_retriever.bonus(histories, users_BKD, now_ms)
+            return self._search(self._index, queries, users_BKD, bonus)
         found: list[Candidates] = []
         for rows, part in histories.batches(max(1, _MAX_SCORES // max(1, len(self.catalogue)))):
             scores_BN = self.retriever.score(part, now_ms[rows])
@@ -75,11 +76,19 @@ class RetrievalStage:
                 found.append(self._best(item_idx, scores_N[item_idx], query.num_candidates))
         return found
 
-    def _search(self, index: VectorIndex, queries: Sequence[Query], users_BKD: FloatArray) -> list[Candidates]:
-        """Queries under one mask share one search; what a query gets does not depend on who shares it."""
+    def _search(
+        self, index: VectorIndex, queries: Sequence[Query], users_BKD: FloatArray, bonus: ItemBonus | None
+    ) -> list[Candidates]:
+        """Queries under one mask share one search; what a query gets does not depend on who shares it.
+
+        Items with a bonus are left out of the search and scored one by one.
+        """
+        left_out = [query.excluded_item_idx for query in queries]
+        if bonus is not None:
+            left_out = [np.union1d(excluded, bonus.of(row)[0]) for row, excluded in enumerate(left_out)]
         groups: defaultdict[tuple[Filters, int, int], list[int]] = defaultdict(list)
         for row, query in enumerate(queries):
-            num_excluded = len(query.excluded_item_idx)
+            num_excluded = len(left_out[row])
             if num_excluded <= _MAX_OVERFETCH:
                 groups[query.filters, _power_of_two(query.num_candidates + num_excluded), -1].append(row)
             else:
@@ -88,7 +97,7 @@ class RetrievalStage:
         for (filters, fetch, own), rows in groups.items():
             mask: BoolArray | None
             if own >= 0:
-                mask = self.catalogue.allowed(filters, queries[own].excluded_item_idx)
+                mask = self.catalogue.allowed(filters, left_out[own])
             else:
                 matching = self.catalogue.matching(filters)
                 mask = None if matching.count == len(self.catalogue) else matching.allowed
@@ -100,12 +109,25 @@ class RetrievalStage:
             items_bk = items.reshape(len(rows), -1)
             for row, row_scores, row_items in zip(rows, scores_bk, items_bk, strict=True):
                 query = queries[row]
-                keep = (row_items >= 0) & ~contains(query.excluded_item_idx, row_items)
+                keep = (row_items >= 0) & ~contains(left_out[row], row_items)
                 item_idx, score = row_items[keep], row_scores[keep]
                 if num_vectors > 1:
                     item_idx, score = _best_of_each(item_idx, score)
+                if bonus is not None:
+                    known, known_score = self._known(query, users_BKD[row], *bonus.of(row))
+                    item_idx, score = np.concatenate([item_idx, known]), np.concatenate([score, known_score])
                 found[row] = self._best(item_idx, score, query.num_candidates)
         return [found[row] for row in range(len(queries))]
+
+    def _known(
+        self, query: Query, user_KD: FloatArray, item_idx: Int32Array, bonus: FloatArray
+    ) -> tuple[Int32Array, FloatArray]:
+        """Those of the items with a bonus that the query may have, and their scores."""
+        assert self._vector_retriever is not None
+        keep = self.catalogue.matching(query.filters).allowed[item_idx] & ~contains(query.excluded_item_idx, item_idx)
+        item_idx = item_idx[keep]
+        products = user_KD @ self._vector_retriever.item_vectors()[item_idx].T
+        return item_idx, products.max(axis=0) + bonus[keep]
 
     def _best(self, item_idx: Int32Array, score: FloatArray, k: int) -> Candidates:
         """The ``k`` best, descending; equal scores in order of ``item_idx``, so the result is the same every time."""
