@@ -14,6 +14,7 @@ from recsys.models.base import Retriever, RetrieverConfig
 from recsys.models.bert4rec import BERT4Rec
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
+from recsys.models.cnn_lstm import CNNLSTM
 from recsys.models.ease import EASE
 from recsys.models.esasrec import ESASRec
 from recsys.models.gru4rec import GRU4Rec
@@ -21,11 +22,13 @@ from recsys.models.hstu import HSTU
 from recsys.models.item_knn import ItemKNN
 from recsys.models.lstm import LSTM
 from recsys.models.mind import MIND
+from recsys.models.neumf import NeuMF
 from recsys.models.popularity import Popularity
 from recsys.models.ranker_export import load_exported
 from recsys.models.ranking import Ranker, RankerConfig
 from recsys.models.sasrec import SASRec
 from recsys.models.svd import SVD
+from recsys.models.text_two_tower import TextTwoTower
 from recsys.models.tfidf import TfIdf
 from recsys.models.user_knn import UserKNN
 
@@ -38,14 +41,17 @@ KINDS: tuple[type[RetrieverConfig], ...] = (
     ALS,
     BPR,
     EASE,
+    NeuMF,
     GRU4Rec,
     LSTM,
     Caser,
+    CNNLSTM,
     SASRec,
     BERT4Rec,
     ESASRec,
     HSTU,
     MIND,
+    TextTwoTower,
 )
 
 RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig,)

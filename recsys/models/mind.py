@@ -11,8 +11,6 @@ Shape legend: B histories, L items read of each (padded at the end, newest first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -24,21 +22,12 @@ from torch import Tensor, nn
 from recsys.data.histories import Histories
 from recsys.errors import ModelError
 from recsys.models.base import FitData
+from recsys.models.drawn_targets import PADDING, START, DrawnTargets, Part, newest_first
 from recsys.models.layers.dropout import Dropout
-from recsys.models.layers.items import ItemVectors
-from recsys.models.towers import (
-    Plan,
-    TowerConfig,
-    TowerNetwork,
-    TowerRetriever,
-    hidden_ids,
-    sampler_of,
-    target_weights,
-)
+from recsys.models.layers.items import ItemTower
+from recsys.models.towers import Plan, TowerConfig, TowerNetwork, TowerRetriever
 from recsys.training.losses import softmax_loss
-from recsys.training.sampling import rng_for
 
-_PADDING, _START = -2, -1
 _HISTORIES_AT_ONCE = 2048
 
 
@@ -57,9 +46,9 @@ class MIND(TowerConfig):
     )
 
     def plan(self, data: FitData) -> Plan:
-        return _Plan(self, data)
+        return DrawnTargets(self, data, self.targets_per_user)
 
-    def network(self, items: ItemVectors, plan: Plan | None) -> TowerNetwork:
+    def network(self, items: ItemTower, plan: Plan | None) -> TowerNetwork:
         return _Interests(self, items)
 
     def retriever(self, network: TowerNetwork, num_items: int, item_vectors_NV: Tensor | None = None) -> TowerRetriever:
@@ -85,7 +74,7 @@ class MINDRetriever(TowerRetriever):
         order = np.argsort(histories.lengths, kind="stable")
         for start in range(0, len(order), _HISTORIES_AT_ONCE):
             rows = order[start : start + _HISTORIES_AT_ONCE]
-            item_BL = _newest_first(histories[rows], self._max_length)
+            item_BL = newest_first(histories[rows], self._max_length)
             if item_BL.max(initial=-1) >= self.num_items:
                 raise ModelError(f"a history holds an item_idx outside 0..{self.num_items - 1}")
             with torch.inference_mode():
@@ -99,7 +88,7 @@ class MINDRetriever(TowerRetriever):
 class _Interests(TowerNetwork):
     first_logit_KL: Tensor
 
-    def __init__(self, config: MIND, items: ItemVectors) -> None:
+    def __init__(self, config: MIND, items: ItemTower) -> None:
         super().__init__(items)
         dim = config.dim
         self.num_iterations, self.sharpness = config.num_iterations, config.sharpness
@@ -111,8 +100,8 @@ class _Interests(TowerNetwork):
 
     def interests(self, input_BLD: Tensor, item_BL: Tensor) -> tuple[Tensor, Tensor]:
         """[B, K, D], and bool [B, K]: which of them the length of the history allows (``log2``, the paper's eq. 9)."""
-        input_BLD = self.dropout(torch.where((item_BL == _START).unsqueeze(-1), self.start, input_BLD))
-        real_BL = item_BL != _PADDING
+        input_BLD = self.dropout(torch.where((item_BL == START).unsqueeze(-1), self.start, input_BLD))
+        real_BL = item_BL != PADDING
         num_interests = len(self.first_logit_KL)
         allowed_B = real_BL.sum(1).float().log2().floor().clamp(1, num_interests)
         active_BK = torch.arange(num_interests, device=item_BL.device) < allowed_B.unsqueeze(1)
@@ -126,7 +115,7 @@ class _Interests(TowerNetwork):
         capsule_BKD = _squash(_shares(logit_BKL, active_BK, real_BL) @ behaviour_BLD)
         return capsule_BKD + self.out(capsule_BKD), active_BK
 
-    def forward(self, part: _Part) -> Tensor:
+    def forward(self, part: Part) -> Tensor:
         flat_T = part.item_BL.clamp(min=0).flatten()
         input_TD, positive_BD, candidate_CD = self.look_up(flat_T, part.positive_B, part.candidate, part.id_keep)
         interests_BKD, active_BK = self.interests(input_TD.view(*part.item_BL.shape, -1), part.item_BL)
@@ -153,96 +142,3 @@ def _squash(x: Tensor) -> Tensor:
     """Keeps the direction and turns the length ``n`` into ``n^2 / (1 + n^2)``."""
     square = x.square().sum(-1, keepdim=True)
     return x * (square / (1 + square) * (square + 1e-9).rsqrt())
-
-
-def _newest_first(histories: Histories, max_length: int) -> NDArray[np.int64]:
-    """int64 [B, L]: items newest first, then the start where there is room, then padding; at least one column."""
-    histories = histories.last(max_length)
-    lengths = histories.lengths
-    back = np.arange(min(int(lengths.max(initial=0)) + 1, max_length))
-    is_item = back < lengths[:, None]
-    item = np.where(back == lengths[:, None], _START, _PADDING)
-    item[is_item] = histories.item_idx[(histories.stops[:, None] - 1 - back)[is_item]]
-    if item[is_item].min(initial=0) < 0:
-        raise ModelError(f"a history holds item_idx {item[is_item].min()}, and they begin at 0")
-    return item
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One worker's part of a step, on its device."""
-
-    item_BL: Tensor
-    positive_B: Tensor
-    weight_B: Tensor
-    id_keep: Tensor | None
-    candidate: Tensor | None
-    log_correction: Tensor | None
-
-
-class _Plan:
-    """Every epoch draws some targets of each history, each to be foretold from all that came before it."""
-
-    def __init__(self, config: MIND, data: FitData) -> None:
-        self.config, self.data = config, data
-        self.sampler = sampler_of(config, data)
-        self.weights = target_weights(config, data)
-
-    def epoch(self, epoch: int) -> Sequence[_Step]:
-        rng = rng_for(self.data.seed, 3, epoch)
-        histories = self.data.histories
-        rows, lengths = histories.rows(), histories.lengths
-        begin, user = np.repeat(histories.starts, lengths), np.repeat(np.arange(len(histories)), lengths)
-        shuffled = np.lexsort((rng.random(len(rows)), user))
-        place = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        drawn = rng.permutation(shuffled[place < self.config.targets_per_user])
-        cost = np.minimum(rows[drawn] - begin[drawn], self.config.max_length) + 1
-        step = (np.cumsum(cost) - 1) // self.config.train.batch_tokens
-        parts = np.split(drawn, np.flatnonzero(np.diff(step)) + 1)
-        return [_Step(self, rows[part], begin[part], epoch, number) for number, part in enumerate(parts)]
-
-
-@dataclass(frozen=True)
-class _Step:
-    plan: _Plan
-    target_row: NDArray[np.int64]
-    begin: NDArray[np.int64]
-    """int64: where the history of each target begins in the log"""
-    epoch: int
-    number: int
-
-    @property
-    def weight(self) -> float:
-        return float(self.plan.weights[self.target_row].sum(dtype=np.float64))
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.target_row)
-
-    def part(self, index: int, num_parts: int, device: torch.device) -> _Part:
-        """Negatives and hidden IDs are drawn for the step as a whole, so every part has the same ones."""
-        config, data, sampler = self.plan.config, self.plan.data, self.plan.sampler
-        rng = rng_for(data.seed, 4, self.epoch, self.number)
-        order = np.argsort(self.begin - self.target_row, kind="stable")
-        counts = index < len(order)
-        # A part left empty takes a target that does not count: data-parallel workers must all take part in a step.
-        mine = order[index::num_parts] if counts else order[-1:]
-        rows = self.target_row[mine]
-        before = Histories(data.histories.item_idx, self.begin[mine], rows)
-
-        def tensor(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
-        hidden = hidden_ids(config, data, rng)
-        candidate = log_correction = None
-        if config.num_negatives:
-            drawn = sampler.draw(config.num_negatives, rng)
-            candidate, log_correction = tensor(drawn), tensor(sampler.log_correction(drawn))
-        return _Part(
-            item_BL=tensor(_newest_first(before, config.max_length)),
-            positive_B=tensor(data.histories.item_idx[rows].astype(np.int64)),
-            weight_B=tensor(self.plan.weights[rows] * np.float32(counts)),
-            id_keep=None if hidden is None else tensor(hidden),
-            candidate=candidate,
-            log_correction=log_correction,
-        )

@@ -29,7 +29,7 @@ from recsys.errors import ModelError, NoTimeError
 from recsys.models.base import FitData, ItemBonus
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.habit import Habits, PastOfTargets
-from recsys.models.layers.items import ItemVectors
+from recsys.models.layers.items import ItemTower
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.trend import Trends, TrendWeights
 from recsys.models.towers import (
@@ -89,10 +89,10 @@ class SequenceConfig(TowerConfig, ABC):
     def plan(self, data: FitData) -> SequencePlan:
         return SequencePlan(self, data)
 
-    def network(self, items: ItemVectors, plan: Plan | None) -> SequenceNetwork:
+    def network(self, items: ItemTower, plan: Plan | None) -> SequenceNetwork:
         trend_MFN: Tensor | None = None
         if self.trend_half_lives_days:
-            num_items, num_trends = len(items.has_id), len(self.trend_half_lives_days)
+            num_items, num_trends = items.num_items, len(self.trend_half_lives_days)
             trends = plan.trends if isinstance(plan, SequencePlan) else None
             trend_MFN = torch.zeros(0, num_trends, num_items) if trends is None else torch.from_numpy(trends.table_MFN)
         return SequenceNetwork(self, items, trend_MFN)
@@ -243,7 +243,7 @@ def _token_times(
 class SequenceNetwork(TowerNetwork):
     """Reads packed sequences with the encoder of ``config``."""
 
-    def __init__(self, config: SequenceConfig, items: ItemVectors, trend_MFN: Tensor | None) -> None:
+    def __init__(self, config: SequenceConfig, items: ItemTower, trend_MFN: Tensor | None) -> None:
         super().__init__(items)
         dim = config.dim
         self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)

@@ -1,8 +1,9 @@
 """User vectors and item vectors that are trained for each other: what all models of this kind share.
 
 A model is a :class:`TowerConfig` with a plan of training steps and a network that makes user vectors from histories and
-item vectors from what is known of the items; the loss is softmax over sampled or all items. Item vectors add a
-projection of the item's text to the ID embedding, so that new items are retrievable.
+item vectors from what is known of the items; for most the score is their inner product, and the loss softmax over
+sampled or all items. The usual item tower adds a projection of the item's text to the ID embedding, so that new items
+are retrievable.
 
 Shape legend: B histories, T targets, D dim, N items, V length of the vectors that are compared.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
@@ -25,7 +27,7 @@ from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, ModelError
 from recsys.files import read_json, write_json
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
-from recsys.models.layers.items import ItemVectors
+from recsys.models.layers.items import ItemTower, ItemVectors
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.loop import Step, TrainConfig, best_epoch, sample_targets, train, validation_ndcg
 from recsys.training.runtime import Runtime
@@ -43,7 +45,7 @@ class Plan(Protocol):
 class TowerNetwork(nn.Module, ABC):
     """Items, and whatever makes user vectors; ``forward(part)`` is the summed weighted loss of a part of a step."""
 
-    def __init__(self, items: ItemVectors) -> None:
+    def __init__(self, items: ItemTower) -> None:
         super().__init__()
         self.items = items
 
@@ -52,7 +54,7 @@ class TowerNetwork(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors [T, D], [P, D] and [C, D] of the items (int64) read, to be found, and to be told from them.
 
-        ``candidate_C`` None is all items; ``id_keep`` is as for :class:`.layers.items.ItemVectors`.
+        ``candidate_C`` None is all items; ``id_keep`` is as for :class:`.layers.items.ItemTower`.
         """
         if candidate_C is None:
             vectors_ND = self.items(None, id_keep)
@@ -92,28 +94,36 @@ class TowerConfig(RetrieverConfig, ABC):
     )
     train: TrainConfig = Field(default=TrainConfig(), description="how long and how fast to train")
 
+    def items(self, data: FitData) -> ItemTower:
+        """A fresh item tower, its weights drawn from torch's generator."""
+        return ItemVectors(has_interactions(data), text_of(data), self.dim, self.text_hidden_dim)
+
+    def saved_items(self, tensors: Mapping[str, Tensor]) -> ItemTower:
+        """An item tower that saved weights (their names begin with ``items.``) fit into."""
+        return saved_id_and_text(tensors, self.dim, self.text_hidden_dim)
+
     @abstractmethod
     def plan(self, data: FitData) -> Plan:
         """The training steps."""
 
     @abstractmethod
-    def network(self, items: ItemVectors, plan: Plan | None) -> TowerNetwork:
+    def network(self, items: ItemTower, plan: Plan | None) -> TowerNetwork:
         """A fresh one, its weights drawn from torch's generator; without a plan for weights that are read."""
 
     @abstractmethod
-    def retriever(self, network: TowerNetwork, num_items: int, item_vectors_NV: Tensor | None = None) -> TowerRetriever:
+    def retriever(
+        self, network: TowerNetwork, num_items: int, item_vectors_NV: Tensor | None = None
+    ) -> NetworkRetriever:
         """What scores with ``network``."""
 
-    def fit(self, data: FitData, runtime: Runtime) -> TowerRetriever:
+    def fit(self, data: FitData, runtime: Runtime) -> NetworkRetriever:
         """Train on all positives; with ``data.valid`` the weights of the best epoch are kept."""
         if not data.histories.lengths.sum():
             raise EmptyDataError("there is no positive interaction to train on: check the positives' configuration")
         plan = self.plan(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(data.seed)
-            network = self.network(
-                ItemVectors(_has_interactions(data), _text(data), self.dim, self.text_hidden_dim), plan
-            )
+            network = self.network(self.items(data), plan)
         retriever = self.retriever(network, data.num_items)
         valid = None
         if data.valid is not None and len(data.valid):
@@ -138,21 +148,17 @@ class TowerConfig(RetrieverConfig, ABC):
         retriever.refresh()
         return retriever
 
-    def load(self, folder: Path) -> TowerRetriever:
+    def load(self, folder: Path) -> NetworkRetriever:
         """Read a saved model; the text vectors of the catalogue are not needed for it."""
         tensors = load_tensors(folder / "model.safetensors")
         item_vectors_NV = tensors.pop("item_vectors")
-        has_id = tensors["items.has_id"]
-        text_dim = tensors["items.text.weight" if "items.text.weight" in tensors else "items.text.0.weight"].shape[1] \
-            if any(name.startswith("items.text.") for name in tensors) else 0  # fmt: skip
-        text = torch.zeros(0, text_dim) if text_dim else None
-        network = self.network(ItemVectors(has_id, text, self.dim, self.text_hidden_dim), None)
+        network = self.network(self.saved_items(tensors), None)
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise ModelError(f"{folder}: the weights do not fit the configuration: {error}", path=str(folder)) from None
         network.eval()
-        retriever = self.retriever(network, len(has_id), item_vectors_NV)
+        retriever = self.retriever(network, network.items.num_items, item_vectors_NV)
         retriever.history = read_json(folder / "history.json")
         return retriever
 
@@ -164,7 +170,7 @@ class TowerConfig(RetrieverConfig, ABC):
         return self.model_copy(update={"train": self.train.model_copy(update={"epochs": chosen})})
 
 
-class TowerRetriever(VectorRetriever):
+class NetworkRetriever(Retriever):
     """A fitted :class:`TowerConfig`."""
 
     def __init__(
@@ -185,23 +191,6 @@ class TowerRetriever(VectorRetriever):
                 self._items_NV = self._network.item_vectors().float().clone()
         return self._items_NV
 
-    def item_vectors(self) -> NDArray[np.float32]:
-        """float32 [N, V]: ID embedding (where the item has one) plus projected text; then the trends, if any."""
-        return self._items().cpu().numpy()
-
-    def item_embeddings(self) -> NDArray[np.float32]:
-        """float32 [N, D]: the item vectors without what was added to them."""
-        return self.item_vectors()[:, : self.config.dim]
-
-    def vectors_from_text(self, text_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [n, V] item vectors of new items from their text vectors, float32 [n, D_text]; no demand so far."""
-        if self._network.items.text is None:
-            raise ModelError("this model was fitted without text: it has no vectors for new items")
-        items_NV = self._items()
-        with torch.inference_mode():
-            vectors = self._network.items.from_text(torch.tensor(text_vectors, device=items_NV.device))
-        return np.pad(vectors.cpu().numpy(), [(0, 0), (0, items_NV.shape[1] - self.config.dim)])
-
     def score_for_validation(
         self, histories: Histories, now_ms: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
@@ -212,6 +201,36 @@ class TowerRetriever(VectorRetriever):
         """Weights, the finished item vectors, and the learning curve."""
         save_tensors(folder / "model.safetensors", {**self._network.state_dict(), "item_vectors": self._items()})
         write_json(folder / "history.json", list(self.history))
+
+
+class TowerRetriever(NetworkRetriever, VectorRetriever):
+    """One whose score is the inner product of a user vector and an item vector."""
+
+    def item_vectors(self) -> NDArray[np.float32]:
+        """float32 [N, V]: what the item tower says; then the trends, if any."""
+        return self._items().cpu().numpy()
+
+    def item_embeddings(self) -> NDArray[np.float32]:
+        """float32 [N, D]: the item vectors without what was added to them."""
+        return self.item_vectors()[:, : self.config.dim]
+
+    def vectors_of_new(self, items: pa.Table, text_vectors: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """float32 [n, V] item vectors of new items (``ITEMS`` rows; text vectors float32 [n, X]); no demand so far.
+
+        :raises ModelError: when the model does not know what it would have to read of them.
+        """
+        items_NV = self._items()
+        text = None if text_vectors is None else torch.tensor(text_vectors, device=items_NV.device)
+        with torch.inference_mode():
+            vectors = self._network.items.of_new(items, text)
+        return np.pad(vectors.cpu().numpy(), [(0, 0), (0, items_NV.shape[1] - self.config.dim)])
+
+
+def saved_id_and_text(tensors: Mapping[str, Tensor], dim: int, text_hidden_dim: int) -> ItemVectors:
+    """The usual item tower, such that saved weights fit into it; without its texts, which item vectors stand for."""
+    first = tensors.get("items.text.weight", tensors.get("items.text.0.weight"))
+    text = None if first is None else torch.zeros(0, first.shape[1])
+    return ItemVectors(tensors["items.has_id"], text, dim, text_hidden_dim)
 
 
 def sampler_of(config: TowerConfig, data: FitData) -> NegativeSampler:
@@ -232,11 +251,16 @@ def hidden_ids(config: TowerConfig, data: FitData, rng: np.random.Generator) -> 
     return rng.random(data.num_items) >= config.id_dropout
 
 
-def _has_interactions(data: FitData) -> Tensor:
+def has_interactions(data: FitData) -> Tensor:
+    """bool [N]."""
     return torch.from_numpy(np.bincount(data.histories.pack().item_idx, minlength=data.num_items) > 0)
 
 
-def _text(data: FitData) -> Tensor | None:
+def text_of(data: FitData) -> Tensor | None:
+    """float32 [N, X]: the text vectors.
+
+    :raises ModelError: when they are not those of the items, or not finite.
+    """
     if data.text_vectors is None:
         return None
     if len(data.text_vectors) != data.num_items:

@@ -17,7 +17,7 @@ from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.index.flat import FlatIndex
 from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, RankerNetwork, item_content, project
-from recsys.models.base import FitData
+from recsys.models.base import FitData, VectorRetriever
 from recsys.models.esasrec import ESASRec
 from recsys.models.ranking import RankingItems
 from recsys.pipeline.catalogue import Catalogue
@@ -76,6 +76,7 @@ def make_bundle(parent: Path, pipeline: PipelineConfig | None = None, *, seed: i
             FitData(log, np.ones(len(log.item_idx), np.float32), items, text, seed=seed),
             Runtime("cpu", checkpoints=checkpoints),
         )
+    assert isinstance(retriever, VectorRetriever)
     features = ItemFeatures(
         generator.normal(size=(NUM_ITEMS, 7)).astype(np.float32),
         np.eye(2, dtype=np.float32)[np.arange(NUM_ITEMS) % 2],

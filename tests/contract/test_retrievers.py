@@ -11,13 +11,14 @@ import torch
 
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
-from recsys.errors import ModelError, NoTimeError
+from recsys.errors import ConfigError, ModelError, NoTimeError
 from recsys.models import KINDS
 from recsys.models.als import ALS
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
 from recsys.models.bert4rec import BERT4Rec
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
+from recsys.models.cnn_lstm import CNNLSTM
 from recsys.models.ease import EASE
 from recsys.models.esasrec import ESASRec
 from recsys.models.gru4rec import GRU4Rec
@@ -26,10 +27,12 @@ from recsys.models.item_knn import ItemKNN
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.lstm import LSTM
 from recsys.models.mind import MIND
+from recsys.models.neumf import NeuMF
 from recsys.models.popularity import Popularity
 from recsys.models.sasrec import SASRec
 from recsys.models.sequence import SequenceConfig, SequenceRetriever
 from recsys.models.svd import SVD
+from recsys.models.text_two_tower import TextTwoTower
 from recsys.models.tfidf import TfIdf
 from recsys.models.user_knn import UserKNN
 from recsys.testing.planted import planted_chain, planted_clusters
@@ -64,7 +67,7 @@ class TestESASRecWithText(RetrieverContract):
         assert isinstance(fitted, SequenceRetriever)
         text = self.fit_data(self.dataset).text_vectors
         assert text is not None
-        new_items = fitted.vectors_from_text(np.eye(8, dtype=np.float32)[:4])
+        new_items = fitted.vectors_of_new(self.dataset.items[:4], np.eye(8, dtype=np.float32)[:4])
         users = fitted.encode_users(Histories.from_lists([[12 * c + i for i in (1, 5, 3, 7)] for c in range(4)]))[:, 0]
         assert (users @ new_items.T).argmax(1).tolist() == [0, 1, 2, 3]
 
@@ -211,10 +214,9 @@ class TestPearsonUserKNN(RetrieverContract):
     min_ndcg = 0.35
 
 
-class TestTfIdf(RetrieverContract):
+class PlantedWords(RetrieverContract):
     """Words that tell the cluster, planted in the titles."""
 
-    config = TfIdf()
     min_ndcg = 0.35
 
     def fit_data(self, dataset: Dataset) -> FitData:
@@ -222,6 +224,42 @@ class TestTfIdf(RetrieverContract):
         titles = [["red", "blue", "green", "white"][i // 12] + f" thing number{i}" for i in range(data.num_items)]
         at = data.items.column_names.index("title")
         return replace(data, items=data.items.set_column(at, "title", pa.array(titles)))
+
+
+class TestTfIdf(PlantedWords):
+    config = TfIdf()
+
+
+class TestNeuMF(RetrieverContract):
+    config = NeuMF(dim=8, hidden_dims=(16, 8), num_negatives=16, max_length=10, dropout=0.0, train=TRAIN)
+    min_ndcg = 0.35
+
+
+class TestTextTwoTower(TestESASRecWithText):
+    config = TextTwoTower(dim=16, hidden_dim=32, text_hidden_dim=16, max_length=10, num_negatives=0, train=TRAIN)
+
+    def test_texts_are_needed(self) -> None:
+        with pytest.raises(ModelError, match="text: true"):
+            self.config.fit(FitData.of(self.dataset, Split.TRAIN), Runtime("cpu"))
+
+
+class TestCNNLSTM(PlantedWords):
+    config = CNNLSTM(dim=16, hidden_dim=16, word_dim=8, num_filters=8, max_length=10, num_negatives=0, train=TRAIN)
+
+    def test_an_item_is_found_by_its_words_alone(self, fitted: Retriever) -> None:
+        assert isinstance(fitted, SequenceRetriever)
+        items = self.dataset.items[:4]
+        titles = pa.array([f"{colour} new words" for colour in ("red", "blue", "green", "white")])
+        new_items = fitted.vectors_of_new(items.set_column(items.column_names.index("title"), "title", titles), None)
+        users = fitted.encode_users(Histories.from_lists([[12 * c + i for i in (1, 5, 3, 7)] for c in range(4)]))[:, 0]
+        assert (users @ new_items.T).argmax(1).tolist() == [0, 1, 2, 3]
+
+    def test_words_are_needed(self) -> None:
+        items = self.dataset.items
+        no_titles = items.set_column(items.column_names.index("title"), "title", pa.array([""] * len(items)))
+        data = replace(FitData.of(self.dataset, Split.TRAIN), items=no_titles)
+        with pytest.raises(ConfigError, match="no item has a word"):
+            self.config.fit(data, Runtime("cpu"))
 
 
 class TestSVD(RetrieverContract):

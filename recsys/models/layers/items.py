@@ -1,18 +1,50 @@
-"""Item vectors: an ID embedding plus a projection of the item's text.
+"""Item towers: vectors of items, from their IDs, or from what is known of them, or both.
 
 Shape legend: N items of the catalogue, n items asked for, D dim, X text dim.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
+
+from recsys.errors import ModelError
 
 _MIN_VARIANCE = 1e-6
 """share of the largest component's variance below which a direction of the texts counts as empty"""
 
 
-class ItemVectors(nn.Module):
+class ItemTower(nn.Module, ABC):
+    """Makes the vectors of the items of a catalogue, and of items that are new to it."""
+
+    has_id: Tensor
+    """bool [N]: items that training has met"""
+
+    def __init__(self, has_id: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("has_id", has_id)
+
+    @property
+    def num_items(self) -> int:
+        """N, the size of the catalogue."""
+        return len(self.has_id)
+
+    @abstractmethod
+    def forward(self, item_n: Tensor | None = None, id_keep: Tensor | None = None) -> Tensor:
+        """Vectors [n, D] of the items ``item_n`` (int64, None for all); ``id_keep`` (bool [N]) False hides an ID."""
+
+    @abstractmethod
+    def of_new(self, items: pa.Table, text_vectors: Tensor | None) -> Tensor:
+        """[n, D]: vectors of n items that are not in the catalogue (``ITEMS`` rows), with text vectors [n, X] if any.
+
+        :raises ModelError: when the tower does not know what it would have to read.
+        """
+
+
+class ItemVectors(ItemTower):
     """``vector(i) = id(i) * has_id(i) + text(i)``.
 
     An item without interactions has no ID embedding (``has_id`` is False) and is known by its text alone. So that
@@ -24,33 +56,31 @@ class ItemVectors(nn.Module):
     is to be learned beyond the text.
     """
 
-    has_id: Tensor
     text_vectors: Tensor | None
 
     def __init__(self, has_id: Tensor, text_vectors: Tensor | None, dim: int, text_hidden_dim: int) -> None:
-        super().__init__()
+        super().__init__(torch.ones_like(has_id) if text_vectors is None else has_id)
         self.id_embedding = nn.Embedding(len(has_id), dim)
         self.text: nn.Module | None = None
         if text_vectors is None:
-            has_id = torch.ones_like(has_id)
             nn.init.normal_(self.id_embedding.weight, std=dim**-0.5)
         else:
             nn.init.zeros_(self.id_embedding.weight)
             text_dim = text_vectors.shape[1]
             first = nn.Linear(text_dim, text_hidden_dim or dim)
             # A hidden layer wants inputs of about 1; item vectors want a length of about 1.
-            _whiten(first, text_vectors, std=1.0 if text_hidden_dim else dim**-0.5)
+            whiten(first, text_vectors, std=1.0 if text_hidden_dim else dim**-0.5)
             self.text = nn.Sequential(first, nn.GELU(), nn.Linear(text_hidden_dim, dim)) if text_hidden_dim else first
-        self.register_buffer("has_id", has_id)
         self.register_buffer("text_vectors", text_vectors, persistent=False)
 
-    def from_text(self, text_vectors: Tensor) -> Tensor:
-        """[n, X] to [n, D]: vectors of items known by their text alone."""
-        assert self.text is not None, "this model was fitted without text"
+    def of_new(self, items: pa.Table, text_vectors: Tensor | None) -> Tensor:
+        if self.text is None or text_vectors is None:
+            raise ModelError(
+                "items that training has not met are known by their text vectors alone: give the model text"
+            )
         return self.text(text_vectors)
 
     def forward(self, item_n: Tensor | None = None, id_keep: Tensor | None = None) -> Tensor:
-        """Vectors [n, D] of the items ``item_n`` (int64, None for all); ``id_keep`` (bool [N]) False hides an ID."""
         weight = self.id_embedding.weight
         ids = weight if item_n is None else self.id_embedding(item_n)
         if self.text is None or self.text_vectors is None:
@@ -59,11 +89,11 @@ class ItemVectors(nn.Module):
         if item_n is not None:
             shown = shown[item_n]
         text = self.text_vectors if item_n is None else self.text_vectors[item_n]
-        return ids * shown.unsqueeze(-1) + self.from_text(text)
+        return ids * shown.unsqueeze(-1) + self.text(text)
 
 
 @torch.no_grad()
-def _whiten(linear: nn.Linear, text_vectors: Tensor, std: float) -> None:
+def whiten(linear: nn.Linear, text_vectors: Tensor, std: float) -> None:
     """Outputs become the leading principal components of the texts, uncorrelated, of mean 0 and deviation ``std``.
 
     Outputs beyond the number of directions that the texts span keep their random weights.
