@@ -26,14 +26,13 @@ from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, matrix
-from recsys.errors import ConfigError
 from recsys.evaluation.protocol import sample_queries, select
 from recsys.files import write_json
-from recsys.models import load_retriever
-from recsys.models.attention_ranker import AttentionRankerConfig, fit_ranker, item_content
+from recsys.models import load_ranker, load_retriever
+from recsys.models.attention_ranker import AttentionRanker
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.models.ranker_export import choose_export, export_ranker
-from recsys.models.ranking import RankingItems
+from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.offline import queries_of, run_stages
 from recsys.pipeline.stages.retrieval import RetrievalStage
@@ -48,9 +47,8 @@ logger = logging.getLogger(__name__)
 class Payload:
     """What the workers need."""
 
-    config: AttentionRankerConfig
-    items: RankingItems
-    content: NDArray[np.float32]
+    config: RankerConfig
+    catalogue: RankingCatalogue
     train: RankingExamples
     holdout: RankingExamples
     everything: RankingExamples
@@ -59,10 +57,9 @@ class Payload:
 
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     """Fit on VALID with a holdout of users; then, for as many epochs as were best, on VALID and TEST."""
-    config, items, content = payload.config, payload.items, payload.content
-    judged = fit_ranker(config, payload.train, items, content, runtime, holdout=payload.holdout, seed=payload.seed)
-    chosen = config.model_copy(update={"epochs": judged.num_epochs})
-    final = fit_ranker(chosen, payload.everything, items, content, runtime, holdout=None, seed=payload.seed)
+    config, catalogue, seed = payload.config, payload.catalogue, payload.seed
+    judged = config.fit(payload.train, catalogue, runtime, holdout=payload.holdout, seed=seed)
+    final = config.refit(judged).fit(payload.everything, catalogue, runtime, holdout=None, seed=seed)
 
     def save(folder: Path) -> None:
         judged.save(folder / "judged")
@@ -90,8 +87,6 @@ def _item_embeddings(retriever: Retriever, content: NDArray[np.float32]) -> NDAr
 def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact) -> Artifact:
     """The artefact of this step."""
     model = config.ranking.model
-    if not isinstance(model, AttentionRankerConfig):
-        raise ConfigError(f"ranking.model: this job trains the kind attention, not {model.kind}", kind=model.kind)
 
     def make(folder: Path) -> dict[str, Any]:
         dataset = Dataset.load(prepared.path)
@@ -118,7 +113,8 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
 
         valid, test = examples(Split.VALID), examples(Split.TEST)
         train, holdout = valid.split_by_user(config.ranking.holdout_share, config.seed)
-        payload = Payload(model, items, content, train, holdout, valid.concat(test), config.seed)
+        catalogue = RankingCatalogue(items, content, dataset.items)
+        payload = Payload(model, catalogue, train, holdout, valid.concat(test), config.seed)
         fitted = fit_distributed(
             fit, payload, compute=config.compute, name=f"ranker-{folder.name}", storage=folder / "training"
         )
@@ -126,22 +122,14 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
             "num_queries": {"train": len(train), "holdout": len(holdout), "final": len(payload.everything)},
             "num_missed": valid.num_missed,
         }
-        export = config.ranking.export
         for name, until in (("judged", Split.VALID), ("final", Split.TEST)):
-            ranker = model.load(fitted.path / name)
             vectors = _item_embeddings(load_retriever(retriever.path / name), content)
-            ranker = ranker.with_items(RankingItems.of(ItemFeatures.of(dataset, until), vectors), content)
-            exported = export_ranker(ranker, export, train.batch)
-            if name == "judged":
-                # The gate: users that training has not seen. What passes is what the published ranker is served as.
-                served, record = choose_export(ranker, exported, holdout, export)
-                write_json(folder / "export.json", record)
-                metrics["export"] = record
-            else:
-                served = next((form for form in exported if form.precision == metrics["export"]["served"]), ranker)
+            items = RankingItems.of(ItemFeatures.of(dataset, until), vectors)
+            ranker = load_ranker(fitted.path / name).with_items(RankingCatalogue(items, content, dataset.items))
+            served = _compressed(ranker, config, train, holdout, metrics, folder)
             shutil.rmtree(folder / name, ignore_errors=True)
             served.save(folder / name)
-            metrics[name] = {"history": ranker.history}
+            metrics[name] = {"history": [dict(row) for row in ranker.history]}
         discard(fitted)
         return metrics
 
@@ -154,6 +142,27 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
     }
     parents = [prepared, *([embedded] if embedded else []), retriever]
     return build(config.workdir, STEP, settings, parents, make)
+
+
+def _compressed(
+    ranker: Ranker,
+    config: JobConfig,
+    train: RankingExamples,
+    holdout: RankingExamples,
+    metrics: dict[str, Any],
+    folder: Path,
+) -> Ranker:
+    """The form that is served: of the first ranker that comes here the gate chooses, and others follow it."""
+    if not isinstance(ranker, AttentionRanker):
+        return ranker
+    export = config.ranking.export
+    exported = export_ranker(ranker, export, train.batch)
+    if "export" not in metrics:
+        # The gate: users that training has not seen. What passes is what the published ranker is served as.
+        served, metrics["export"] = choose_export(ranker, exported, holdout, export)
+        write_json(folder / "export.json", metrics["export"])
+        return served
+    return next((form for form in exported if form.precision == metrics["export"]["served"]), ranker)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from recsys.models.base import Retriever, RetrieverConfig
 from recsys.models.bert4rec import BERT4Rec
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
+from recsys.models.causal_lm import CausalLMConfig
 from recsys.models.cnn_lstm import CNNLSTM
+from recsys.models.cross_encoder import CrossEncoderConfig
 from recsys.models.ease import EASE
 from recsys.models.esasrec import ESASRec
 from recsys.models.gru4rec import GRU4Rec
@@ -54,7 +56,7 @@ KINDS: tuple[type[RetrieverConfig], ...] = (
     TextTwoTower,
 )
 
-RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig,)
+RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig, CrossEncoderConfig, CausalLMConfig)
 
 if TYPE_CHECKING:
     AnyRetriever = RetrieverConfig

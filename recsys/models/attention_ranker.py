@@ -15,9 +15,7 @@ F features.
 
 from __future__ import annotations
 
-import copy
-import logging
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,14 +28,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recsys.data.features import NUM_FEATURES, ItemFeatures, fixed_size_list, matrix
+from recsys.data.features import NUM_FEATURES, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import atomic_path, map_arrow, read_json, write_arrow, write_json
-from recsys.models.ranking import PADDING, Ranker, RankerConfig, RankingBatch, RankingItems
+from recsys.models.ranking import (
+    PADDING,
+    Ranker,
+    RankerConfig,
+    RankingBatch,
+    RankingCatalogue,
+    RankingItems,
+    load_ranking_items,
+    save_ranking_items,
+)
 from recsys.training.ranking_examples import RankingExamples
+from recsys.training.ranking_loop import listwise_loss, train_ranker
 from recsys.training.runtime import Runtime
-
-logger = logging.getLogger(__name__)
 
 NUM_AGE_BUCKETS = 12
 MASKED = -20.0
@@ -53,13 +59,44 @@ class AttentionRankerConfig(RankerConfig):
     num_heads: int = Field(default=2, ge=1, description="attention heads")
     hidden: int = Field(default=64, ge=8, description="width of the MLP's first layer; the second has half")
     dropout: float = Field(default=0.2, ge=0, lt=1, description="dropout of attention output and MLP, share of units")
-    max_history: int = Field(default=50, ge=1, description="newest history entries looked at")
-    num_negatives: int = Field(default=31, ge=1, description="candidates sampled beside the relevant ones per query")
-    epochs: int = Field(default=8, ge=0, description="most passes over the queries; 0 keeps the retriever's order")
-    patience: int = Field(default=3, ge=1, description="epochs without a better holdout NDCG@10 before training stops")
-    batch_queries: int = Field(default=32, ge=1, description="queries per optimizer step, over all workers")
-    learning_rate: float = Field(default=3e-3, gt=0, description="peak step size of AdamW")
-    weight_decay: float = Field(default=0.05, ge=0, description="decoupled weight decay of AdamW")
+
+    def fit(
+        self,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        *,
+        holdout: RankingExamples | None,
+        seed: int,
+    ) -> AttentionRanker:
+        torch.manual_seed(seed)
+        content = catalogue.content
+        network = RankerNetwork(self, content.shape[1])
+        used = examples.batch.candidate_item_idx != PADDING
+        values = examples.batch.features[used] if used.any() else np.zeros((1, NUM_FEATURES), np.float32)
+        network.feature_mean.copy_(torch.from_numpy(values.mean(axis=0)))
+        spread = values.std(axis=0)
+        # A feature that was constant in training tells nothing, and must not shout when it varies in serving.
+        network.feature_scale.copy_(torch.from_numpy(np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)))
+
+        def ranker(history: Sequence[Mapping[str, float]] = ()) -> AttentionRanker:
+            projected = project(network, content)
+            return AttentionRanker(self, network, catalogue.items, projected, history, uses_time=examples.uses_time)
+
+        def loss(model: nn.Module, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+            return listwise_loss(model(*_inputs(batch, content, runtime.device)), batch, relevant)
+
+        history = train_ranker(
+            network,
+            examples,
+            loss=loss,
+            score=lambda batch: ranker().score(batch),
+            config=self,
+            runtime=runtime,
+            holdout=holdout,
+            seed=seed,
+        )
+        return ranker(history)
 
     def load(self, folder: Path) -> AttentionRanker:
         return AttentionRanker.load(folder, self)
@@ -153,13 +190,6 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def item_content(text_vectors: NDArray[np.float32] | None, features: ItemFeatures) -> NDArray[np.float32]:
-    """float32 [N, E]: text vector (unit length, where items have text) beside the category row."""
-    if text_vectors is None:
-        return features.categories
-    return np.concatenate([text_vectors, features.categories], axis=1)
-
-
 class AttentionRanker(Ranker):
     """A fitted network with the projected content of the items it ranks: the fp32 reference of every export."""
 
@@ -171,7 +201,7 @@ class AttentionRanker(Ranker):
         network: RankerNetwork,
         items: RankingItems,
         projected: NDArray[np.float32],
-        history: list[dict[str, float]] | None = None,
+        history: Sequence[Mapping[str, float]] = (),
         *,
         uses_time: bool,
     ) -> None:
@@ -182,21 +212,12 @@ class AttentionRanker(Ranker):
         """float32 [N, D]: ``network.item`` of every item's content"""
         self.max_history = config.max_history
         self.uses_time = uses_time
-        self.history = history or []
-        """per epoch: training loss and holdout NDCG@10"""
+        self.history = history
 
-    @property
-    def num_epochs(self) -> int:
-        """The number of epochs that was best on the holdout."""
-        if not self.history:
-            return 0
-        best = max(range(len(self.history)), key=lambda epoch: self.history[epoch].get("ndcg@10", float(epoch)))
-        return int(self.history[best]["epoch"])
-
-    def with_items(self, items: RankingItems, content: NDArray[np.float32]) -> AttentionRanker:
-        """The same weights over another Bundle's items; ``content`` as in :func:`item_content`."""
+    def with_items(self, catalogue: RankingCatalogue) -> AttentionRanker:
+        projected = project(self.network, catalogue.content)
         return AttentionRanker(
-            self.config, self.network, items, project(self.network, content), self.history, uses_time=self.uses_time
+            self.config, self.network, catalogue.items, projected, self.history, uses_time=self.uses_time
         )
 
     def score(self, batch: RankingBatch) -> NDArray[np.float32]:
@@ -208,10 +229,9 @@ class AttentionRanker(Ranker):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / "model.safetensors") as temporary:
             save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
-        self.items.features.save(folder / "features.arrow")
-        write_arrow(folder / "vectors.arrow", _table(self.items.unit_vectors))
-        write_arrow(folder / "projected.arrow", _table(self.projected))
-        write_json(folder / "fit.json", {"uses_time": self.uses_time, "history": self.history})
+        save_ranking_items(self.items, folder)
+        write_arrow(folder / "projected.arrow", pa.table({"vector": fixed_size_list(self.projected)}))
+        write_json(folder / "fit.json", {"uses_time": self.uses_time, "history": [dict(row) for row in self.history]})
         write_json(folder / "config.json", self.config.model_dump(mode="json"))
 
     @classmethod
@@ -221,8 +241,7 @@ class AttentionRanker(Ranker):
         network = RankerNetwork(config, weights["item.weight"].shape[1])
         network.load_state_dict(weights)
         projected = matrix(map_arrow(folder / "projected.arrow")["vector"])
-        vectors = matrix(map_arrow(folder / "vectors.arrow")["vector"])
-        items = RankingItems(ItemFeatures.load(folder / "features.arrow"), vectors)
+        items = load_ranking_items(folder)
         fit = read_json(folder / "fit.json")
         return cls(config, network, items, projected, fit["history"], uses_time=fit["uses_time"])
 
@@ -244,104 +263,3 @@ def _inputs(batch: RankingBatch, table: NDArray[np.float32], device: torch.devic
         torch.tensor(batch.features),
     )
     return tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
-
-
-def _table(values: NDArray[np.float32]) -> pa.Table:
-    return pa.table({"vector": fixed_size_list(values)})
-
-
-def fit_ranker(
-    config: AttentionRankerConfig,
-    examples: RankingExamples,
-    items: RankingItems,
-    content: NDArray[np.float32],
-    runtime: Runtime,
-    *,
-    holdout: RankingExamples | None,
-    seed: int,
-) -> AttentionRanker:
-    """Train on ``examples``; with a ``holdout`` stop at its best NDCG@10, else run ``config.epochs`` epochs."""
-    torch.manual_seed(seed)
-    network = RankerNetwork(config, content.shape[1])
-    used = examples.batch.candidate_item_idx != PADDING
-    values = examples.batch.features[used] if used.any() else np.zeros((1, NUM_FEATURES), np.float32)
-    network.feature_mean.copy_(torch.from_numpy(values.mean(axis=0)))
-    spread = values.std(axis=0)
-    # A feature that was constant in training tells nothing, and must not shout when it varies in serving.
-    network.feature_scale.copy_(torch.from_numpy(np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)))
-
-    def holdout_ndcg() -> float:
-        assert holdout is not None
-        ranker = AttentionRanker(config, network, items, project(network, content), uses_time=examples.uses_time)
-        return float(holdout.ndcg10(_score_in_batches(ranker, holdout.batch)).mean())
-
-    best_state, best_ndcg, history = copy.deepcopy(network.state_dict()), -1.0, list[dict[str, float]]()
-    if holdout is not None and len(holdout):
-        best_ndcg = holdout_ndcg()
-        history.append({"epoch": 0, "loss": 0.0, "ndcg@10": best_ndcg})
-    if len(examples) == 0 or config.epochs == 0:
-        return AttentionRanker(config, network, items, project(network, content), history, uses_time=examples.uses_time)
-    model = runtime.prepare(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    started = time.perf_counter()
-    per_worker = max(1, config.batch_queries // runtime.world_size)
-    steps_per_epoch = -(-len(examples) // (per_worker * runtime.world_size))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.epochs * steps_per_epoch + 1, pct_start=0.1
-    )
-    for epoch in range(1, config.epochs + 1):
-        network.train()
-        # The order is the same on every worker, the negatives and the dropout are each worker's own.
-        order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-        torch.manual_seed(int(np.random.SeedSequence([seed, epoch, runtime.rank]).generate_state(1)[0]))
-        total = 0.0
-        for step in range(steps_per_epoch):
-            rows = order[step * per_worker * runtime.world_size :][: per_worker * runtime.world_size]
-            # Workers take interleaved queries of one global batch; a short last batch wraps so that none is idle.
-            mine = np.resize(rows, max(len(rows), runtime.world_size))[runtime.rank :: runtime.world_size]
-            draws = np.random.default_rng([seed, epoch, step, runtime.rank])
-            batch, relevant = examples.sample(mine, config.num_negatives, draws)
-            inputs = _inputs(batch, content, runtime.device)
-            scores = model(*inputs)
-            loss = _listwise_loss(scores, batch, relevant, runtime.device)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach())
-        network.eval()
-        row = {"epoch": float(epoch), "loss": total / steps_per_epoch}
-        if holdout is not None and len(holdout):
-            network.to("cpu")
-            row["ndcg@10"] = holdout_ndcg()
-            network.to(runtime.device)
-        history.append(row)
-        runtime.report(row)
-        if runtime.rank == 0:
-            judged = f", holdout ndcg@10 {row['ndcg@10']:.4f}" if "ndcg@10" in row else ""
-            seconds_left = (config.epochs - epoch) * (time.perf_counter() - started) / epoch
-            logger.info(
-                "ranker epoch %d of at most %d: loss %.4f%s, %.0f queries/s, at most %.0f s left",
-                epoch, config.epochs, row["loss"], judged,
-                epoch * len(examples) / (time.perf_counter() - started), seconds_left,
-            )  # fmt: skip
-        if "ndcg@10" not in row or row["ndcg@10"] > best_ndcg:
-            best_ndcg, best_state = row.get("ndcg@10", best_ndcg), copy.deepcopy(network.state_dict())
-        elif epoch - max(history, key=lambda entry: entry["ndcg@10"])["epoch"] >= config.patience:
-            break
-    network.load_state_dict(best_state)
-    network = network.to("cpu").eval()
-    return AttentionRanker(config, network, items, project(network, content), history, uses_time=examples.uses_time)
-
-
-def _score_in_batches(ranker: AttentionRanker, batch: RankingBatch, size: int = 128) -> NDArray[np.float32]:
-    parts = [ranker.score(batch[start : start + size]) for start in range(0, len(batch), size)]
-    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
-
-
-def _listwise_loss(scores: Tensor, batch: RankingBatch, relevant: NDArray[np.bool_], device: torch.device) -> Tensor:
-    padded = torch.from_numpy(batch.candidate_item_idx == PADDING).to(device)
-    target = torch.from_numpy(relevant).to(device).float()
-    log_probability = torch.log_softmax(scores.float().masked_fill(padded, -1e4), dim=1)
-    return -(target * log_probability).sum(1).div(target.sum(1)).mean()

@@ -8,12 +8,12 @@ from typing import Any
 from recsys.errors import ConfigError
 
 
-def library(module: str, kind: str) -> Any:
-    """The module, for a model of ``kind``.
+def library(module: str, kind: str, *, extra: str = "classical") -> Any:
+    """The module, for a model of ``kind``; ``extra`` of this package brings it.
 
     :raises ConfigError: when it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"the kind {kind} needs {module}: {error}; pip install 'recsys[classical]'") from error
+        raise ConfigError(f"the kind {kind} needs {module}: {error}; pip install 'recsys[{extra}]'") from error

@@ -31,7 +31,7 @@ from recsys.data.features import NUM_FEATURES, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import map_arrow, read_json, write_arrow, write_json
 from recsys.models.attention_ranker import HOUR_MS, MASKED, NUM_AGE_BUCKETS, AttentionRanker
-from recsys.models.ranking import PADDING, Ranker, RankingBatch
+from recsys.models.ranking import PADDING, Ranker, RankingBatch, RankingCatalogue
 from recsys.training.ranking_examples import RankingExamples
 
 Precision = Literal["f32", "bf16", "int8"]
@@ -126,7 +126,8 @@ class ExportedRanker(Ranker):
         self.items = reference.items
         self.max_history = reference.max_history
         self.uses_time = reference.uses_time
-        self.precision = precision
+        self.history = reference.history
+        self.precision: Precision = precision
         self.reference = reference
         self._candidate_rows = candidate_rows
         self._history_rows = history_rows
@@ -196,6 +197,11 @@ class ExportedRanker(Ranker):
         bias = self._rank_bias + self._age_bias[bucket]
         bias[history_item_idx == PADDING] = MASKED
         return bias
+
+    def with_items(self, catalogue: RankingCatalogue) -> ExportedRanker:
+        reference = self.reference.with_items(catalogue)
+        rows = _item_rows(reference)
+        return ExportedRanker(reference, self.precision, *rows, graph=self._graph, num_candidates=self.num_candidates)
 
     def save(self, folder: str | Path) -> None:
         """Write the fp32 ranker and, below ``export/``, what serving needs on top."""

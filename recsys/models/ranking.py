@@ -1,19 +1,31 @@
 """What every ranker is: it scores candidates of one user, each candidate by itself.
 
+A new family is one file with a :class:`RankerConfig` and a :class:`Ranker`, plus its name in
+``recsys/models/__init__.py``. The contract tests pick it up from there.
+
 Shape legend: B queries, C candidates, L history length (cut to the ranker's ``max_history``), F features, D dimension.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
 from recsys.config import StrictConfig
-from recsys.data.features import NUM_FEATURES, ItemFeatures, candidate_features
+from recsys.data.features import NUM_FEATURES, ItemFeatures, candidate_features, fixed_size_list, matrix
+from recsys.files import map_arrow, write_arrow
+from recsys.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from recsys.training.ranking_examples import RankingExamples
 
 PADDING = -1
 """``item_idx`` of a slot that holds no candidate or no history entry"""
@@ -53,6 +65,24 @@ class RankingItems:
     def of(cls, features: ItemFeatures, item_embeddings: NDArray[np.float32]) -> RankingItems:
         norm = np.linalg.norm(item_embeddings, axis=1, keepdims=True)
         return cls(features, (item_embeddings / np.maximum(norm, 1e-12)).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class RankingCatalogue:
+    """All that a ranker may read of the items of a Bundle."""
+
+    items: RankingItems
+    content: NDArray[np.float32]
+    """float32 [N, E]: text vector (where items have text) beside the category row; see :func:`item_content`"""
+    table: pa.Table
+    """``ITEMS`` rows in order of ``item_idx``"""
+
+
+def item_content(text_vectors: NDArray[np.float32] | None, features: ItemFeatures) -> NDArray[np.float32]:
+    """float32 [N, E]: text vector (unit length, where items have text) beside the category row."""
+    if text_vectors is None:
+        return features.categories
+    return np.concatenate([text_vectors, features.categories], axis=1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +129,33 @@ class RankerConfig(StrictConfig, ABC):
     """Hyper-parameters of a ranker family. Subclasses add ``kind: Literal["..."]``."""
 
     kind: str
+    max_history: int = Field(default=50, ge=1, description="newest history entries looked at")
+    num_negatives: int = Field(default=31, ge=1, description="candidates sampled beside the relevant ones per query")
+    epochs: int = Field(default=8, ge=0, description="most passes over the queries; 0 keeps the retriever's order")
+    patience: int = Field(default=3, ge=1, description="epochs without a better holdout NDCG@10 before training stops")
+    batch_queries: int = Field(default=32, ge=1, description="queries per optimizer step, over all workers")
+    learning_rate: float = Field(default=3e-3, gt=0, description="peak step size of AdamW")
+    weight_decay: float = Field(default=0.05, ge=0, description="decoupled weight decay of AdamW")
+
+    @abstractmethod
+    def fit(
+        self,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        *,
+        holdout: RankingExamples | None,
+        seed: int,
+    ) -> Ranker:
+        """Train on ``examples``; with a ``holdout`` stop at its best NDCG@10, else run ``epochs`` epochs."""
+
+    def learning_rate_of(self, parameter: str) -> float:
+        """The peak step size of a parameter by its name in the network."""
+        return self.learning_rate
+
+    def refit(self, fitted: Ranker) -> Self:
+        """The configuration to fit all data with, once the holdout has chosen the number of epochs for ``fitted``."""
+        return self.model_copy(update={"epochs": fitted.num_epochs})
 
     @abstractmethod
     def load(self, folder: Path) -> Ranker:
@@ -113,6 +170,16 @@ class Ranker(ABC):
     max_history: int
     uses_time: bool
     """whether it was trained with times; the caller then gives ``now_ms`` and history times"""
+    history: Sequence[Mapping[str, float]] = ()
+    """per epoch (the untrained ranker first, where there is a holdout): training loss and holdout NDCG@10"""
+
+    @property
+    def num_epochs(self) -> int:
+        """The number of epochs that was best on the holdout."""
+        if not self.history:
+            return 0
+        best = max(range(len(self.history)), key=lambda epoch: self.history[epoch].get("ndcg@10", float(epoch)))
+        return int(self.history[best]["epoch"])
 
     def rank(self, queries: list[RankingQuery]) -> list[NDArray[np.float32]]:
         """Per query float32 [C]: higher is better; each score is independent of the other candidates and queries."""
@@ -124,5 +191,21 @@ class Ranker(ABC):
         """float32 [B, C]; what stands in padded slots means nothing."""
 
     @abstractmethod
+    def with_items(self, catalogue: RankingCatalogue) -> Ranker:
+        """The same weights over another Bundle's items."""
+
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write a self-describing folder (``config.json`` holds the kind); no pickle."""
+
+
+def save_ranking_items(items: RankingItems, folder: Path) -> None:
+    """Write ``features.arrow`` and ``vectors.arrow``."""
+    items.features.save(folder / "features.arrow")
+    write_arrow(folder / "vectors.arrow", pa.table({"vector": fixed_size_list(items.unit_vectors)}))
+
+
+def load_ranking_items(folder: Path) -> RankingItems:
+    """What :func:`save_ranking_items` wrote, memory-mapped."""
+    vectors = matrix(map_arrow(folder / "vectors.arrow")["vector"])
+    return RankingItems(ItemFeatures.load(folder / "features.arrow"), vectors)

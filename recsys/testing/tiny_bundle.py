@@ -16,10 +16,10 @@ from recsys.data.features import ItemFeatures
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.index.flat import FlatIndex
-from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, RankerNetwork, item_content, project
+from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, RankerNetwork, project
 from recsys.models.base import FitData, VectorRetriever
 from recsys.models.esasrec import ESASRec
-from recsys.models.ranking import RankingItems
+from recsys.models.ranking import RankingItems, item_content
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.id_map import fingerprint_ids

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from recsys import schema
 from recsys.data.features import ItemFeatures
+from recsys.errors import ConfigError
 from recsys.models import RANKER_KINDS
-from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, fit_ranker, item_content
+from recsys.models.adapters import LoRA, Prefix
+from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
+from recsys.models.causal_lm import CausalLMConfig, SmallDecoder
+from recsys.models.cross_encoder import CrossEncoderConfig
 from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker, openvino_available
-from recsys.models.ranking import RankingItems, ranking_batch
+from recsys.models.ranking import Ranker, RankingCatalogue, RankingItems, item_content, ranking_batch
+from recsys.models.text_ranker import TextRanker, TextRankerConfig
 from recsys.testing.ranker_contract import RankerContract, ranking_query
+from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
@@ -29,8 +40,8 @@ def fitted() -> tuple[AttentionRanker, RankingExamples]:
     batch = ranking_batch([ranking_query(seed, 50) for seed in range(64)], items, CONFIG.max_history)
     relevant = np.eye(40, dtype=bool)[rng.integers(0, 40, 64)]
     examples = RankingExamples(batch, relevant, np.arange(64, dtype=np.int32), 0, np.ones(64, np.int64), uses_time=True)
-    content = item_content(None, features)
-    return fit_ranker(CONFIG, examples, items, content, Runtime("cpu"), holdout=None, seed=0), examples
+    catalogue = RankingCatalogue(items, item_content(None, features), pa.table({}))
+    return CONFIG.fit(examples, catalogue, Runtime("cpu"), holdout=None, seed=0), examples
 
 
 def exported(precision: str) -> ExportedRanker:
@@ -56,5 +67,116 @@ class TestAttentionExportedInt8(RankerContract):
         return exported("int8")
 
 
+COLOURS = ("red", "blue", "green", "white", "black")
+
+
+def planted() -> tuple[RankingExamples, RankingExamples, RankingCatalogue]:
+    """The user always takes the one candidate whose title has the word of the newest history item."""
+    rng = np.random.default_rng(1)
+    colour = np.arange(50) % 5
+    features = ItemFeatures(
+        np.zeros((50, 7), np.float32), np.zeros((50, 1), np.float32), np.zeros(50, np.int32), np.zeros(50, np.int64)
+    )
+    items = RankingItems.of(features, rng.normal(size=(50, 8)).astype(np.float32))
+    queries, relevant = [], np.zeros((120, 4), bool)
+    for row in range(120):
+        query = ranking_query(row, 50, length=2, num_candidates=4)
+        same = colour == colour[query.history_item_idx[-1]]
+        candidates = np.concatenate([rng.choice(np.flatnonzero(same), 1), rng.choice(np.flatnonzero(~same), 3, False)])
+        candidates = rng.permutation(candidates).astype(np.int32)
+        relevant[row] = same[candidates]
+        queries.append(replace(query, candidate_item_idx=candidates))
+    batch = ranking_batch(queries, items, 2)
+    users = np.arange(120, dtype=np.int32)
+    examples = RankingExamples(batch, relevant, users, 0, np.ones(120, np.int64), uses_time=True)
+    table = schema.ITEMS.empty_table()
+    columns = {name: pa.nulls(50, table.schema.field(name).type) for name in table.column_names}
+    columns["title"] = pa.array([f"{COLOURS[item % 5]} thing" for item in range(50)])
+    catalogue = RankingCatalogue(items, features.categories, pa.table(columns, schema=None))
+    return *examples.split_by_user(0.25, 0), catalogue
+
+
+class TextRankerContract(RankerContract):
+    """Besides: it reads. Chance orders four candidates with an NDCG@10 of 0.64."""
+
+    config: ClassVar[TextRankerConfig]
+
+    def fit(self) -> Ranker:
+        train, holdout, catalogue = planted()
+        return self.config.fit(train, catalogue, Runtime("cpu"), holdout=holdout, seed=0)
+
+    def test_it_finds_the_planted_words(self, ranker: Ranker) -> None:
+        _, holdout, _ = planted()
+        assert holdout.ndcg10(ranker.score(holdout.batch)).mean() > 0.85
+        assert ranker.num_epochs > 0
+
+    def test_an_untrained_one_keeps_the_order_of_retrieval(self) -> None:
+        train, holdout, catalogue = planted()
+        fresh = self.config.model_copy(update={"epochs": 0}).fit(train, catalogue, Runtime("cpu"), holdout=None, seed=0)
+        retrieval = holdout.batch.features[..., 0]
+        np.testing.assert_array_equal(np.argsort(fresh.score(holdout.batch)), np.argsort(retrieval))
+
+    def test_other_items_of_another_bundle(self, ranker: Ranker) -> None:
+        """Items in the opposite order have the same scores under their new numbers."""
+        _, holdout, catalogue = planted()
+        swapped = RankingCatalogue(catalogue.items, catalogue.content, catalogue.table.take(np.arange(50)[::-1]))
+        batch = holdout.batch
+        turned = replace(
+            batch,
+            candidate_item_idx=np.where(batch.candidate_item_idx < 0, -1, 49 - batch.candidate_item_idx),
+            history_item_idx=np.where(batch.history_item_idx < 0, -1, 49 - batch.history_item_idx),
+        )
+        np.testing.assert_allclose(ranker.with_items(swapped).score(turned), ranker.score(batch), atol=1e-5)
+
+    def test_texts_are_needed(self) -> None:
+        train, _, catalogue = planted()
+        titles = pa.nulls(50, pa.string())
+        table = catalogue.table.set_column(catalogue.table.column_names.index("title"), "title", titles)
+        with pytest.raises(ConfigError, match="no item has a text"):
+            self.config.fit(train, replace(catalogue, table=table), Runtime("cpu"), holdout=None, seed=0)
+
+
+SMALL_TEXT = {"max_history": 2, "fields": ("title",), "patience": 40, "num_negatives": 3}
+SMALL_DECODER = SmallDecoder(num_layers=1, dim=32, vocabulary=320, max_tokens=64)
+
+
+class TestCausalLM(TextRankerContract):
+    config = CausalLMConfig(**SMALL_TEXT, epochs=32, small=SMALL_DECODER, learning_rate=1e-2, head_learning_rate=0.1)
+
+
+class TestCrossEncoder(TextRankerContract):
+    config = CrossEncoderConfig(**SMALL_TEXT, epochs=30, batch_queries=4, learning_rate=2e-3, head_learning_rate=1e-2)
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _with_a_tiny_encoder(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
+        folder = tiny_encoder(tmp_path_factory.mktemp("bert"), [*COLOURS, "thing"], dim=32)
+        cls.config = cls.config.model_copy(update={"model": str(folder)})
+
+
+class TestCrossEncoderWithSquaredError(TestCrossEncoder):
+    config = TestCrossEncoder.config.model_copy(update={"objective": "mse"})
+
+
+class TestCrossEncoderWithLoRA(TestCrossEncoder):
+    config = TestCrossEncoder.config.model_copy(update={"adapter": LoRA(rank=8), "learning_rate": 4e-3})
+
+
+class TestCausalLMWithPrefix(RankerContract):
+    """A prefix steers what a model knows; one of random weights knows nothing to be steered to."""
+
+    def fit(self) -> TextRanker:
+        train, _, catalogue = planted()
+        config = CausalLMConfig(**SMALL_TEXT, epochs=1, small=SMALL_DECODER, adapter=Prefix(num_tokens=4))
+        ranker = config.fit(train, catalogue, Runtime("cpu"), holdout=None, seed=0)
+        assert isinstance(ranker, TextRanker)
+        return ranker
+
+    def test_the_prefix_alone_has_learned(self, ranker: TextRanker) -> None:
+        learned = [name for name, weight in ranker.network.transformer.named_parameters() if weight.requires_grad]
+        assert learned
+        assert all("prompt" in name for name in learned)
+
+
 def test_every_kind_is_tested() -> None:
-    assert (AttentionRankerConfig,) == RANKER_KINDS
+    assert (AttentionRankerConfig, CrossEncoderConfig, CausalLMConfig) == RANKER_KINDS

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from jobs import embed, train_encoder
 from jobs._ray import ComputeConfig, fit_distributed
@@ -22,6 +21,7 @@ from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.histories import Histories
 from recsys.files import write_json
 from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
+from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.training.contrastive import PairData, consecutive_pairs, finetune
 from recsys.training.runtime import Runtime
 
@@ -35,16 +35,7 @@ pytestmark = pytest.mark.usefixtures("travels_by_value")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **shape)).save_pretrained(folder)
-    words = {word: row for row, word in enumerate(vocabulary)}
-    BertTokenizerFast(vocab=words, model_max_length=16).save_pretrained(folder)
-    return folder
+    return tiny_encoder(tmp_path_factory.mktemp("bert"), WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError
 from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
+from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.training.contrastive import (
     PairData,
     PairStep,
@@ -32,17 +33,7 @@ WORDS = ["red", "green", "blue", "car", "bike", "boat"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **shape)).save_pretrained(folder)
-    BertTokenizerFast(vocab={word: row for row, word in enumerate(vocabulary)}, model_max_length=16).save_pretrained(
-        folder
-    )
-    return folder
+    return tiny_encoder(tmp_path_factory.mktemp("bert"), WORDS)
 
 
 def config_of(folder, **train) -> TextEncoderConfig:

@@ -14,7 +14,7 @@ from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import FEATURE_NAMES, NO_TIME, ItemFeatures, candidate_features
 from recsys.models import load_ranker
-from recsys.models.attention_ranker import AttentionRankerConfig, RankerNetwork, fit_ranker, item_content
+from recsys.models.attention_ranker import AttentionRankerConfig, RankerNetwork
 from recsys.models.ranker_export import (
     ExportConfig,
     ExportedRanker,
@@ -23,7 +23,7 @@ from recsys.models.ranker_export import (
     export_ranker,
     openvino_available,
 )
-from recsys.models.ranking import PADDING, RankingItems, RankingQuery, ranking_batch
+from recsys.models.ranking import PADDING, RankingCatalogue, RankingItems, RankingQuery, item_content, ranking_batch
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.types import Candidates, Query
 from recsys.training.ranking_examples import RankingExamples, ranking_examples
@@ -47,6 +47,10 @@ def items() -> RankingItems:
         generator.integers(0, 10**12, NUM_ITEMS),
     )
     return RankingItems.of(features, generator.normal(size=(NUM_ITEMS, DIM)).astype(np.float32))
+
+
+def catalogue(items: RankingItems) -> RankingCatalogue:
+    return RankingCatalogue(items, item_content(None, items.features), pa.table({}))
 
 
 def random_query(generator: np.random.Generator, length: int = 6, num_candidates: int = 40) -> RankingQuery:
@@ -79,8 +83,7 @@ def examples(items: RankingItems) -> RankingExamples:
 @pytest.fixture(scope="module")
 def fitted(items: RankingItems, examples: RankingExamples):
     train, holdout = examples.split_by_user(0.3, seed=0)
-    content = item_content(None, items.features)
-    return fit_ranker(SMALL, train, items, content, Runtime("cpu"), holdout=holdout, seed=0), train, holdout
+    return SMALL.fit(train, catalogue(items), Runtime("cpu"), holdout=holdout, seed=0), train, holdout
 
 
 def test_it_learns_what_was_planted(fitted) -> None:
@@ -93,8 +96,7 @@ def test_it_learns_what_was_planted(fitted) -> None:
 
 def test_a_fresh_ranker_keeps_the_retrievers_order(items: RankingItems, examples: RankingExamples) -> None:
     untrained = SMALL.model_copy(update={"epochs": 0})
-    content = item_content(None, items.features)
-    ranker = fit_ranker(untrained, examples, items, content, Runtime("cpu"), holdout=None, seed=0)
+    ranker = untrained.fit(examples, catalogue(items), Runtime("cpu"), holdout=None, seed=0)
     np.testing.assert_allclose(ranker.score(examples.batch), examples.batch.features[..., 0], atol=1e-5)
 
 
@@ -134,9 +136,9 @@ def test_order_only_queries_need_no_time(fitted) -> None:
 
 
 def test_training_is_deterministic(items: RankingItems, examples: RankingExamples) -> None:
-    content, short = item_content(None, items.features), SMALL.model_copy(update={"epochs": 2, "dropout": 0.3})
+    short = SMALL.model_copy(update={"epochs": 2, "dropout": 0.3})
     a, b = (
-        fit_ranker(short, examples, items, content, Runtime("cpu"), holdout=None, seed=4).score(examples.batch)
+        short.fit(examples, catalogue(items), Runtime("cpu"), holdout=None, seed=4).score(examples.batch)
         for _ in range(2)
     )
     np.testing.assert_array_equal(a, b)

@@ -20,31 +20,9 @@ from recsys.models.text_encoder import (
     item_texts,
     pad,
 )
+from recsys.testing.tiny_encoder import tiny_encoder
 
 WORDS = ["red", "green", "blue", "car", "bike", "boat", "fast", "slow", "big", "small"]
-
-
-def make_encoder(folder: Path) -> Path:
-    """A Hugging Face folder with a two-layer BERT of random weights."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab={word: row for row, word in enumerate(vocabulary)}, model_max_length=32).save_pretrained(
-        folder
-    )
-    return folder
 
 
 def some_texts(count: int, seed: int = 0) -> list[str]:
@@ -54,7 +32,7 @@ def some_texts(count: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_encoder(tmp_path_factory.mktemp("bert"))
+    return tiny_encoder(tmp_path_factory.mktemp("bert"), [".", ",", *WORDS], dim=32, max_tokens=32)
 
 
 @pytest.fixture(scope="module")

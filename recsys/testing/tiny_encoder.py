@@ -1,0 +1,34 @@
+"""A Hugging Face encoder of random weights, small enough for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def tiny_encoder(folder: Path, words: Sequence[str], *, dim: int = 16, max_tokens: int = 16) -> Path:
+    """Write a two-layer BERT that knows ``words`` into ``folder``."""
+    import transformers
+    from transformers import BertConfig, BertModel
+
+    library: Any = transformers  # it names some of its classes at run time only
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * dim,
+        max_position_embeddings=max_tokens,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    numbers = {word: row for row, word in enumerate(vocabulary)}
+    library.BertTokenizerFast(vocab=numbers, model_max_length=max_tokens).save_pretrained(folder)
+    return folder
