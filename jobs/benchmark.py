@@ -15,12 +15,13 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import typer
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
@@ -33,22 +34,30 @@ from jobs.artifacts import Artifact, build
 from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.external import run_program
+from jobs.train_ranker import ranking_embeddings
 from recsys.config import StrictConfig, load_config
 from recsys.data.config import DataConfig
-from recsys.data.dataset import Dataset, Split
-from recsys.data.features import matrix
+from recsys.data.dataset import Dataset, Split, Targets
+from recsys.data.features import ItemFeatures, matrix
 from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.page import suite_page
-from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker
+from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
 from recsys.files import atomic_path, read_json, write_json
-from recsys.models import AnyRetriever, load_retriever
+from recsys.index import FlatIndex
+from recsys.models import AnyRanker, AnyRetriever, load_ranker, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
 from recsys.models.text_encoder import TextEncoderConfig
+from recsys.pipeline.offline import retrieval_stage, retrieved_examples, staged
+from recsys.pipeline.stages.ranking import RankingStage
+from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 SUITES = Path("configs/benchmark")
 _TABLE_WIDTH = 180
+_MAX_HISTORY, _MAX_RANKER_QUERIES, _HOLDOUT_SHARE = 500, 2000, 0.2
+"""of systems with a ranker: interactions that it may read, queries of VALID it learns from, share of users held out"""
 console = Console(stderr=True)
 logger = logging.getLogger(__name__)
 
@@ -72,6 +81,10 @@ class SystemConfig(StrictConfig):
 
     name: str = Field(..., pattern=r"^[A-Za-z0-9_.-]+$", description="its name in tables: letters, digits, . _ -")
     model: AnyRetriever | None = Field(default=None, description="the model and its hyper-parameters")
+    ranker: AnyRanker | None = Field(
+        default=None, description="a ranker of the model's best candidates; it learns from what VALID holds"
+    )
+    num_candidates: int = Field(default=50, ge=2, description="candidates that the ranker is given")
     command: str | None = Field(
         default=None, description="instead of model, a program of another library (jobs/external.py says how it is run)"
     )
@@ -87,8 +100,8 @@ class SystemConfig(StrictConfig):
     def _one_of_both(self) -> SystemConfig:
         if (self.model is None) == (self.command is None):
             raise ValueError(f"system {self.name} needs either a model or a command")
-        if self.command is not None and (self.text or self.search):
-            raise ValueError(f"system {self.name}: text and search are for models, not for commands")
+        if self.command is not None and (self.text or self.search or self.ranker):
+            raise ValueError(f"system {self.name}: text, ranker and search are for models, not for commands")
         return self
 
 
@@ -137,9 +150,11 @@ class Payload:
 
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     """Train on TRAIN, choosing on VALID, and note what it took."""
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     retriever = payload.config.fit(payload.data, runtime)
     seconds = time.perf_counter() - started
+    cpu = torch.tensor(time.process_time() - cpu_started, dtype=torch.float64, device=runtime.device)
+    cpu_seconds = float(runtime.all_reduce_sum(cpu))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def save(folder: Path) -> None:
@@ -148,12 +163,39 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
             folder / "training.json",
             {
                 "train_seconds": seconds,
+                "cpu_seconds": cpu_seconds,
                 "peak_memory_bytes": peak,
                 "num_parameters": _num_parameters(retriever),
                 "num_workers": runtime.world_size,
                 "curve": [dict(row) for row in retriever.history],
             },
         )
+
+    return save
+
+
+@dataclass(frozen=True)
+class RankerPayload:
+    """What the training of a ranker is given."""
+
+    config: RankerConfig
+    catalogue: RankingCatalogue
+    train: RankingExamples
+    holdout: RankingExamples
+    seed: int
+
+
+def fit_ranker(payload: RankerPayload, runtime: Runtime) -> Callable[[Path], None]:
+    """Train, stopped by the users held out, and note what it took."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    ranker = payload.config.fit(payload.train, payload.catalogue, runtime, holdout=payload.holdout, seed=payload.seed)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def save(folder: Path) -> None:
+        ranker.save(folder / "ranker")
+        record = {"train_seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak}
+        write_json(folder / "training.json", {**record, "num_parameters": _num_parameters(ranker)})
 
     return save
 
@@ -218,6 +260,8 @@ def train_and_judge(
         "seed": seed,
         "num_workers": max(1, config.compute.num_workers),
     }
+    if system.ranker is not None:
+        tree |= {"ranker": system.ranker.model_dump(mode="json"), "num_candidates": system.num_candidates}
 
     def make(folder: Path) -> dict[str, Any]:
         if system.command is not None:
@@ -230,6 +274,7 @@ def train_and_judge(
             if system.text and embedded is not None:
                 text = matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
             rank_fn, training = _train(system, system.model, config, seed, dataset, text, folder)
+            training["recommend_ms"] = recommend_ms(rank_fn, dataset.targets(Split.TEST))
         curve = training.pop("curve")
         judged = judge(
             system.name,
@@ -268,7 +313,63 @@ def _train(
     training = read_json(fitted.path / "training.json")
     (fitted.path / "model").rename(folder / "model")
     discard(fitted)
-    return retriever_ranker(load_retriever(folder / "model"), dataset, config.evaluation), training
+    retriever = load_retriever(folder / "model")
+    if system.ranker is None:
+        return retriever_ranker(retriever, dataset, config.evaluation), training
+    return _train_ranker(system, system.ranker, retriever, training, config, seed, dataset, text, folder)
+
+
+def _train_ranker(
+    system: SystemConfig,
+    model: RankerConfig,
+    retriever: Retriever,
+    training: dict[str, Any],
+    config: BenchmarkConfig,
+    seed: int,
+    dataset: Dataset,
+    text: NDArray[np.float32] | None,
+    folder: Path,
+) -> tuple[RankFn, dict[str, Any]]:
+    """Fit on the retriever's candidates for VALID into ``folder / "ranker"``; what both trainings took, in one."""
+    features = ItemFeatures.of(dataset, Split.TRAIN)
+    content = item_content(text, features)
+    items = RankingItems.of(features, ranking_embeddings(retriever, content))
+    stage = retrieval_stage(FlatIndex(), dataset, retriever)
+    asked = {"num_candidates": system.num_candidates, "max_history": _MAX_HISTORY}
+    valid = dataset.targets(Split.VALID)
+    if dataset.info.protocol == "next_basket":  # its first view has repeats
+        valid = replace(valid, seen=replace(valid.seen, stops=valid.seen.starts))
+    sampling = config.evaluation.model_copy(update={"max_queries": _MAX_RANKER_QUERIES, "seed": seed})
+    examples = retrieved_examples(
+        stage, select(valid, sample_queries(valid, sampling)), items, **asked, ranker_history=model.max_history
+    )
+    train, holdout = examples.split_by_user(_HOLDOUT_SHARE, seed)
+    payload = RankerPayload(model, RankingCatalogue(items, content, dataset.items), train, holdout, seed)
+    here = ComputeConfig(num_workers=0)
+    fitted = fit_distributed(
+        fit_ranker, payload, compute=here, name=f"{system.name}-{folder.name}", storage=folder / "fit_ranker"
+    )
+    own = read_json(fitted.path / "training.json")
+    (fitted.path / "ranker").rename(folder / "ranker")
+    discard(fitted)
+    summed = {name: training[name] + own[name] for name in ("train_seconds", "cpu_seconds", "num_parameters")}
+    peak = max(training["peak_memory_bytes"], own["peak_memory_bytes"])
+    ranking = RankingStage("", load_ranker(folder / "ranker"))
+    rank_fn = staged([stage, ranking], **asked, depth=config.evaluation.depth)
+    return rank_fn, {**training, **summed, "peak_memory_bytes": peak}
+
+
+def recommend_ms(rank_fn: RankFn, targets: Targets, num_queries: int = 50) -> float:
+    """Median milliseconds of ``rank_fn`` over single queries, spread evenly over ``targets``."""
+    rows = np.linspace(0, len(targets) - 1, num_queries).astype(int)
+    taken: list[float] = []
+    for number, row in enumerate([*rows[:5], *rows]):
+        one = targets[row : row + 1]
+        started = time.perf_counter()
+        rank_fn(one)
+        if number >= 5:  # the first ones warm up
+            taken.append(1000 * (time.perf_counter() - started))
+    return float(np.median(taken))
 
 
 def write_report(config: BenchmarkConfig, runs: list[Run], dataset: Dataset, folder: Path, command: str) -> SuiteReport:
@@ -296,8 +397,8 @@ def hardware() -> str:
     return f"{model or platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
-def _num_parameters(retriever: Retriever) -> int:
-    network = getattr(retriever, "_network", None)
+def _num_parameters(model: Retriever | Ranker) -> int:
+    network = getattr(model, "network", getattr(model, "_network", None))
     return 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
 
 

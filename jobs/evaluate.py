@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
-from jobs.train_ranker import retrieval_stage
-from recsys.data.dataset import Dataset, Split, Targets
+from recsys.data.dataset import Dataset, Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
 from recsys.evaluation.report import build_report
 from recsys.models import load_ranker, load_retriever
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
 from recsys.pipeline.catalogue import Catalogue
-from recsys.pipeline.offline import queries_of, ranked_items, run_stages
+from recsys.pipeline.offline import retrieval_stage, staged
 from recsys.pipeline.stage import Stage
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.reranking import RerankingStage
@@ -34,14 +31,19 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         dataset = Dataset.load(prepared.path)
         targets = dataset.targets(Split.TEST)
         model = load_retriever(retriever.path / "judged")
-        stages: list[Stage] = [retrieval_stage(config, dataset, model)]
+        stages: list[Stage] = [retrieval_stage(config.index, dataset, model)]
         stages.append(RankingStage("", load_ranker(ranker.path / "judged")))
         catalogue = Catalogue.build(dataset.items)
         embeddings = model.item_embeddings() if isinstance(model, VectorRetriever) else None
         served = [*stages, RerankingStage("", catalogue, config.pipeline.reranking, item_embeddings=embeddings)]
+        asked = {
+            "num_candidates": config.pipeline.num_candidates,
+            "max_history": config.pipeline.max_history,
+            "depth": config.evaluation.depth,
+        }
         systems: dict[str, RankFn] = {
-            "served": staged(served, config, config.evaluation.depth),
-            "retrieval": staged(stages[:1], config, config.evaluation.depth),
+            "served": staged(served, **asked),
+            "retrieval": staged(stages[:1], **asked),
         }
         baselines: list[str] = []
         for baseline in config.baselines:
@@ -74,21 +76,6 @@ def label(config: RetrieverConfig) -> str:
     changed = config.model_dump(exclude_defaults=True)
     changed.pop("kind", None)
     return " ".join([config.kind, *(f"{key}={value}" for key, value in changed.items())])
-
-
-def staged(stages: list[Stage], config: JobConfig, depth: int) -> RankFn:
-    """The system that answers with ``stages``, as a server would."""
-
-    def rank(targets: Targets) -> NDArray[np.int32]:
-        queries = queries_of(
-            targets,
-            num_candidates=config.pipeline.num_candidates,
-            max_history=config.pipeline.max_history,
-            top_k=depth,
-        )
-        return ranked_items(run_stages(stages, queries), depth)
-
-    return rank
 
 
 if __name__ == "__main__":

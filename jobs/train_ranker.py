@@ -33,10 +33,8 @@ from recsys.models.attention_ranker import AttentionRanker
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.models.ranker_export import choose_export, export_ranker
 from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
-from recsys.pipeline.catalogue import Catalogue
-from recsys.pipeline.offline import queries_of, run_stages
-from recsys.pipeline.stages.retrieval import RetrievalStage
-from recsys.training.ranking_examples import RankingExamples, ranking_examples
+from recsys.pipeline.offline import retrieval_stage, retrieved_examples
+from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 STEP = "ranker"
@@ -73,13 +71,7 @@ def text_vectors(embedded: Artifact | None) -> NDArray[np.float32] | None:
     return None if embedded is None else matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
 
 
-def retrieval_stage(config: JobConfig, dataset: Dataset, retriever: Retriever) -> RetrievalStage:
-    """The served retrieval stage over a retriever of this run."""
-    index = config.index.build(retriever.item_vectors()) if isinstance(retriever, VectorRetriever) else None
-    return RetrievalStage("", retriever, index, Catalogue.build(dataset.items))
-
-
-def _item_embeddings(retriever: Retriever, content: NDArray[np.float32]) -> NDArray[np.float32]:
+def ranking_embeddings(retriever: Retriever, content: NDArray[np.float32]) -> NDArray[np.float32]:
     """The space in which the ranker measures similarity: the retriever's, or the items' content where it has none."""
     return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else content
 
@@ -94,22 +86,21 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
         base_retriever = load_retriever(retriever.path / "base")
         features = ItemFeatures.of(dataset, Split.TRAIN)
         content = item_content(texts, features)
-        items = RankingItems.of(features, _item_embeddings(base_retriever, content))
-        stage = retrieval_stage(config, dataset, base_retriever)
+        items = RankingItems.of(features, ranking_embeddings(base_retriever, content))
+        stage = retrieval_stage(config.index, dataset, base_retriever)
 
         sampling = config.evaluation.model_copy(update={"max_queries": config.ranking.max_queries, "seed": config.seed})
 
         def examples(split: Split) -> RankingExamples:
             targets = dataset.targets(split)
-            targets = select(targets, sample_queries(targets, sampling))
-            queries = queries_of(
-                targets,
+            return retrieved_examples(
+                stage,
+                select(targets, sample_queries(targets, sampling)),
+                items,
                 num_candidates=config.ranking.num_candidates,
                 max_history=config.pipeline.max_history,
-                top_k=config.ranking.num_candidates,
+                ranker_history=model.max_history,
             )
-            logger.info("asking the retriever for candidates of %d queries", len(queries))
-            return ranking_examples(targets, run_stages([stage], queries), items, model.max_history)
 
         valid, test = examples(Split.VALID), examples(Split.TEST)
         train, holdout = valid.split_by_user(config.ranking.holdout_share, config.seed)
@@ -123,7 +114,7 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
             "num_missed": valid.num_missed,
         }
         for name, until in (("judged", Split.VALID), ("final", Split.TEST)):
-            vectors = _item_embeddings(load_retriever(retriever.path / name), content)
+            vectors = ranking_embeddings(load_retriever(retriever.path / name), content)
             items = RankingItems.of(ItemFeatures.of(dataset, until), vectors)
             ranker = load_ranker(fitted.path / name).with_items(RankingCatalogue(items, content, dataset.items))
             served = _compressed(ranker, config, train, holdout, metrics, folder)

@@ -37,15 +37,43 @@ def suite_page(report: SuiteReport) -> str:
     for position, one in enumerate(first[0].slices):
         plots.append(_plot(f"by {one.quantity}", one.quantity, "gain@10", _slices(first, position)))
     plots.append(_plot("accuracy against coverage", "coverage of the catalogue", report.main_metric, _coverage(report)))
+    if any(one.recommend_ms is not None for one in first):
+        plots.append(latency_plot(report))
     parts += ["<h2>Plots</h2>", "<div class=plots>", *plots, "</div>"]
     title = html.escape(report.suite)
     return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>" + "\n".join(parts)
 
 
+def latency_plot(report: SuiteReport) -> str:
+    """SVG: accuracy against the time of one recommendation, of the systems whose time is known."""
+    systems = [one for one in next(iter(report.views.values())) if one.recommend_ms is not None]
+
+    def draw(axes: Any) -> None:
+        axes.set_xscale("log")
+        for number, one in enumerate(systems):
+            point = one.recommend_ms, one.metrics[report.main_metric].mean
+            axes.scatter(*([value] for value in point), color=f"C{number}")
+            axes.annotate(one.name, point, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axes.margins(x=0.2)  # room for the names
+
+    return _plot("accuracy against latency", "p50 of one recommendation, ms", report.main_metric, draw)
+
+
 def _table(report: SuiteReport, view: str) -> str:
     main, best = report.main_metric, report.best_baseline.get(view)
     k = main.partition("@")[2]
-    header = ["system", main, "interval", f"recall@{k}", "seeds", "minus best baseline", "p", "training", "memory"]
+    header = [
+        "system",
+        main,
+        "interval",
+        f"recall@{k}",
+        "seeds",
+        "minus best baseline",
+        "p",
+        "training",
+        "memory",
+        "p50",
+    ]
     systems = sorted(report.views[view], key=lambda one: -one.metrics[main].mean)
     rows: list[list[str]] = []
     for one in systems:
@@ -63,6 +91,7 @@ def _table(report: SuiteReport, view: str) -> str:
                 "" if d is None else f"{d.p_value:.3g}",
                 f"{one.train_seconds:.0f} s",
                 f"{one.peak_memory_bytes / 1e6:.0f} MB",
+                "" if one.recommend_ms is None else f"{one.recommend_ms:.2f} ms",
             ]
         )
     return _html_table(header, rows)

@@ -7,7 +7,7 @@ clustered by user; the spread between seeds is reported beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class Cost:
     """largest resident size of the process that trained (of the first worker where there are several)"""
     num_parameters: int
     num_workers: int
+    cpu_seconds: float | None = None
+    """processor seconds of fitting, over all workers; None where that was not measured, as of another program"""
+    recommend_ms: float | None = None
+    """median milliseconds of one recommendation by itself, history in and slate out, inside the process"""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,10 @@ class SystemSummary:
     peak_memory_bytes: int
     num_parameters: int
     num_workers: int
+    cpu_seconds: float | None
+    """mean over seeds"""
+    recommend_ms: float | None
+    """median over seeds"""
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ class SuiteReport:
         for view, systems in self.views.items():
             best = self.best_baseline.get(view)
             header = ["system", *shown, "interval", "seeds", *([f"minus {best}", "p"] if best else []), "coverage"]
-            header += ["training s", "memory MB", "parameters"]
+            header += ["training s", "CPU s", "memory MB", "parameters", "p50 ms"]
             label = "items new to the user" if view == "new" else "repeats included"
             lines += [f"## {label}", "", _row(header), "| :-- |" + " --: |" * (len(header) - 1)]
             for one in systems:
@@ -230,7 +238,9 @@ class SuiteReport:
                         ["", ""] if d is None else [f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", f"{d.p_value:.3g}"]
                     )
                 cells += [f"{one.slates[f'coverage@{k}']:.3f}", f"{one.train_seconds:.0f}"]
+                cells += ["" if one.cpu_seconds is None else f"{one.cpu_seconds:.0f}"]
                 cells += [f"{one.peak_memory_bytes / 1e6:.0f}", f"{one.num_parameters:,}"]
+                cells += ["" if one.recommend_ms is None else f"{one.recommend_ms:.2f}"]
                 lines.append(_row(cells))
             lines.append("")
         if self.anchors:
@@ -384,7 +394,14 @@ def _summary(
         peak_memory_bytes=max(run.cost.peak_memory_bytes for run in group),
         num_parameters=first.cost.num_parameters,
         num_workers=first.cost.num_workers,
+        cpu_seconds=_known(np.mean, [run.cost.cpu_seconds for run in group]),
+        recommend_ms=_known(np.median, [run.cost.recommend_ms for run in group]),
     )
+
+
+def _known(joined: Callable[[list[float]], Any], values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(joined(known)) if known else None
 
 
 def _mean_slices(group: Sequence[Run]) -> list[Slices]:

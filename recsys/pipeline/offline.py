@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.data.dataset import Targets
+from recsys.data.dataset import Dataset, Targets
+from recsys.index.base import IndexConfig
+from recsys.models.base import Retriever, VectorRetriever
+from recsys.models.ranking import RankingItems
+from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.stage import Stage
+from recsys.pipeline.stages.retrieval import RetrievalStage
 from recsys.pipeline.types import Candidates, Query
+from recsys.training.ranking_examples import RankingExamples, ranking_examples
 
 PROGRESS_S = 5.0
 logger = logging.getLogger(__name__)
@@ -67,3 +73,36 @@ def ranked_items(candidates: Sequence[Candidates], depth: int) -> NDArray[np.int
         best = one.item_idx[:depth]
         ranked[row, : len(best)] = best
     return ranked
+
+
+def retrieval_stage(index: IndexConfig, dataset: Dataset, retriever: Retriever) -> RetrievalStage:
+    """The retrieval stage as it is served, over a retriever of ``dataset``."""
+    built = index.build(retriever.item_vectors()) if isinstance(retriever, VectorRetriever) else None
+    return RetrievalStage("", retriever, built, Catalogue.build(dataset.items))
+
+
+def staged(
+    stages: Sequence[Stage], *, num_candidates: int, max_history: int, depth: int
+) -> Callable[[Targets], NDArray[np.int32]]:
+    """The system that answers with ``stages``, as a server would: targets (B) to items int32 [B, depth]."""
+
+    def rank(targets: Targets) -> NDArray[np.int32]:
+        queries = queries_of(targets, num_candidates=num_candidates, max_history=max_history, top_k=depth)
+        return ranked_items(run_stages(stages, queries), depth)
+
+    return rank
+
+
+def retrieved_examples(
+    stage: RetrievalStage,
+    targets: Targets,
+    items: RankingItems,
+    *,
+    num_candidates: int,
+    max_history: int,
+    ranker_history: int,
+) -> RankingExamples:
+    """What a ranker that reads ``ranker_history`` entries learns from: the candidates of ``stage`` for ``targets``."""
+    queries = queries_of(targets, num_candidates=num_candidates, max_history=max_history, top_k=num_candidates)
+    logger.info("asking the retriever for candidates of %d queries", len(queries))
+    return ranking_examples(targets, run_stages([stage], queries), items, ranker_history)

@@ -264,14 +264,13 @@ def quantized_ranker(workdir: Path) -> None:
     import torch
 
     from jobs.config import JobConfig
-    from jobs.train_ranker import retrieval_stage
     from recsys.config import load_config
     from recsys.data.dataset import Dataset, Split
     from recsys.evaluation.significance import paired_difference
     from recsys.models import load_ranker, load_retriever
     from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
     from recsys.models.ranker_export import ExportedRanker, interleaved_p50_ms
-    from recsys.pipeline.offline import queries_of, run_stages
+    from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
     from recsys.training.ranking_examples import ranking_examples
 
     torch.set_num_threads(THREADS)
@@ -285,7 +284,7 @@ def quantized_ranker(workdir: Path) -> None:
     retriever = load_retriever(_newest(workdir / "retriever" / "*" / "artifact.json").parent / "judged")
     targets = dataset.targets(Split.TEST)
     questions = queries_of(targets, num_candidates=200, max_history=config.pipeline.max_history, top_k=200)
-    found = run_stages([retrieval_stage(config, dataset, retriever)], questions)
+    found = run_stages([retrieval_stage(config.index, dataset, retriever)], questions)
     examples = ranking_examples(targets, found, ranker.items, ranker.max_history)
     if not isinstance(served, ExportedRanker):
         raise SystemExit("the gate kept fp32 on this machine: there is no quantized form to measure")

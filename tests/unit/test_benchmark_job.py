@@ -68,6 +68,21 @@ def test_a_suite_is_trained_once_and_reported(tmp_path: Path, monkeypatch: pytes
     assert [one["name"] for one in systems] == ["popularity"]
 
 
+def test_a_ranker_takes_part_with_its_retriever(tmp_path: Path) -> None:
+    ranker = {"kind": "attention", "dim": 8, "hidden": 8, "epochs": 1}
+    knn = {"name": "knn", "seeds": [0], "model": {"kind": "item_knn"}}
+    systems = [knn, knn | {"name": "ranked", "ranker": ranker, "num_candidates": 20}]
+    config = BenchmarkConfig.parse(SUITE | {"workdir": str(tmp_path), "systems": systems}, where="test")
+    judged = benchmark.run(config, "the command")
+    alone, ranked = (judged.report.summary(name) for name in ("knn", "ranked"))
+    assert ranked.num_parameters > alone.num_parameters == 0
+    assert alone.cpu_seconds is not None and alone.recommend_ms is not None and alone.recommend_ms > 0
+    (folder,) = [path.parent for path in tmp_path.glob("benchmark/*/ranker")]
+    assert (folder / "ranker" / "model.safetensors").exists() and not list((folder / "fit_ranker").iterdir())
+    table = (judged.folder / "suite.md").read_text()
+    assert "p50 ms" in table and "accuracy against latency" in (judged.folder / "suite.html").read_text()
+
+
 POPULAR = """
 import json, sys
 import sys
