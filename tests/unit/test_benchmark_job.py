@@ -151,7 +151,7 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     [
         ({"systems": [{"name": "neither"}]}, "either a model or a command"),
         ({"systems": [SUITE["systems"][1] | {"command": "x"}]}, "either a model or a command"),
-        ({"systems": [{"name": "x", "command": "x", "text": True}]}, "text and search are for models"),
+        ({"systems": [{"name": "x", "command": "x", "text": True}]}, "text, ranker and search are for models"),
         ({"systems": [SUITE["systems"][1], SUITE["systems"][1]]}, "same name"),
         ({"systems": [SUITE["systems"][0] | {"text": True}]}, "need an encoder"),
         ({"systems": []}, "systems"),

@@ -21,15 +21,24 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from implicit.als import AlternatingLeastSquares
+from implicit.nearest_neighbours import CosineRecommender
 from pytorch_lightning import Callback, Trainer, seed_everything
 from rectools import Columns
 from rectools.dataset import Dataset
-from rectools.models import EASEModel, SASRecModel
+from rectools.models import (
+    BERT4RecModel,
+    EASEModel,
+    ImplicitALSWrapperModel,
+    ImplicitItemKNNWrapperModel,
+    SASRecModel,
+)
+from scipy.sparse import csr_matrix
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=("sasrec", "ease"))
+    parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("--factors", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--heads", type=int, default=2)
@@ -40,6 +49,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="at most")
     parser.add_argument("--patience", type=int, default=5, help="epochs without a better validation NDCG@10")
     parser.add_argument("--regularization", default="500", help="EASE; of several (with commas) the best on validation")
+    parser.add_argument("--iterations", type=int, default=15, help="of ALS")
+    parser.add_argument("--alpha", type=float, default=1.0, help="of ALS")
+    parser.add_argument("--neighbours", type=int, default=100, help="of ItemKNN")
     parser.add_argument("--threads", type=int, default=0, help="0 for torch's default")
     parser.add_argument("--lockstep", action="store_true")
     parser.add_argument("folder", type=Path)
@@ -51,7 +63,7 @@ def main() -> None:
     train = pq.read_table(args.folder / "train.parquet")
     valid, test = (pq.read_table(args.folder / f"{name}.parquet") for name in ("valid", "test"))
     started = time.perf_counter()
-    model = (Sasrec if args.model == "sasrec" else Ease)(args, task, train, valid)
+    model = MODELS[args.model](args, task, train, valid)
     cost = {
         "train_seconds": time.perf_counter() - started,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -121,20 +133,82 @@ def _best(scores: np.ndarray, depth: int) -> np.ndarray:
     return np.where(np.isfinite(np.take_along_axis(scores, top, axis=1)), top, -1).astype(np.int32)
 
 
-class Ease(Model):
+class MatrixModel(Model):
+    """One that sees neither order nor time."""
+
+    def take(self, task: dict[str, Any], train: pa.Table) -> None:
+        """What is known before fitting."""
+        self.num_items, self.exclude_seen = task["num_items"], task["exclude_seen"]
+        self.curve = []
+        self.dataset = Dataset.construct(interactions(train))
+        inner = np.arange(self.dataset.item_id_map.size)
+        self.known = self.dataset.item_id_map.convert_to_external(inner).astype(int)
+        counts = np.bincount(train["item_idx"].to_numpy(), minlength=self.num_items)
+        self.popularity = 1e-6 * counts / len(train)
+        """answers the empty history"""
+
+    def profiles(self, histories: list[np.ndarray]) -> csr_matrix:
+        """float32 [B, N]: which items each history holds, once each"""
+        items = [np.unique(np.asarray(history, int)) for history in histories]
+        offsets = np.cumsum([0, *map(len, items)])
+        values = np.ones(offsets[-1], np.float32)
+        return csr_matrix((values, np.concatenate(items), offsets), (len(items), self.num_items))
+
+
+class Als(MatrixModel):
+    """Implicit ALS; the factors of a history are solved for."""
+
+    def __init__(self, args: Any, task: dict[str, Any], train: pa.Table, valid: pa.Table) -> None:
+        self.take(task, train)
+        model = ImplicitALSWrapperModel(
+            AlternatingLeastSquares(
+                factors=args.factors,
+                regularization=float(args.regularization),
+                alpha=args.alpha,
+                iterations=args.iterations,
+                random_state=task["seed"],
+            )
+        )
+        model.fit(self.dataset)
+        self.als = model.model
+        self.num_parameters = self.als.item_factors.size
+
+    def scores(self, histories: list[np.ndarray]) -> np.ndarray:
+        profiles = self.profiles(histories)[:, self.known].tocsr()
+        users = self.als.recalculate_user(np.arange(len(histories)), profiles)
+        out = np.full((len(histories), self.num_items), -np.inf, np.float32)
+        out[:, self.known] = users @ self.als.item_factors.T + self.popularity[self.known]
+        return out
+
+
+class Knn(MatrixModel):
+    """Cosine neighbours of items."""
+
+    def __init__(self, args: Any, task: dict[str, Any], train: pa.Table, valid: pa.Table) -> None:
+        self.take(task, train)
+        model = ImplicitItemKNNWrapperModel(CosineRecommender(K=args.neighbours))
+        model.fit(self.dataset)
+        self.similarity = model.model.similarity.astype(np.float32)
+        self.num_parameters = self.similarity.nnz
+
+    def scores(self, histories: list[np.ndarray]) -> np.ndarray:
+        found = (self.profiles(histories)[:, self.known] @ self.similarity).toarray()
+        out = np.full((len(histories), self.num_items), -np.inf, np.float32)
+        out[:, self.known] = found + self.popularity[self.known]
+        return out
+
+
+class Ease(MatrixModel):
     """EASE; its regularization is chosen on validation."""
 
     def __init__(self, args: Any, task: dict[str, Any], train: pa.Table, valid: pa.Table) -> None:
-        self.num_items, self.exclude_seen = task["num_items"], task["exclude_seen"]
-        self.curve, fitted = [], []
+        self.take(task, train)
+        fitted = []
         for regularization in map(float, args.regularization.split(",")):
             model = EASEModel(regularization=regularization)
-            dataset = Dataset.construct(interactions(train))
-            model.fit(dataset)
-            known = dataset.item_id_map.convert_to_external(np.arange(dataset.item_id_map.size)).astype(int)
+            model.fit(self.dataset)
             self.weight = np.zeros((self.num_items, self.num_items), np.float32)
-            self.weight[np.ix_(known, known)] = model.weight
-            self.counts = np.bincount(train["item_idx"].to_numpy(), minlength=self.num_items) / len(train)
+            self.weight[np.ix_(self.known, self.known)] = model.weight
             quality = self.ndcg(valid)
             print(f"EASE regularization {regularization:g}: validation ndcg@10 {quality:.4f}", flush=True)
             fitted.append((quality, self.weight))
@@ -142,12 +216,15 @@ class Ease(Model):
         self.num_parameters = int(np.count_nonzero(self.weight))
 
     def scores(self, histories: list[np.ndarray]) -> np.ndarray:
-        out = np.stack([self.weight[np.asarray(history, int)].sum(0) for history in histories])
-        return out + 1e-6 * self.counts  # popularity answers the empty history
+        return self.profiles(histories) @ self.weight + self.popularity
 
 
 class Sasrec(Model):
     """SASRec with full softmax, stopped early on validation, the weights of its best epoch kept."""
+
+    kind: type[Any] = SASRecModel
+    last: tuple[int, ...] = ()
+    """what stands after the history"""
 
     def __init__(self, args: Any, task: dict[str, Any], train: pa.Table, valid: pa.Table) -> None:
         self.num_items, self.exclude_seen, self.length = task["num_items"], task["exclude_seen"], args.length
@@ -155,7 +232,7 @@ class Sasrec(Model):
         seed_everything(task["seed"], workers=True)
         watch = Watch(self, valid, args)
         WATCHES.append(watch)
-        model = SASRecModel(
+        model = self.kind(
             n_blocks=args.blocks,
             n_heads=args.heads,
             n_factors=args.factors,
@@ -188,9 +265,10 @@ class Sasrec(Model):
         x = np.zeros((len(histories), self.length), np.int64)
         for row, history in enumerate(histories):
             inner = self.inner[np.asarray(history, int)]
-            inner = inner[inner > 0][-self.length :]
+            inner = inner[inner > 0]
             if len(inner):
-                x[row, -len(inner) :] = inner
+                read = [*inner, *self.last][-self.length :]
+                x[row, -len(read) :] = read
         net = self.model.lightning_model.torch_model
         with torch.no_grad():
             items = net.item_model.get_all_embeddings()
@@ -201,6 +279,14 @@ class Sasrec(Model):
         return out
 
 
+class Bert4rec(Sasrec):
+    """BERT4Rec likewise; a mask (RecTools numbers it 1, before the items) asks for what is next."""
+
+    kind = BERT4RecModel
+    last = (1,)
+
+
+MODELS: dict[str, type[Model]] = {"sasrec": Sasrec, "bert4rec": Bert4rec, "ease": Ease, "als": Als, "item_knn": Knn}
 WATCHES: list[Callback] = []
 """RecTools knows a trainer by the name of the function that makes it, so what goes into it stands here."""
 
@@ -259,7 +345,7 @@ class Watch(Callback):
         if self.args.lockstep:
             print(json.dumps(told), flush=True)
         else:
-            print(f"SASRec epoch {epoch}: loss {loss:.4f}, ndcg@10 {quality:.4f}, {seconds:.1f} s", flush=True)
+            print(f"epoch {epoch}: loss {loss:.4f}, ndcg@10 {quality:.4f}, {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
