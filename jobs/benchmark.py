@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import time
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markdown import Markdown
+from safetensors.torch import load_file
 
 from jobs import embed, prepare, train_encoder
 from jobs._ray import ComputeConfig, discard, fit_distributed, ray_session
@@ -56,6 +58,7 @@ from recsys.training.runtime import Runtime
 
 SUITES = Path("configs/benchmark")
 _TABLE_WIDTH = 180
+_CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _MAX_HISTORY, _MAX_RANKER_QUERIES, _HOLDOUT_SHARE = 500, 2000, 0.2
 """of systems with a ranker: interactions that it may read, queries of VALID it learns from, share of users held out"""
 console = Console(stderr=True)
@@ -150,12 +153,13 @@ class Payload:
 
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     """Train on TRAIN, choosing on VALID, and note what it took."""
+    forget_peak_memory()
     started, cpu_started = time.perf_counter(), time.process_time()
     retriever = payload.config.fit(payload.data, runtime)
     seconds = time.perf_counter() - started
     cpu = torch.tensor(time.process_time() - cpu_started, dtype=torch.float64, device=runtime.device)
     cpu_seconds = float(runtime.all_reduce_sum(cpu))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes()
 
     def save(folder: Path) -> None:
         retriever.save(folder / "model")
@@ -165,7 +169,7 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
                 "train_seconds": seconds,
                 "cpu_seconds": cpu_seconds,
                 "peak_memory_bytes": peak,
-                "num_parameters": _num_parameters(retriever),
+                "num_parameters": _num_parameters(retriever, folder / "model"),
                 "num_workers": runtime.world_size,
                 "curve": [dict(row) for row in retriever.history],
             },
@@ -187,15 +191,16 @@ class RankerPayload:
 
 def fit_ranker(payload: RankerPayload, runtime: Runtime) -> Callable[[Path], None]:
     """Train, stopped by the users held out, and note what it took."""
+    forget_peak_memory()
     started, cpu_started = time.perf_counter(), time.process_time()
     ranker = payload.config.fit(payload.train, payload.catalogue, runtime, holdout=payload.holdout, seed=payload.seed)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes()
 
     def save(folder: Path) -> None:
         ranker.save(folder / "ranker")
         record = {"train_seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak}
-        write_json(folder / "training.json", {**record, "num_parameters": _num_parameters(ranker)})
+        write_json(folder / "training.json", {**record, "num_parameters": _num_parameters(ranker, folder / "ranker")})
 
     return save
 
@@ -389,6 +394,19 @@ def write_report(config: BenchmarkConfig, runs: list[Run], dataset: Dataset, fol
     return report
 
 
+def forget_peak_memory() -> None:
+    """Begin the peak of this process anew, where the system (Linux) can do that."""
+    if _CLEAR_PEAK.exists():
+        _CLEAR_PEAK.write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process, since it was last forgotten where that can be done."""
+    status = _STATUS.read_text() if _STATUS.exists() else ""
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
 def hardware() -> str:
     """Processor, cores and memory of this machine."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -397,9 +415,12 @@ def hardware() -> str:
     return f"{model or platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
-def _num_parameters(model: Retriever | Ranker) -> int:
+def _num_parameters(model: Retriever | Ranker, folder: Path) -> int:
+    """Weights of the network, or the numbers saved in ``folder`` by a model that has none."""
     network = getattr(model, "network", getattr(model, "_network", None))
-    return 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
+    if network is not None:
+        return sum(parameter.numel() for parameter in network.parameters())
+    return sum(tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
 
 
 def main(

@@ -75,7 +75,7 @@ def test_a_ranker_takes_part_with_its_retriever(tmp_path: Path) -> None:
     config = BenchmarkConfig.parse(SUITE | {"workdir": str(tmp_path), "systems": systems}, where="test")
     judged = benchmark.run(config, "the command")
     alone, ranked = (judged.report.summary(name) for name in ("knn", "ranked"))
-    assert ranked.num_parameters > alone.num_parameters == 0
+    assert ranked.num_parameters > alone.num_parameters > 0
     assert alone.cpu_seconds is not None and alone.recommend_ms is not None and alone.recommend_ms > 0
     (folder,) = [path.parent for path in tmp_path.glob("benchmark/*/ranker")]
     assert (folder / "ranker" / "model.safetensors").exists() and not list((folder / "fit_ranker").iterdir())
