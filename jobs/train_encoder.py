@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import save_file
+
 from jobs._ray import discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from recsys.data.dataset import Dataset
 from recsys.files import file_sha256, read_json, write_json
 from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, item_texts
-from recsys.training.contrastive import Finetuned, PairData, finetune
+from recsys.training.contrastive import Finetuned, PairData, Weights, finetune
+from recsys.training.masked_lm import pretrain
 from recsys.training.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -36,19 +40,38 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
             if path.suffix in {".safetensors", ".json", ".txt", ".model"}
         },
     }
-    if encoder.train.epochs:
+    learns = encoder.train.epochs or encoder.pretrain.epochs
+    if learns:
         settings |= {"seed": config.seed, "num_workers": max(1, config.compute.num_workers)}
 
     def make(folder: Path) -> dict[str, Any]:
-        if encoder.train.epochs == 0:
-            logger.info("the encoder stays as it is: encoder.train.epochs is 0")
+        if not learns:
+            logger.info("the encoder stays as it is: encoder.train.epochs and encoder.pretrain.epochs are 0")
             TextEncoder.load(encoder).save(folder / "model")
             return {"epochs": 0}
         dataset = Dataset.load(prepare.path)
-        data = PairData.of(dataset, item_texts(dataset.items, encoder), encoder.train.window, seed=config.seed)
+        texts = item_texts(dataset.items, encoder)
+        pretrained: Weights | None = None
+        pretraining: dict[str, Any] = {}
+        if encoder.pretrain.epochs:
+            logger.info("continuing pretraining on %d texts", len(texts))
+            fit = fit_distributed(
+                pretrain_worker,
+                (encoder, texts, config.seed),
+                compute=config.compute,
+                name=f"pretrain-{folder.name}",
+                storage=folder / "fit",
+            )
+            pretrained = load_arrays(fit.path / "weights.safetensors")
+            pretraining = {"pretraining": read_json(fit.path / "history.json")["curve"]}
+        data = PairData.of(dataset, texts, encoder.train.window, seed=config.seed)
         logger.info("fine-tuning on %d pairs of items consumed together", len(data.pairs))
         fit = fit_distributed(
-            train_worker, (encoder, data), compute=config.compute, name=f"encoder-{folder.name}", storage=folder / "fit"
+            train_worker,
+            (encoder, data, pretrained),
+            compute=config.compute,
+            name=f"encoder-{folder.name}",
+            storage=folder / "fit",
         )
         shutil.rmtree(folder / "model", ignore_errors=True)
         shutil.copytree(fit.path, folder / "model")
@@ -61,15 +84,29 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
             history["held_out_mrr_after"],
             "kept" if history["kept"] else "no better, so the encoder stays as it was",
         )
-        return {**history, "num_pairs": len(data.pairs)}
+        return {**history, **pretraining, "num_pairs": len(data.pairs)}
 
     return build(config.workdir, "encoder", settings, [prepare], make)
 
 
-def train_worker(payload: tuple[TextEncoderConfig, PairData], runtime: Runtime) -> Callable[[Path], None]:
-    """What one worker does."""
-    result = finetune(*payload, runtime)
-    return functools.partial(_save, result)
+def pretrain_worker(payload: tuple[TextEncoderConfig, list[str], int], runtime: Runtime) -> Callable[[Path], None]:
+    """What one worker does of continued pretraining."""
+    config, texts, seed = payload
+    encoder, curve = pretrain(config, texts, runtime, seed=seed)
+
+    def save(folder: Path) -> None:
+        save_file(dict(encoder.module.transformer.state_dict()), folder / "weights.safetensors")
+        write_json(folder / "history.json", {"curve": curve})
+
+    return save
+
+
+def train_worker(
+    payload: tuple[TextEncoderConfig, PairData, Weights | None], runtime: Runtime
+) -> Callable[[Path], None]:
+    """What one worker does of the fine-tuning."""
+    config, data, pretrained = payload
+    return functools.partial(_save, finetune(config, data, runtime, pretrained))
 
 
 def _save(result: Finetuned, folder: Path) -> None:

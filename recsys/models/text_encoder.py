@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recsys.config import StrictConfig
 from recsys.errors import ConfigError, ModelError
+from recsys.models.adapters import Adapter, is_adapted, save_transformer, with_saved_adapter
 from recsys.models.text_backends import Backend, BackendName, choose_backend
 
 TextField = Literal["title", "categories", "creator", "description"]
@@ -56,6 +57,21 @@ class TextTrainConfig(StrictConfig):
         le=1000,
         description="topmost layers that learn; 0 is the whole encoder, embeddings included",
     )
+    adapter: Adapter | None = Field(
+        default=None, description="learn a few new weights instead of the encoder's (pip install 'recsys[adapters]')"
+    )
+
+
+class TextPretrainConfig(StrictConfig):
+    """Continued pretraining on the texts of the catalogue, by filling in hidden words."""
+
+    epochs: int = Field(default=0, ge=0, le=1000, description="passes over the texts; 0 leaves it out")
+    max_texts: int = Field(default=20_000, ge=1, le=1 << 30, description="texts per epoch, drawn anew each epoch")
+    mask_share: float = Field(default=0.15, gt=0, lt=1, description="share of tokens that are hidden and asked for")
+    batch_size: int = Field(default=64, ge=1, le=65536, description="texts per optimizer step, over all workers")
+    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="AdamW step size after warm-up")
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW weight decay")
+    warmup_steps: int = Field(default=20, ge=0, le=1_000_000, description="optimizer steps of linear warm-up")
 
 
 class TextEncoderConfig(StrictConfig):
@@ -79,6 +95,9 @@ class TextEncoderConfig(StrictConfig):
         default="auto", description="what computes: torch, openvino, or the better one for this machine"
     )
     batch_tokens: int = Field(default=1024, ge=1, le=1 << 24, description="tokens per forward pass; more for a GPU")
+    pretrain: TextPretrainConfig = Field(
+        default=TextPretrainConfig(), description="continued pretraining, before the fine-tuning"
+    )
     train: TextTrainConfig = Field(default=TextTrainConfig(), description="fine-tuning")
 
     def model_folder(self) -> Path:
@@ -165,13 +184,13 @@ class TextEncoder:
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder}: not a usable Hugging Face encoder: {error}", path=str(folder)) from error
+        transformer = with_saved_adapter(transformer, folder)
         return cls(tokenizer, SentenceModule(transformer, config.pooling), config, device)
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face encoder folder (safetensors) that :meth:`load` and other libraries read."""
         folder = Path(folder)
-        transformer: Any = self.module.transformer
-        transformer.save_pretrained(folder)
+        save_transformer(self.module.transformer, folder)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -200,7 +219,9 @@ class TextEncoder:
         vectors_BD = np.empty((len(unique), self.dim), np.float32)
         if unique:
             if self._backend is None:
-                self._backend = choose_backend(self.config.backend, self.module, self.device)
+                # Other backends know models of one piece.
+                name = "torch" if is_adapted(self.module.transformer) else self.config.backend
+                self._backend = choose_backend(name, self.module, self.device)
             ids = self.tokenize(unique)
             batches = list(equal_length_batches([len(one) for one in ids], self.config.batch_tokens))
             arrays = (np.array([ids[row] for row in rows], np.int64) for rows in batches)

@@ -12,7 +12,8 @@ Shape legend: P pairs of a share, U different items of a share, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.data.leaks import check_blind
 from recsys.errors import EmptyDataError
+from recsys.models.adapters import adapt, merged
 from recsys.models.text_encoder import SentenceModule, TextEncoder, TextEncoderConfig, TextTrainConfig, pad
 from recsys.training.loop import Row, TrainConfig, train
 from recsys.training.runtime import Runtime
@@ -170,12 +172,21 @@ class Finetuned:
     curve: list[Row]
     """``epoch`` and ``loss`` per pair"""
     metrics: dict[str, float]
-    """``held_out_mrr_before`` and ``held_out_mrr_after`` (see :func:`partner_mrr`), and ``kept``: 1 where the
-    fine-tuned encoder is the one that goes on, 0 where it was no better"""
+    """``held_out_mrr_before`` and ``held_out_mrr_after`` (see :func:`partner_mrr`), ``kept``: 1 where the fine-tuned
+    encoder is the one that goes on, 0 where it was no better; ``trained_share`` of the encoder's weights that learned,
+    and the ``train_seconds`` of that"""
 
 
-def finetune(config: TextEncoderConfig, data: PairData, runtime: Runtime) -> Finetuned:
-    """Fine-tune ``config.model``.
+Weights = Mapping[str, NDArray[Any]]
+"""a state dict, in a form that travels"""
+
+
+def finetune(
+    config: TextEncoderConfig, data: PairData, runtime: Runtime, pretrained: Weights | None = None
+) -> Finetuned:
+    """Fine-tune ``config.model``, or what continued pretraining made of its weights (``pretrained``).
+
+    With ``train.epochs`` 0 nothing is learned here, and it is only decided whether to keep ``pretrained``.
 
     Deterministic for one seed, machine and number of workers. Continues from ``runtime``'s newest checkpoint.
     """
@@ -183,6 +194,31 @@ def finetune(config: TextEncoderConfig, data: PairData, runtime: Runtime) -> Fin
     # Training and the few texts of the decision are not worth converting the model for another backend.
     config = config.model_copy(update={"backend": "torch"})
     encoder = TextEncoder.load(config)
+    sentence = encoder.module
+    if pretrained is not None:
+        sentence.transformer.load_state_dict({name: torch.tensor(value) for name, value in pretrained.items()})
+    curve: list[Row] = []
+    trained_share = seconds = 0.0
+    if settings.epochs:
+        if settings.adapter is not None:
+            sentence.transformer = adapt(sentence.transformer, settings.adapter, "FEATURE_EXTRACTION")
+        started = time.perf_counter()
+        curve, trained_share = _train(encoder, data, settings, config.content_hash(), runtime)
+        seconds = time.perf_counter() - started
+        sentence.transformer = merged(sentence.transformer)
+    sentence.to("cpu").eval().requires_grad_(True)
+    original = TextEncoder.load(config)
+    before, after = (partner_mrr(one, data, settings.num_held_out) for one in (original, encoder))
+    kept = after > before or not len(data.held_out)
+    metrics = {"held_out_mrr_before": before, "held_out_mrr_after": after, "kept": float(kept)}
+    metrics |= {"trained_share": trained_share, "train_seconds": seconds}
+    return Finetuned(encoder if kept else original, curve, metrics)
+
+
+def _train(
+    encoder: TextEncoder, data: PairData, settings: TextTrainConfig, config_hash: str, runtime: Runtime
+) -> tuple[list[Row], float]:
+    """The learning curve, and the share of weights that learned."""
     tokens = encoder.tokenize(data.texts)
     pad_id: int = encoder.tokenizer.pad_token_id
     known = np.unique(pair_keys(data.pairs[:, 0], data.pairs[:, 1], len(tokens)))
@@ -193,19 +229,17 @@ def finetune(config: TextEncoderConfig, data: PairData, runtime: Runtime) -> Fin
         starts = range(0, len(pairs), settings.batch_size)
         return [PairStep(pairs[start : start + settings.batch_size], tokens, known, pad_id) for start in starts]
 
-    freeze(module, settings.trainable_layers, plan(0)[0].part(0, 1, torch.device("cpu")))
-    fingerprint = f"{config.content_hash()}:{data.seed}:{len(tokens)}:{len(data.pairs)}"
+    layers = 0 if settings.adapter is not None else settings.trainable_layers
+    freeze(module, layers, plan(0)[0].part(0, 1, torch.device("cpu")))
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    share = sum(size for size, learns in sizes if learns) / sum(size for size, _ in sizes)
+    fingerprint = f"{config_hash}:{data.seed}:{len(tokens)}:{len(data.pairs)}"
     shared = settings.model_dump(include={"epochs", "learning_rate", "weight_decay", "warmup_steps"})
     loop = TrainConfig.parse(shared, where="encoder.train")
     curve = train(
         module, plan=plan, validate=None, config=loop, runtime=runtime, seed=data.seed, fingerprint=fingerprint
     )
-    encoder.module.to("cpu").requires_grad_(True)
-    original = TextEncoder.load(config)
-    before, after = (partner_mrr(one, data, settings.num_held_out) for one in (original, encoder))
-    kept = after > before or not len(data.held_out)
-    metrics = {"held_out_mrr_before": before, "held_out_mrr_after": after, "kept": float(kept)}
-    return Finetuned(encoder if kept else original, curve, metrics)
+    return curve, share
 
 
 def partner_mrr(encoder: TextEncoder, data: PairData, num_pairs: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError
+from recsys.models.adapters import LoRA, Prefix
 from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
 from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.training.contrastive import (
@@ -208,3 +210,43 @@ def test_partner_mrr_is_one_for_twins_and_counts_both_directions(folder):
     twins = PairData(texts, np.array([[0, 1]], np.int32), np.array([[0, 1], [2, 3]], np.int32))
     assert partner_mrr(encoder, twins, 10) == 1.0
     assert partner_mrr(encoder, dataclasses.replace(twins, held_out=np.array([[0, 2], [1, 3]], np.int32)), 10) <= 0.5
+
+
+def test_lora_learns_little_and_leaves_an_ordinary_encoder(folder, data, tmp_path):
+    config = config_of(folder, adapter=LoRA(rank=2), trainable_layers=0)
+    result = finetune(config, replace(data, held_out=data.held_out[:0]), Runtime("cpu"))
+    whole = finetune(config_of(folder, trainable_layers=0), replace(data, held_out=data.held_out[:0]), Runtime("cpu"))
+    assert result.curve[-1]["loss"] < result.curve[0]["loss"]
+    assert 0 < result.metrics["trained_share"] < 0.5 < whole.metrics["trained_share"]
+    before, after = (one.module.transformer.state_dict() for one in (TextEncoder.load(config), result.encoder))
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("embeddings" not in name for name in changed)
+    result.encoder.save(tmp_path / "merged")
+    loaded = TextEncoder.load(config, tmp_path / "merged")
+    np.testing.assert_allclose(loaded.encode(data.texts), result.encoder.encode(data.texts), atol=1e-6)
+
+
+def test_a_prefix_is_saved_beside_the_encoder(folder, data, tmp_path):
+    config = config_of(folder, adapter=Prefix(num_tokens=3), learning_rate=1e-2)
+    result = finetune(config, replace(data, held_out=data.held_out[:0]), Runtime("cpu"))
+    result.encoder.save(tmp_path / "prefixed")
+    loaded = TextEncoder.load(config, tmp_path / "prefixed")
+    vectors = loaded.encode(data.texts)
+    np.testing.assert_allclose(vectors, result.encoder.encode(data.texts), atol=1e-6)
+    assert np.abs(vectors - TextEncoder.load(config).encode(data.texts)).max() > 1e-3
+
+
+def test_fine_tuning_goes_on_from_pretrained_weights(folder, data):
+    """Without epochs of its own it only decides: weights that find partners no better are left."""
+    config = config_of(folder, epochs=0)
+    before = TextEncoder.load(config).module.transformer.state_dict()
+    pretrained = {name: value.numpy() * 1.5 for name, value in before.items()}
+    taken = finetune(config, replace(data, held_out=data.held_out[:0]), Runtime("cpu"), pretrained)
+    state = taken.encoder.module.transformer.state_dict()
+    assert all(np.array_equal(state[name].numpy(), value) for name, value in pretrained.items())
+    assert taken.curve == []
+    zeros = {name: value * 0 for name, value in pretrained.items()}
+    left = finetune(config, replace(data, held_out=data.pairs[:20]), Runtime("cpu"), zeros)
+    assert left.metrics["kept"] == 0
