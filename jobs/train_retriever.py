@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 
 from jobs._ray import discard, fit_distributed
 from jobs.artifacts import Artifact, build
@@ -22,10 +21,10 @@ from jobs.config import JobConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
 from recsys.files import read_json, write_json
-from recsys.models import load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
 from recsys.training.loop import best_epoch
-from recsys.training.runtime import ModuleT, Runtime
+from recsys.training.phases import Phase
+from recsys.training.runtime import Runtime
 
 STEP = "retriever"
 
@@ -39,51 +38,13 @@ class Payload:
     """``base`` first; the others are refitted with what it chose"""
 
 
-class Phase(Runtime):
-    """One of several trainings that share a runtime. Checkpoints carry the results of those before."""
-
-    def __init__(self, runtime: Runtime, name: str, done: Mapping[str, Retriever]) -> None:
-        self._runtime, self._name, self._done = runtime, name, done
-        self.label = f"{name}: "
-        self.device, self.rank, self.world_size = runtime.device, runtime.rank, runtime.world_size
-
-    def prepare(self, module: ModuleT) -> ModuleT:
-        """As the shared runtime does."""
-        return self._runtime.prepare(module)
-
-    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
-        """As the shared runtime does."""
-        return self._runtime.all_reduce_sum(value)
-
-    def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None = None) -> None:
-        """Report under this phase's name."""
-
-        def save_all(folder: Path) -> None:
-            assert save is not None
-            (folder / self._name).mkdir()
-            save(folder / self._name)
-            for name, retriever in self._done.items():
-                retriever.save(folder / f"{name}_result")
-
-        self._runtime.report(metrics, None if save is None else save_all)
-
-    def restore(self) -> Path | None:
-        """This phase's part of the newest checkpoint."""
-        folder = self._runtime.restore()
-        return folder / self._name if folder is not None and (folder / self._name).exists() else None
-
-
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     """Fit the first phase, choosing on VALID; then the others with what was chosen."""
-    restored = runtime.restore()
     done: dict[str, Retriever] = {}
     for name, data in payload.phases.items():
-        result = None if restored is None else restored / f"{name}_result"
-        if result is not None and result.exists():
-            done[name] = load_retriever(result)
-            continue
+        phase = Phase(runtime, name, done)
         config = payload.config.refit(done["base"]) if done else payload.config
-        done[name] = config.fit(data, Phase(runtime, name, dict(done)))
+        done[name] = phase.finished() or config.fit(data, phase)
 
     def save(folder: Path) -> None:
         for name, retriever in done.items():

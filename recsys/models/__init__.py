@@ -12,6 +12,7 @@ from recsys.models.als import ALS
 from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
 from recsys.models.base import Retriever, RetrieverConfig
 from recsys.models.bert4rec import BERT4Rec
+from recsys.models.blend import Blend
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
 from recsys.models.causal_lm import CausalLMConfig
@@ -54,6 +55,7 @@ KINDS: tuple[type[RetrieverConfig], ...] = (
     HSTU,
     MIND,
     TextTwoTower,
+    Blend,
 )
 
 RANKER_KINDS: tuple[type[RankerConfig], ...] = (AttentionRankerConfig, CrossEncoderConfig, CausalLMConfig)

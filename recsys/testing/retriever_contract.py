@@ -112,7 +112,12 @@ class RetrieverContract:
         assert loaded.config == fitted.config
         assert loaded.num_items == fitted.num_items
         np.testing.assert_array_equal(loaded.score(histories), fitted.score(histories))
-        assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors", ".parquet", ".arrow"}
+        assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {
+            ".json",
+            ".safetensors",
+            ".parquet",
+            ".arrow",
+        }
 
     def test_same_seed_same_model(self, fitted: Retriever, histories: Histories) -> None:
         """A second fit scores the same, and has the same learning curve."""

@@ -17,7 +17,7 @@ from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.index.flat import FlatIndex
 from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, RankerNetwork, project
-from recsys.models.base import FitData, VectorRetriever
+from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
 from recsys.models.esasrec import ESASRec
 from recsys.models.ranking import RankingItems, item_content
 from recsys.pipeline.catalogue import Catalogue
@@ -30,8 +30,13 @@ NUM_ITEMS, NUM_USERS, DIM = 300, 40, 16
 START_MS = 1_700_000_000_000
 
 
-def make_bundle(parent: Path, pipeline: PipelineConfig | None = None, *, seed: int = 0) -> Bundle:
-    """``parent/<bundle_id>``: users ``u0`` to ``u39`` with 3 to 12 ratings each of items ``i0`` to ``i299``."""
+def make_bundle(
+    parent: Path, pipeline: PipelineConfig | None = None, *, retriever: RetrieverConfig | None = None, seed: int = 0
+) -> Bundle:
+    """``parent/<bundle_id>``: users ``u0`` to ``u39`` with 3 to 12 ratings each of items ``i0`` to ``i299``.
+
+    ``retriever`` None is a sequence model.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
@@ -68,15 +73,16 @@ def make_bundle(parent: Path, pipeline: PipelineConfig | None = None, *, seed: i
     text = generator.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     log = Histories.from_lists(histories, times)
-    settings = ESASRec.parse(
+    settings = retriever or ESASRec.parse(
         {"dim": DIM, "num_blocks": 1, "hidden_dim": 16, "train": {"epochs": 1}}, where="tiny bundle"
     )
     with tempfile.TemporaryDirectory() as checkpoints:
-        retriever = settings.fit(
+        fitted = settings.fit(
             FitData(log, np.ones(len(log.item_idx), np.float32), items, text, seed=seed),
             Runtime("cpu", checkpoints=checkpoints),
         )
-    assert isinstance(retriever, VectorRetriever)
+    vectors = fitted.item_vectors() if isinstance(fitted, VectorRetriever) else None
+    embedding_dim = 0 if vectors is None else vectors.shape[1]
     features = ItemFeatures(
         generator.normal(size=(NUM_ITEMS, 7)).astype(np.float32),
         np.eye(2, dtype=np.float32)[np.arange(NUM_ITEMS) % 2],
@@ -91,14 +97,15 @@ def make_bundle(parent: Path, pipeline: PipelineConfig | None = None, *, seed: i
     ranker = AttentionRanker(
         ranker_config,
         network,
-        RankingItems.of(features, retriever.item_embeddings()),
+        RankingItems.of(features, fitted.item_embeddings() if isinstance(fitted, VectorRetriever) else content),
         project(network, content),
         uses_time=True,
     )
     with BundleWriter(parent) as writer:
         Catalogue.build(items).save(writer.part("items"))
-        retriever.save(writer.part("retriever"))
-        FlatIndex().build(retriever.item_vectors()).save(writer.part("index"))
+        fitted.save(writer.part("retriever"))
+        if vectors is not None:
+            FlatIndex().build(vectors).save(writer.part("index"))
         ranker.save(writer.part("ranker"))
         best = np.argsort(-counts, kind="stable").astype(np.int32)
         writer.add_popular(best, counts[best])
@@ -122,8 +129,8 @@ def make_bundle(parent: Path, pipeline: PipelineConfig | None = None, *, seed: i
             now_ms=START_MS + 3_600_000,
             top_k=10,
         )
-        with Recommender.of(writer.draft(info, embedding_dim=DIM)) as recommender:
+        with Recommender.of(writer.draft(info, embedding_dim=embedding_dim)) as recommender:
             answer = recommender.answer_golden(question)
         item_ids, scores = zip(*((item.item_id, item.score) for item in answer.items), strict=True)
         writer.add_golden(question.model_copy(update={"item_ids": item_ids, "scores": scores}))
-        return writer.finish(info, embedding_dim=DIM)
+        return writer.finish(info, embedding_dim=embedding_dim)

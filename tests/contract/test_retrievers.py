@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,7 @@ from recsys.models import KINDS
 from recsys.models.als import ALS
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
 from recsys.models.bert4rec import BERT4Rec
+from recsys.models.blend import Blend
 from recsys.models.bpr import BPR
 from recsys.models.caser import Caser
 from recsys.models.cnn_lstm import CNNLSTM
@@ -275,6 +278,41 @@ class TestALS(RetrieverContract):
 class TestBPR(RetrieverContract):
     config = BPR(dim=8, iterations=30)
     min_ndcg = 0.35
+
+
+class TestBlend(RetrieverContract):
+    config = Blend.parse(
+        {"sources": {"knn": {"retriever": {"kind": "item_knn", "num_neighbours": 11, "shrinkage": 1.0}, "share": 2},
+                     "sequence": {"retriever": SMALL.model_dump(mode="json")}}},
+        where="test",
+    )  # fmt: skip
+    min_ndcg = 0.35
+
+    def test_an_interrupted_training_goes_on_with_the_source_that_was_not_done(self, tmp_path: Path) -> None:
+        """Two sequence models; stopped in the second, the first is not trained again."""
+        other = SMALL.model_copy(update={"dim": 8})
+        sources = {"first": {"retriever": SMALL}, "second": {"retriever": other}}
+        config = Blend.parse({"sources": sources}, where="test")
+        data = self.fit_data(self.dataset)
+        whole = config.fit(data, Runtime("cpu"))
+        seen: list[float] = []
+
+        def stop(metrics: Mapping[str, float]) -> None:
+            seen.append(metrics["loss"])
+            if len(seen) == 9:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            config.fit(data, Runtime("cpu", checkpoints=tmp_path, report=stop))
+        resumed: list[float] = []
+        again = config.fit(data, Runtime("cpu", checkpoints=tmp_path, report=lambda row: resumed.append(row["loss"])))
+        assert len(resumed) < 6  # epochs of the second alone
+        histories = Histories.from_lists([[1, 5], []])
+        np.testing.assert_array_equal(again.score(histories), whole.score(histories))
+
+    def test_a_blend_of_blends_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="no blend itself"):
+            Blend.parse({"sources": {"a": {"retriever": self.config}, "b": {"retriever": SMALL}}}, where="test")
 
 
 class TestEASE(RetrieverContract):

@@ -18,8 +18,15 @@ from pathlib import Path
 import httpx
 import pytest
 
+from recsys.models.blend import Blend
+from recsys.models.item_knn import ItemKNN
+from recsys.models.mind import MIND
+from recsys.models.popularity import Popularity
+from recsys.models.text_two_tower import TextTwoTower
 from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.recommender import Recommender
 from recsys.testing.tiny_bundle import make_bundle
+from recsys.training.loop import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 150
@@ -166,6 +173,32 @@ def test_graph(bundle, tmp_path):
         assert [item["item_id"] for item in fused["items"]] == in_graph
         assert len(client.get("/v1/users/newcomer").json()["history"]) == 1
         kill_the_gateway_after_an_acknowledgement(client, session)
+
+
+TRAIN = TrainConfig(epochs=1, batch_tokens=64)
+UNLIKE = {
+    "item_knn": ItemKNN(),
+    "mind": MIND(dim=16, num_interests=3, max_length=10, num_negatives=32, train=TRAIN),
+    "text_two_tower": TextTwoTower(dim=16, hidden_dim=16, text_hidden_dim=16, num_negatives=32, train=TRAIN),
+    "blend": Blend.parse(
+        {"sources": {"bought together": {"retriever": ItemKNN()}, "popular": {"retriever": Popularity()}}},
+        where="test",
+    ),
+}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_families_that_are_unlike_are_served_alike(kind, tmp_path):
+    bundle = make_bundle(tmp_path, PATIENT, retriever=UNLIKE[kind])
+    with server(bundle, tmp_path, "fused") as (client, _):
+        answer = client.post("/v1/recommend", json=PINNED | {"explain": True}).json()
+        with Recommender.load(bundle.path) as recommender:
+            here = recommender.recommend(history=["i1", "i2"], top_k=10)
+        assert [item["item_id"] for item in answer["items"]] == [item.item_id for item in here.items]
+        assert answer["degraded"] == []
+        names = list(UNLIKE["blend"].sources) if kind == "blend" else [kind]
+        assert {source for item in answer["items"] for source in item["sources"]} <= set(names)
 
 
 def kill_a_stage_during_calls(client, session):

@@ -10,6 +10,7 @@ from recsys.data.histories import Histories
 from recsys.errors import BundleMismatchError
 from recsys.index import FlatIndex
 from recsys.models.base import ItemBonus, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.blend import Blend, BlendRetriever
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.stages import retrieval
 from recsys.pipeline.stages.retrieval import RetrievalStage
@@ -161,3 +162,39 @@ def test_parts_that_count_differently_are_refused(catalogue: Catalogue):
     model = MeanRetriever(np.ones((NUM_ITEMS - 1, DIM), np.float32))
     with pytest.raises(BundleMismatchError, match="count different items"):
         RetrievalStage("bundle", model, FlatIndex().build(model.vectors), catalogue)
+
+
+class Fixed(Retriever):
+    """Always the same order: ``first`` and then the rest."""
+
+    def __init__(self, first: list[int], num_items: int) -> None:
+        self.config = FakeConfig()
+        self.num_items = num_items
+        self._scores = np.zeros(num_items, np.float32)
+        self._scores[first] = np.arange(len(first), 0, -1)
+
+    def score(self, histories: Histories, now_ms: Any = None) -> np.ndarray:
+        return np.tile(self._scores, (len(histories), 1))
+
+    def save_weights(self, folder: Path) -> None:
+        raise NotImplementedError
+
+
+def test_sources_fill_their_shares_and_candidates_say_where_they_are_from(catalogue) -> None:
+    num_items = len(catalogue)
+    sources = {"a": {"retriever": FakeConfig(), "share": 3}, "b": {"retriever": FakeConfig(), "share": 1}}
+    blend = Blend.parse({"sources": sources}, where="test")
+    parts = {"a": Fixed([1, 2, 3, 4, 5, 6, 7], num_items), "b": Fixed([10, 2, 11, 12, 13], num_items)}
+    stage = RetrievalStage("b1", BlendRetriever(blend, parts), None, catalogue)
+    (found,) = stage.run_batch([make_query(num_candidates=4)], [Candidates.empty()])
+    # Three of a and one of b are owed; 2 is proposed by both and so fused to the top.
+    assert found.item_idx.tolist()[0] == 2
+    assert set(found.item_idx.tolist()) == {1, 2, 3, 10}
+    assert {int(item): found.sources_of(row) for row, item in enumerate(found.item_idx)} == {
+        1: ["a"], 2: ["a", "b"], 3: ["a"], 10: ["b"],
+    }  # fmt: skip
+    assert (np.diff(found.score) <= 0).all()
+    (whole,) = stage.run_batch([make_query(num_candidates=num_items)], [Candidates.empty()])
+    assert sorted(whole.item_idx) == np.flatnonzero(catalogue.matching(Filters()).allowed).tolist()
+    assert all(whole.sources_of(row) == ["a", "b"] for row in range(len(whole)))
+    assert whole.item_idx[0] == 2

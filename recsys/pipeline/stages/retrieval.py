@@ -14,6 +14,7 @@ from recsys.data.histories import Histories
 from recsys.errors import BundleMismatchError
 from recsys.index import VectorIndex
 from recsys.models.base import ItemBonus, Retriever, VectorRetriever
+from recsys.models.blend import RANK_OFFSET, BlendRetriever
 from recsys.pipeline.catalogue import BoolArray, Catalogue, contains
 from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
 
@@ -24,7 +25,7 @@ _MAX_SCORES = 1 << 25
 
 
 class RetrievalStage:
-    """A vector retriever searches the index; any other retriever scores every item.
+    """A vector retriever searches the index; any other retriever scores every item, and a blend asks each source.
 
     While allowed items remain, a query gets ``num_candidates`` of them. With an exact index the result is what a search
     among the allowed items alone gives.
@@ -51,6 +52,13 @@ class RetrievalStage:
         self.source = source or retriever.config.kind
         self._vector_retriever = retriever if isinstance(retriever, VectorRetriever) else None
         self._index = index if self._vector_retriever is not None else None
+        self._sources: dict[str, RetrievalStage] = {}
+        if isinstance(retriever, BlendRetriever):
+            self._shares = retriever.config.shares
+            self._sources = {
+                name: RetrievalStage(bundle_id, part, None, catalogue, source=name)
+                for name, part in retriever.parts.items()
+            }
         counts = {"retriever": retriever.num_items, "catalogue": len(catalogue)}
         if self._index is not None:
             counts["index"] = self._index.num_items
@@ -61,6 +69,10 @@ class RetrievalStage:
         """Fresh candidates for each query; ``candidates`` are not looked at."""
         if not queries:
             return []
+        if self._sources:
+            proposed = [source.run_batch(queries, candidates) for source in self._sources.values()]
+            shares = list(self._shares.values())
+            return [_fused(parts, shares, query) for query, *parts in zip(queries, *proposed, strict=True)]
         histories = _histories(queries)
         now_ms = np.array([query.now_ms for query in queries], np.int64)
         if self._vector_retriever is not None and self._index is not None:
@@ -137,6 +149,24 @@ class RetrievalStage:
             item_idx, score = item_idx[rows], score[rows]
         order = np.lexsort((item_idx, -score))[:k]
         return Candidates.from_source(self.source, item_idx[order], score[order], stage=self.name)
+
+
+def _fused(parts: Sequence[Candidates], shares: Sequence[float], query: Query) -> Candidates:
+    """The best of each source as far as its share goes, then the best by fused score; in order of that score."""
+    item_idx = np.unique(np.concatenate([part.item_idx for part in parts]))
+    score = np.zeros(len(item_idx))
+    bits = np.zeros(len(item_idx), np.uint32)
+    in_share = np.zeros(len(item_idx), np.bool_)
+    for bit, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        place = np.searchsorted(item_idx, part.item_idx)
+        score[place] += share / (RANK_OFFSET + 1 + np.arange(len(part)))
+        bits[place] |= np.uint32(1 << bit)
+        in_share[place[: max(1, int(share * query.num_candidates))]] = True
+    chosen = np.lexsort((item_idx, -score, ~in_share))[: query.num_candidates]
+    chosen = chosen[np.lexsort((item_idx[chosen], -score[chosen]))]
+    fused = score[chosen].astype(np.float32)
+    names = tuple(name for part in parts for name in part.sources)
+    return Candidates(item_idx[chosen], fused, names, bits[chosen], {RetrievalStage.name: fused})
 
 
 def _histories(queries: Sequence[Query]) -> Histories:

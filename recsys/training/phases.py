@@ -1,0 +1,62 @@
+"""Several trainings that follow each other in one run, which can be stopped in any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from recsys.training.runtime import ModuleT, Runtime
+
+if TYPE_CHECKING:
+    from recsys.models.base import Retriever
+
+
+class Phase(Runtime):
+    """One of several trainings that share a runtime. Checkpoints carry the results of those before."""
+
+    def __init__(self, runtime: Runtime, name: str, done: Mapping[str, Retriever]) -> None:
+        """``done`` are the results of the phases before this one, by their names."""
+        self._runtime, self._name, self._done = runtime, name, dict(done)
+        self.label = f"{runtime.label}{name}: "
+        self.device, self.rank, self.world_size = runtime.device, runtime.rank, runtime.world_size
+
+    def prepare(self, module: ModuleT) -> ModuleT:
+        """As the shared runtime does."""
+        return self._runtime.prepare(module)
+
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        """As the shared runtime does."""
+        return self._runtime.all_reduce_sum(value)
+
+    def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None = None) -> None:
+        """Report under this phase's name."""
+
+        def save_all(folder: Path) -> None:
+            assert save is not None
+            (folder / self._name).mkdir()
+            save(folder / self._name)
+            for name, retriever in self._done.items():
+                retriever.save(folder / _result(name))
+
+        self._runtime.report(metrics, None if save is None else save_all)
+
+    def restore(self) -> Path | None:
+        """This phase's part of the newest checkpoint."""
+        folder = self._runtime.restore()
+        return folder / self._name if folder is not None and (folder / self._name).exists() else None
+
+    def finished(self) -> Retriever | None:
+        """What this phase left, where the newest checkpoint is of a later one."""
+        from recsys.models import load_retriever
+
+        folder = self._runtime.restore()
+        if folder is None or not (folder / _result(self._name)).exists():
+            return None
+        return load_retriever(folder / _result(self._name))
+
+
+def _result(name: str) -> str:
+    return f"{name}_result"
