@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint format bench-spine bench-quality bench-training peers wheel clean
+.PHONY: help demo test lint format bench-spine bench-quality bench-training bench-families peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ peers: .venv-peers/.installed  ## install the libraries that suites and benchmar
 
 bench-quality: .venv/.installed-dev .venv-peers/.installed  ## train and judge the suites; hours; goes on where it was stopped
 	python tests/benchmarks/quality.py
+
+bench-families: .venv/.installed-dev .venv-peers/.installed  ## measure the figures of tests/benchmarks/results/families.json (about an hour)
+	python tests/benchmarks/families.py
 
 bench-training: .venv/.installed-dev .venv-peers/.installed  ## measure training speed beside RecTools
 	python tests/benchmarks/training.py

@@ -243,6 +243,16 @@ class SuiteReport:
                 cells += ["" if one.recommend_ms is None else f"{one.recommend_ms:.2f}"]
                 lines.append(_row(cells))
             lines.append("")
+        for position, one in enumerate(next(iter(self.views.values()))[0].slices):
+            lines += [f"## Mean gain@10 by {one.quantity}", ""]
+            lines.append(
+                _row(["system", *(f"{label} ({num})" for label, num in zip(one.labels, one.num_pairs, strict=True))])
+            )
+            lines.append("| :-- |" + " --: |" * len(one.labels))
+            for system in next(iter(self.views.values())):
+                gains = system.slices[position].gain
+                lines.append(_row([system.name, *("" if gain is None else f"{gain:.4f}" for gain in gains)]))
+            lines.append("")
         if self.anchors:
             lines += ["## Published on the same data and protocol", "", _row(["model", *shown, "time", "from"])]
             lines.append("| :-- |" + " --: |" * len(shown) + " :-- | :-- |")

@@ -72,6 +72,12 @@ class SequenceConfig(TowerConfig, ABC):
         max_length=16,
         description="where users come back to the same: per half-life, how often they did adds to a score (needs time)",
     )
+    item_mask_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="augmentation: share of the read interactions that an epoch blanks out (CL4SRec, arXiv 2010.14395)",
+    )
 
     reads_both_ways: ClassVar[bool] = False
     """positions also see what comes after them: then what is asked for must be blank, not read"""
@@ -271,6 +277,8 @@ class SequenceNetwork(TowerNetwork):
     def forward(self, part: _Part) -> Tensor:
         """The summed weighted loss of a part of a step."""
         input_TD, positive_TD, candidate_CD = self.look_up(part.input_T, part.positive_T, part.candidate, part.id_keep)
+        if part.shown_T is not None:
+            input_TD = input_TD * part.shown_T.unsqueeze(-1)
         user_TD = self.encode(input_TD, part.is_start_T, part.layout)
         if part.query_T is not None:
             user_TD = user_TD.index_select(0, part.query_T)
@@ -300,6 +308,8 @@ class _Part:
     """One worker's part of a step, on its device."""
 
     input_T: Tensor
+    shown_T: Tensor | None
+    """bool [T]: False where what was read is blanked out; None where nothing is"""
     is_start_T: Tensor
     positive_T: Tensor
     weight_T: Tensor
@@ -336,7 +346,10 @@ class SequencePlan:
         rng = rng_for(self.data.seed, 3, epoch)
         windows = cut_windows(self.data.histories, self.config.max_length, rng)
         batches = plan_epoch(windows, self.config.train.batch_tokens, rng)
-        return [_Step(self, batch, epoch, step) for step, batch in enumerate(batches)]
+        shown = None
+        if self.config.item_mask_share:
+            shown = rng_for(self.data.seed, 5, epoch).random(len(self.weights)) >= self.config.item_mask_share
+        return [_Step(self, batch, epoch, step, shown) for step, batch in enumerate(batches)]
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,8 @@ class _Step:
     batch: Windows
     epoch: int
     number: int
+    shown: NDArray[np.bool_] | None
+    """bool [R]: the rows of the log that this epoch shows"""
 
     @property
     def weight(self) -> float:
@@ -398,6 +413,7 @@ class _Step:
             habit = tuple(map(tensor, (positive_TF, query_T, habits.offsets, candidates, habits.count_EF)))
         return _Part(
             input_T=tensor(log[np.maximum(input_row, 0)].astype(np.int64)),
+            shown_T=None if self.shown is None else tensor(self.shown[np.maximum(input_row, 0)]),
             is_start_T=tensor(input_row < 0),
             positive_T=tensor(log[target_row].astype(np.int64)),
             weight_T=tensor(weight),

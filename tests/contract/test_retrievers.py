@@ -96,6 +96,15 @@ class TestESASRecSampledWithHabits(RetrieverContract):
     min_ndcg = 0.35
 
 
+class TestESASRecWithMaskedItems(RetrieverContract):
+    config = SMALL.model_copy(update={"item_mask_share": 0.2})
+    min_ndcg = 0.35
+
+    def test_another_model_comes_of_it(self, fitted: Retriever, histories: Histories) -> None:
+        plain = SMALL.fit(self.fit_data(self.dataset), Runtime("cpu"))
+        assert np.abs(plain.score(histories) - fitted.score(histories)).max() > 1e-3
+
+
 class SequenceContract(RetrieverContract):
     min_ndcg = 0.35
     chain_epochs = 6

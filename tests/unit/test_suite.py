@@ -134,6 +134,7 @@ def test_what_a_person_reads(report: SuiteReport, tmp_path: Path) -> None:
     assert "| Published <1> | 0.5000 |" in text and "| used | a paper |" in text
     for words in ("leave_one_out", report.dataset_fingerprint[:16], "a machine", "`a command`", "clustered by user"):
         assert words in text
+    assert text.count("## Mean gain@10 by ") == len(ours.slices)
     page = suite_page(report)
     assert page == suite_page(report), "the same report gives the same page"
     assert page.count("<svg") == 2 + len(ours.slices)

@@ -1,0 +1,154 @@
+"""All families of models side by side, written to ``results/families.json``: ``make bench-families``.
+
+Trains what the suites ``families_*`` list (or reuses it), copies their tables and plots to ``results/families/``, and
+turns them into rows. The contract tests of every kind run first: what breaks the contract does not count as served.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rows import RESULTS, write_row
+
+from jobs import benchmark
+from jobs.benchmark import SUITES, BenchmarkConfig, Judged
+from jobs.cli import show_progress
+from recsys.config import load_config
+from recsys.evaluation.page import latency_plot
+from recsys.evaluation.suite import ratio_interval
+from recsys.files import atomic_path
+from recsys.models import KINDS, RANKER_KINDS
+
+COMMAND = "make bench-families"
+FILE = "families"
+NAMES = ("families_movielens", "families_online_retail")
+PEERS = {
+    "item_knn_plain": "rectools_item_knn",
+    "als": "rectools_als",
+    "ease": "rectools_ease",
+    "sasrec": "rectools_sasrec",
+    "bert4rec": "rectools_bert4rec",
+}
+CONTRACTS = ("tests/contract/test_retrievers.py", "tests/contract/test_rankers.py")
+
+
+def served(configs: list[BenchmarkConfig], done: list[Judged]) -> None:
+    """Kinds that stand in a table and whose contract tests all pass."""
+    passed = subprocess.run([sys.executable, "-m", "pytest", "-q", *CONTRACTS], check=False).returncode == 0
+    kinds: set[str] = set()
+    for config, judged in zip(configs, done, strict=True):
+        present = {run.system for run in judged.runs}
+        for system in config.systems:
+            if system.name in present and system.model is not None:
+                kinds.add(system.model.kind)
+                kinds |= {system.ranker.kind} if system.ranker is not None else set()
+    registered = {kind.model_fields["kind"].default for kind in (*KINDS, *RANKER_KINDS)}
+    write_row(
+        FILE,
+        "families_served",
+        len(kinds & registered) if passed else 0,
+        unit="kinds",
+        bar=">= 20",
+        passes=passed and len(kinds & registered) >= 20,
+        protocol="kinds of retriever and ranker in the tables of the suites families_*, if the contract tests pass",
+        command=COMMAND,
+        seeds=[0],
+        details={"kinds": sorted(kinds & registered), "without a row": sorted(registered - kinds)},
+    )
+
+
+def interests(config: BenchmarkConfig, judged: Judged) -> None:
+    """Recall of four vectors of 32 dimensions over that of one of 128: as many multiplications per item."""
+    several, one = (judged.report.summary(name) for name in ("mind", "mind_one"))
+    runs = {run.system: run for run in judged.runs}
+    metric = "recall@20"
+    view = next(iter(judged.report.views))
+    values = [runs[name].views[view][metric] for name in ("mind", "mind_one")]
+    ratio = ratio_interval(*values, runs["mind"].user_idx[view], config.evaluation)
+    write_row(
+        FILE,
+        "mind_recall_gain",
+        ratio.mean,
+        unit="x",
+        bar="> 1",
+        passes=ratio.mean > 1,
+        protocol=f"suite {config.name}: {metric} of 4 interests of 32 dimensions over that of 1 of 128, the rest "
+        "alike; equal multiplications per scored item, p50 beside",
+        command=COMMAND,
+        seeds=one.seeds,
+        details={
+            "interval": [ratio.low, ratio.high],
+            metric: {summary.name: summary.metrics[metric].mean for summary in (several, one)},
+            "p50_ms": {summary.name: summary.recommend_ms for summary in (several, one)},
+        },
+    )
+
+
+def parity(config: BenchmarkConfig, judged: Judged) -> None:
+    """The worst of ours over the same model of another library."""
+    runs = {run.system: run for run in judged.runs}
+    view, metric = next(iter(judged.report.views)), config.evaluation.main_metric
+    found: dict[str, Any] = {}
+    for ours, theirs in PEERS.items():
+        values = [runs[name].views[view][metric] for name in (ours, theirs)]
+        ratio = ratio_interval(*values, runs[ours].user_idx[view], config.evaluation)
+        found[ours] = {
+            "ratio": [ratio.mean, ratio.low, ratio.high],
+            metric: [float(np.mean(value)) for value in values],
+            "peer": theirs,
+        }
+    worst = min(pair["ratio"][0] for pair in found.values())
+    write_row(
+        FILE,
+        "peer_parity_worst",
+        worst,
+        unit="x",
+        bar=">= 0.97",
+        passes=worst >= 0.97,
+        protocol=f"suite {config.name}: NDCG@10 of ours over that of the peer with the same settings, the worst of "
+        f"{', '.join(found)}; both trained in the same run",
+        command=COMMAND,
+        seeds=[0],
+        details=found,
+    )
+
+
+def keep(judged: Judged, name: str) -> None:
+    """The table and the plot of a suite, for the repository."""
+    folder = RESULTS / FILE
+    for file, text in (
+        (f"{name}.md", (judged.folder / "suite.md").read_text()),
+        (f"{name}.svg", latency_plot(judged.report)),
+    ):
+        with atomic_path(folder / file) as temporary:
+            temporary.write_text(text)
+
+
+def main(
+    suite: Annotated[list[str] | None, typer.Option(help=f"some of {', '.join(NAMES)}")] = None,
+) -> None:
+    """Train, judge and write the rows."""
+    show_progress()
+    configs: list[BenchmarkConfig] = []
+    done: list[Judged] = []
+    for name in suite or NAMES:
+        if name not in NAMES:
+            raise typer.BadParameter(f"no suite {name!r}, only {', '.join(NAMES)}")
+        config = load_config(BenchmarkConfig, SUITES / f"{name}.yaml")
+        judged = benchmark.run(config, f"python -m jobs.benchmark --suite {name}")
+        keep(judged, name)
+        if name == NAMES[0]:
+            interests(config, judged)
+            parity(config, judged)
+        configs.append(config)
+        done.append(judged)
+    if len(done) == len(NAMES):
+        served(configs, done)
+
+
+if __name__ == "__main__":
+    typer.run(main)
