@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs import benchmark
+from jobs import benchmark, benchmark_ratings
 from jobs.benchmark import BenchmarkConfig
+from jobs.benchmark_ratings import RatingSuite
 from recsys.config import load_config
 from recsys.errors import ConfigError, ModelError
 from recsys.files import read_json
@@ -169,3 +172,46 @@ def test_every_shipped_suite_is_valid_and_has_its_baselines(path: Path) -> None:
     assert config.name == path.stem
     assert {"popularity", "item_knn"} <= {s.model.kind for s in config.systems if s.baseline and s.model is not None}
     assert yaml.safe_load(path.read_text())
+
+
+def test_a_suite_of_ratings_is_judged(tmp_path: Path) -> None:
+    """Rows of 1 to 5 that the user's own mean foretells better than the mean of all."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"user_id": f"u{user}", "item_id": f"i{item}", "timestamp": 1000 + 60 * place, "event": "rating",
+         "value": float(np.clip(1 + user % 5 + rng.normal(scale=0.2), 1, 5))}
+        for user in range(30)
+        for place, item in enumerate(rng.permutation(20)[:8].tolist())
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "ratings.parquet")
+    tree = {
+        "name": "tiny",
+        "workdir": str(tmp_path / "runs"),
+        "data": {
+            "source": {
+                "kind": "parquet",
+                "path": str(tmp_path / "ratings.parquet"),
+                "timestamp_unit": "s",
+                "columns": {"event": "event", "value": "value"},
+            },
+            "positives": {"events": {"rating": {"weight": 1.0}}},
+            "split": {"kind": "leave_one_out"},
+        },
+        "models": {
+            "mean": {"kind": "biases", "user_shrinkage": 1e9},
+            "biases": {"kind": "biases", "user_shrinkage": 0.1},
+        },
+        "num_bootstrap": 100,
+    }
+    folder, (mean, biases) = benchmark_ratings.run(RatingSuite.parse(tree, where="test"), "the command")
+    assert biases.rmse.mean < 0.4
+    assert mean.rmse.mean > 1.0
+    assert biases.rmse.low < biases.rmse.mean < biases.rmse.high
+    assert biases.mae.mean <= biases.rmse.mean
+    text = (folder / "ratings.md").read_text()
+    assert f"| biases | {biases.rmse.mean:.4f} |" in text and "30 ratings of the test split" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ratings").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_suite_of_ratings_is_valid(path: Path) -> None:
+    assert load_config(RatingSuite, path).models
