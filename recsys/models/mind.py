@@ -2,9 +2,10 @@
 
 The items of a history are routed to K interest capsules; each searches on its own, and an item's score is that of the
 interest that likes it best. Deviations: the starting logits of the routing are drawn once, per place counted from the
-newest item, and kept, so that one history always gives the same vectors; the label-aware attention is a softmax of
-``sharpness`` times the inner products; a learned start vector stands before the first item and answers the empty
-history; and those of :mod:`.towers`.
+newest item, and kept, so that one history always gives the same vectors; the label-aware attention gives a target to
+one interest alone (the paper's power of infinity) and judges negatives, too, by the interest that likes them best, as
+retrieval does; a learned start vector stands before the first item and answers the empty history; and those of
+:mod:`.towers`.
 
 Shape legend: B histories, L items read of each (padded at the end, newest first), D dim, K interests, N items.
 """
@@ -26,7 +27,7 @@ from recsys.models.drawn_targets import PADDING, START, DrawnTargets, Part, newe
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.items import ItemTower
 from recsys.models.towers import Plan, TowerConfig, TowerNetwork, TowerRetriever
-from recsys.training.losses import softmax_loss
+from recsys.training.losses import interests_softmax_loss
 
 _HISTORIES_AT_ONCE = 2048
 
@@ -38,9 +39,6 @@ class MIND(TowerConfig):
     num_interests: int = Field(default=4, ge=1, le=64, description="vectors per user (K), for a long history")
     num_iterations: int = Field(default=3, ge=1, le=10, description="rounds of routing")
     hidden_dim: int = Field(default=128, ge=4, le=65536, description="hidden size of the layer after the capsules")
-    sharpness: float = Field(
-        default=4.0, gt=0, description="how much training gives a target to the one interest that likes it best"
-    )
     targets_per_user: int = Field(
         default=8, ge=1, le=65536, description="targets drawn from each history per epoch; each is routed anew"
     )
@@ -91,7 +89,7 @@ class _Interests(TowerNetwork):
     def __init__(self, config: MIND, items: ItemTower) -> None:
         super().__init__(items)
         dim = config.dim
-        self.num_iterations, self.sharpness = config.num_iterations, config.sharpness
+        self.num_iterations = config.num_iterations
         self.start = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.dropout = Dropout(config.dropout)
         self.bilinear = nn.Linear(dim, dim, bias=False)
@@ -119,13 +117,11 @@ class _Interests(TowerNetwork):
         flat_T = part.item_BL.clamp(min=0).flatten()
         input_TD, positive_BD, candidate_CD = self.look_up(flat_T, part.positive_B, part.candidate, part.id_keep)
         interests_BKD, active_BK = self.interests(input_TD.view(*part.item_BL.shape, -1), part.item_BL)
-        liking_BK = (interests_BKD @ positive_BD.unsqueeze(-1)).squeeze(-1) * self.sharpness
-        share_BK = liking_BK.masked_fill(~active_BK, -torch.inf).softmax(1)
-        user_BD = (share_BK.unsqueeze(1) @ interests_BKD).squeeze(1)
-        return softmax_loss(
-            user_BD,
-            positive_BD.to(user_BD.dtype),
-            candidate_CD.to(user_BD.dtype),
+        return interests_softmax_loss(
+            interests_BKD,
+            active_BK,
+            positive_BD.to(interests_BKD.dtype),
+            candidate_CD.to(interests_BKD.dtype),
             positive_T=part.positive_B,
             weight_T=part.weight_B,
             candidate_C=part.candidate,

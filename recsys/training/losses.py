@@ -1,7 +1,7 @@
 """Softmax over many items without ever holding all logits.
 
 Shape legend: T tokens, C candidates, D dim, c tokens of one chunk, M moments, F half-lives, N items, Q queries, E pairs
-of a query and a candidate, e those of one chunk's tokens.
+of a query and a candidate, e those of one chunk's tokens, K interests.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Logits held at once: 2 MiB of float32 per thread of a CPU, to stay in its cache; 256 MiB to keep a GPU busy."""
@@ -100,6 +101,55 @@ def softmax_loss(
         habit,
     )
     assert isinstance(loss, Tensor)
+    return loss
+
+
+def interests_softmax_loss(
+    user_TKD: Tensor,
+    active_TK: Tensor,
+    positive_TD: Tensor,
+    candidate_CD: Tensor,
+    *,
+    positive_T: Tensor,
+    weight_T: Tensor,
+    candidate_C: Tensor | None = None,
+    log_correction_C: Tensor | None = None,
+) -> Tensor:
+    """:func:`softmax_loss` where a query has several vectors, and an item's logit is the largest of theirs.
+
+    Args:
+        user_TKD: float, the vectors of each token's query.
+        active_TK: bool, which of them count; at least one of each row.
+        positive_TD, candidate_CD, positive_T, weight_T, candidate_C, log_correction_C: as there.
+
+    Returns:
+        A float32 scalar. Logits ``[T, K, C]`` exist for a chunk of tokens at a time, and are computed anew in the
+        backward pass.
+    """
+    item_C = torch.arange(len(candidate_CD), device=candidate_CD.device) if candidate_C is None else candidate_C
+
+    def part(
+        user: Tensor, active: Tensor, positive: Tensor, item: Tensor, weight: Tensor, candidates: Tensor
+    ) -> Tensor:
+        absent = ~active.unsqueeze(-1)
+        positive_logit = (user @ positive.unsqueeze(-1)).float().masked_fill(absent, -torch.inf).amax((1, 2))
+        logit_cC = (user @ candidates.T).masked_fill(absent, -torch.inf).amax(1).float()
+        if log_correction_C is not None:
+            logit_cC = logit_cC + log_correction_C
+        logit_cC = logit_cC.masked_fill(item_C == item.unsqueeze(1), -torch.inf)
+        log_sum = torch.cat([positive_logit.unsqueeze(1), logit_cC], 1).logsumexp(1)
+        return ((log_sum - positive_logit) * weight).sum()
+
+    threads = torch.get_num_threads() if user_TKD.device.type == "cpu" else 1
+    num_logits = max(1, user_TKD.shape[1] * len(candidate_CD))
+    chunk = max(1, _CHUNK_ELEMENTS[user_TKD.device.type] * threads // num_logits)
+    loss = torch.zeros((), device=user_TKD.device)
+    for start in range(0, len(user_TKD), chunk):
+        rows = slice(start, start + chunk)
+        tokens = (user_TKD[rows], active_TK[rows], positive_TD[rows], positive_T[rows], weight_T[rows].float())
+        value = checkpoint(part, *tokens, candidate_CD, use_reentrant=False)
+        assert isinstance(value, Tensor)
+        loss = loss + value
     return loss
 
 

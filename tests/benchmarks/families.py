@@ -69,8 +69,8 @@ def served(configs: list[BenchmarkConfig], done: list[Judged]) -> None:
 
 
 def interests(config: BenchmarkConfig, judged: Judged) -> None:
-    """Recall of four vectors of 32 dimensions over that of one of 128: as many multiplications per item."""
-    several, one = (judged.report.summary(name) for name in ("mind", "mind_one"))
+    """Recall of four vectors over that of one: of the same size, and of as many multiplications per scored item."""
+    several, one, wide = (judged.report.summary(name) for name in ("mind", "mind_one", "mind_one_wide"))
     runs = {run.system: run for run in judged.runs}
     metric = "recall@20"
     view = next(iter(judged.report.views))
@@ -145,8 +145,8 @@ def adaptation(config: BenchmarkConfig) -> None:
         "# Adapting the text encoder",
         "",
         (
-            f"{config.encoder.model} on {dataset.info.name}: mean reciprocal rank of an item's partner among the items of "
-            f"256 validation pairs, learned from train; one process, seed 0; {hardware()}; `{COMMAND}`."
+            f"{config.encoder.model} on {dataset.info.name}: mean reciprocal rank of an item's partner among the items "
+            f"of 256 validation pairs, learned from train; one process, seed 0; {hardware()}; `{COMMAND}`."
         ),
         "",
         "| adaptation | weights that learn | seconds | MRR | over as it is |",

@@ -14,7 +14,7 @@ from recsys.errors import NoTimeError
 from recsys.models.layers.packing import PackedLayout, packed_attention
 from recsys.models.layers.rotary import rotate, rotation
 from recsys.training import losses
-from recsys.training.losses import Trend, softmax_loss
+from recsys.training.losses import Trend, interests_softmax_loss, softmax_loss
 from recsys.training.sampling import (
     NegativeSampler,
     cut_windows,
@@ -179,6 +179,39 @@ def test_softmax_with_trends_and_its_gradient(tokens: int, num_items: int, chunk
     for actual, wanted in zip(
         torch.autograd.grad(3 * loss, leaves), torch.autograd.grad(3 * expected, leaves), strict=True
     ):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(2, 15), st.integers(1, 90), st.booleans())
+def test_softmax_of_the_best_interest_and_its_gradient(
+    tokens: int, num_interests: int, num_items: int, chunk: int, named: bool
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    user = torch.randn(tokens, num_interests, 4, generator=generator, requires_grad=True)
+    items = torch.randn(num_items, 4, generator=generator, requires_grad=True)
+    active = torch.rand(tokens, num_interests, generator=generator) < 0.5
+    active[:, 0] = True
+    positive = torch.randint(num_items, (tokens,), generator=generator)
+    weight = torch.rand(tokens, generator=generator)
+    order = torch.randperm(num_items, generator=generator) if named else torch.arange(num_items)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "_CHUNK_ELEMENTS", {"cpu": chunk})
+        loss = interests_softmax_loss(
+            user,
+            active,
+            items[positive],
+            items[order],
+            positive_T=positive,
+            weight_T=weight,
+            candidate_C=order if named else None,
+        )
+        found = torch.autograd.grad(3 * loss, [user, items])
+    logits = torch.stack(
+        [(items @ vectors[which].T).amax(1) for vectors, which in zip(user, active, strict=True)]
+    )  # [T, N]
+    expected = (F.cross_entropy(logits, positive, reduction="none") * weight).sum()
+    torch.testing.assert_close(loss, expected)
+    for actual, wanted in zip(found, torch.autograd.grad(3 * expected, [user, items]), strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
 
 
