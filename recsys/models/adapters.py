@@ -37,6 +37,11 @@ class Prefix(StrictConfig):
     num_tokens: int = Field(default=8, ge=1, le=4096, description="places of the prefix")
 
 
+def places(adapter: LoRA | Prefix | None) -> int:
+    """How many of a transformer's places ``adapter`` takes up."""
+    return adapter.num_tokens if isinstance(adapter, Prefix) else 0
+
+
 Adapter = Annotated[LoRA | Prefix, Field(discriminator="kind")]
 
 

@@ -69,9 +69,10 @@ class AttentionRankerConfig(RankerConfig):
         holdout: RankingExamples | None,
         seed: int,
     ) -> AttentionRanker:
-        torch.manual_seed(seed)
         content = catalogue.content
-        network = RankerNetwork(self, content.shape[1])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = RankerNetwork(self, content.shape[1])
         used = examples.batch.candidate_item_idx != PADDING
         values = examples.batch.features[used] if used.any() else np.zeros((1, NUM_FEATURES), np.float32)
         network.feature_mean.copy_(torch.from_numpy(values.mean(axis=0)))
@@ -90,7 +91,7 @@ class AttentionRankerConfig(RankerConfig):
             network,
             examples,
             loss=loss,
-            score=lambda batch: ranker().score(batch),
+            scorer=lambda: ranker().score,
             config=self,
             runtime=runtime,
             holdout=holdout,
@@ -222,7 +223,7 @@ class AttentionRanker(Ranker):
 
     def score(self, batch: RankingBatch) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return self.network.score(*_inputs(batch, self.projected)).numpy()
+            return self.network.score(*_inputs(batch, self.projected, self.network.null_key.device)).cpu().numpy()
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -249,11 +250,12 @@ class AttentionRanker(Ranker):
 @torch.inference_mode()
 def project(network: RankerNetwork, content: NDArray[np.float32], chunk: int = 65536) -> NDArray[np.float32]:
     """float32 [N, D]: ``network.item`` of every row of ``content``."""
-    parts = [network.item(torch.tensor(content[row : row + chunk])) for row in range(0, len(content), chunk)]
-    return torch.cat(parts).numpy()
+    device = network.null_key.device
+    parts = [network.item(torch.tensor(content[row : row + chunk]).to(device)) for row in range(0, len(content), chunk)]
+    return torch.cat(parts).cpu().numpy()
 
 
-def _inputs(batch: RankingBatch, table: NDArray[np.float32], device: torch.device | None = None) -> tuple[Tensor, ...]:
+def _inputs(batch: RankingBatch, table: NDArray[np.float32], device: torch.device) -> tuple[Tensor, ...]:
     """The network's arguments for a batch, items looked up in ``table`` (which may be memory-mapped)."""
     tensors = (
         torch.from_numpy(table[np.maximum(batch.candidate_item_idx, 0)]),
@@ -262,4 +264,4 @@ def _inputs(batch: RankingBatch, table: NDArray[np.float32], device: torch.devic
         torch.from_numpy(batch.history_item_idx != PADDING),
         torch.tensor(batch.features),
     )
-    return tensors if device is None else tuple(tensor.to(device) for tensor in tensors)
+    return tuple(tensor.to(device) for tensor in tensors)

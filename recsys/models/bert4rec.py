@@ -45,9 +45,9 @@ class BERT4Rec(SequenceConfig):
     def encoder(self) -> Encoder:
         return _BothWays(self)
 
-    def blanks(self, windows: PackedWindows, rng: np.random.Generator) -> NDArray[np.bool_]:
+    def blanks(self, windows: PackedWindows, chance: NDArray[np.float64]) -> NDArray[np.bool_]:
         """A random share, and the last of a window where none was drawn."""
-        blank = rng.random(len(windows.target_row)) < self.blank_share
+        blank = chance[windows.target_row] < self.blank_share
         ends = np.cumsum(windows.lengths)
         none_drawn = np.add.reduceat(blank, ends - windows.lengths) == 0
         blank[ends[none_drawn] - 1] = True

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from recsys.config import StrictConfig
 from recsys.errors import ModelError
-from recsys.models.adapters import adapt, is_adapted, with_saved_adapter
+from recsys.models.adapters import adapt, is_adapted, places, with_saved_adapter
 from recsys.models.ranking import PADDING, RankingBatch
 from recsys.models.text_encoder import model_folder, pad
-from recsys.models.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork, learn_top_layers
+from recsys.models.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
+from recsys.training.freezing import learn_top_layers
 from recsys.training.ranking_loop import listwise_loss
 
 _BEGIN, _UNKNOWN = "<s>", "<unk>"
@@ -64,14 +65,14 @@ class CausalLMConfig(TextRankerConfig):
         else:
             tokenizer, transformer = _read(model_folder(self.model, "causal_lm.model"))
         if self.adapter is None:
-            learn_top_layers(transformer, self.trainable_layers)
+            learn_top_layers(transformer, transformer, self.trainable_layers)
         else:
             transformer = adapt(transformer, self.adapter, "CAUSAL_LM")
-        return tokenizer, _DecoderNetwork(tokenizer, transformer)
+        return tokenizer, _DecoderNetwork(self, tokenizer, transformer)
 
     def saved_network(self, folder: Path) -> tuple[Any, TextRankerNetwork]:
         tokenizer, transformer = _read(folder)
-        return tokenizer, _DecoderNetwork(tokenizer, with_saved_adapter(transformer, folder))
+        return tokenizer, _DecoderNetwork(self, tokenizer, with_saved_adapter(transformer, folder))
 
     def item_tokens(self, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         batch = tokenizer(list(texts), truncation=True, max_length=self.max_item_tokens, add_special_tokens=False)
@@ -100,12 +101,12 @@ class _Read(NamedTuple):
 
 
 class _DecoderNetwork(TextRankerNetwork):
-    def __init__(self, tokenizer: Any, transformer: Any) -> None:
+    def __init__(self, config: CausalLMConfig, tokenizer: Any, transformer: Any) -> None:
         super().__init__(transformer)
         self.likelihood_weight = nn.Parameter(torch.zeros(()))
         begin = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0]
         self._begin: int = next(token for token in begin if token is not None)
-        self._max_tokens: int = transformer.config.get_text_config().max_position_embeddings
+        self._max_tokens: int = transformer.config.get_text_config().max_position_embeddings - places(config.adapter)
 
     def forward(self, inputs: TextInputs, device: torch.device) -> _Read:
         prior_BC = inputs.prior_of(self, device)
@@ -115,8 +116,10 @@ class _DecoderNetwork(TextRankerNetwork):
         num_read = 0
         for history, candidates in zip(inputs.histories, inputs.candidates, strict=True):
             if candidates:
-                longest = max(map(len, candidates))
-                read = [token for item in history for token in item][-max(0, self._max_tokens - longest - 1) :]
+                candidates = [candidate[: self._max_tokens - 1] for candidate in candidates]
+                room = self._max_tokens - 1 - max(map(len, candidates))
+                read = [token for item in history for token in item]
+                read = read[max(0, len(read) - room) :]
                 likelihood_C, loss = self._likelihoods([self._begin, *read], candidates, device)
                 found.append(likelihood_C)
                 losses.append(loss)

@@ -21,10 +21,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.errors import ConfigError, ModelError
-from recsys.models.adapters import adapt, with_saved_adapter
+from recsys.models.adapters import adapt, places, with_saved_adapter
 from recsys.models.ranking import PADDING, RankingBatch
 from recsys.models.text_encoder import model_folder, pad
-from recsys.models.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork, learn_top_layers
+from recsys.models.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
+from recsys.training.freezing import learn_top_layers
 
 
 class CrossEncoderConfig(TextRankerConfig):
@@ -44,7 +45,7 @@ class CrossEncoderConfig(TextRankerConfig):
     def network(self, texts: Sequence[str]) -> tuple[Any, TextRankerNetwork]:
         tokenizer, transformer = _read(model_folder(self.model, "cross_encoder.model"))
         if self.adapter is None:
-            learn_top_layers(transformer, self.trainable_layers)
+            learn_top_layers(transformer, transformer, self.trainable_layers)
         else:
             transformer = adapt(transformer, self.adapter, "FEATURE_EXTRACTION")
         return tokenizer, self._network(tokenizer, transformer)
@@ -83,7 +84,8 @@ class _CrossNetwork(TextRankerNetwork):
         nn.init.zeros_(out.bias)
         self.head = nn.Sequential(nn.Linear(dim, config.hidden), nn.GELU(), nn.Dropout(config.dropout), out)
         self._cls, self._pad = tokenizer.cls_token_id, tokenizer.pad_token_id
-        self._max_tokens: int = min(tokenizer.model_max_length, transformer.config.max_position_embeddings)
+        longest: int = min(tokenizer.model_max_length, transformer.config.max_position_embeddings)
+        self._max_tokens = longest - places(config.adapter)
         self._has_types = getattr(transformer.config, "type_vocab_size", 0) > 1
 
     def scores(self, inputs: TextInputs, device: torch.device) -> Tensor:
@@ -93,7 +95,7 @@ class _CrossNetwork(TextRankerNetwork):
             read = [token for item in reversed(history) for token in item]
             for candidate in candidates:
                 ids.append([self._cls, *candidate, *read][: self._max_tokens])
-                borders.append(len(candidate))
+                borders.append(1 + len(candidate))
         scores_BC = inputs.prior_of(self, device)
         if not ids:
             return scores_BC

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
+from recsys.models.layers.items import ItemTower
 from recsys.models.layers.packing import PackedLayout
-from recsys.models.sequence import SequenceConfig
+from recsys.models.sequence import SequenceConfig, SequenceNetwork, SequencePlan
+from recsys.models.towers import Plan
 
 _TIME_BUCKETS = 64
 _BUCKETS_PER_E = 1 / 0.301
@@ -43,6 +45,15 @@ class HSTU(SequenceConfig):
 
     def encoder(self) -> Encoder:
         return _Transducer(self)
+
+    def network(self, items: ItemTower, plan: Plan | None) -> SequenceNetwork:
+        network = super().network(items, plan)
+        if isinstance(plan, SequencePlan) and plan.data.histories.timestamp_ms is None:
+            # What learns nothing about time says nothing about it where serving gives times.
+            for name, parameter in network.named_parameters():
+                if name.endswith("time_bias"):
+                    nn.init.zeros_(parameter.requires_grad_(False))
+        return network
 
 
 class _Transducer(Encoder):

@@ -88,8 +88,11 @@ class SequenceConfig(TowerConfig, ABC):
     def encoder(self) -> Encoder:
         """A fresh one, its weights drawn from torch's generator."""
 
-    def blanks(self, windows: PackedWindows, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """bool [T], for a model that reads both ways: the targets that training hides and asks for."""
+    def blanks(self, windows: PackedWindows, chance: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """bool [T], for a model that reads both ways: the targets that training hides and asks for.
+
+        ``chance``: float64 [R], uniform in [0, 1), one of each row of the log.
+        """
         raise NotImplementedError
 
     def plan(self, data: FitData) -> SequencePlan:
@@ -162,7 +165,7 @@ class SequenceRetriever(TowerRetriever):
         self, histories: Histories, now_ms: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
         """float32 [B, N]: scores of :meth:`encode_prefixes`, where prefixes can share a pass."""
-        if self.config.reads_both_ways or self.config.reads_time:
+        if self.config.reads_both_ways or self.config.reads_time or self.config.max_length == 1:
             return self.score(histories, now_ms)
         users_BV = self.encode_prefixes(histories)
         scores_BN = users_BV @ self.item_vectors().T
@@ -349,7 +352,8 @@ class SequencePlan:
         shown = None
         if self.config.item_mask_share:
             shown = rng_for(self.data.seed, 5, epoch).random(len(self.weights)) >= self.config.item_mask_share
-        return [_Step(self, batch, epoch, step, shown) for step, batch in enumerate(batches)]
+        chance = rng_for(self.data.seed, 6, epoch).random(len(self.weights)) if self.config.reads_both_ways else None
+        return [_Step(self, batch, epoch, step, shown, chance) for step, batch in enumerate(batches)]
 
 
 @dataclass(frozen=True)
@@ -360,6 +364,8 @@ class _Step:
     number: int
     shown: NDArray[np.bool_] | None
     """bool [R]: the rows of the log that this epoch shows"""
+    chance: NDArray[np.float64] | None
+    """float64 [R]: what decides which rows are blank"""
 
     @property
     def weight(self) -> float:
@@ -385,11 +391,13 @@ class _Step:
         input_row, target_row, weight = windows.input_row, windows.target_row, token_weight(windows, self.plan.weights)
         query = moment = layout_times = None
         if config.reads_both_ways:
-            blank = config.blanks(windows, rng)
+            assert self.chance is not None
+            blank = config.blanks(windows, self.chance)
             query = np.flatnonzero(blank)
             input_row = np.where(blank, -1, target_row)
             # What is asked for stands for all: the step's weight is that of every target.
-            weight = weight[query] * np.float32(len(target_row) / max(1, len(query)))
+            (whole,) = split_batch(self.batch, 1)
+            weight = weight[query] * np.float32(len(whole.target_row) / config.blanks(whole, self.chance).sum())
             target_row = target_row[query]
         elif config.objective == "next_basket":
             assert times is not None

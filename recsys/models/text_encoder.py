@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recsys.config import StrictConfig
 from recsys.errors import ConfigError, ModelError
-from recsys.models.adapters import Adapter, is_adapted, save_transformer, with_saved_adapter
+from recsys.models.adapters import Adapter, is_adapted, places, save_transformer, with_saved_adapter
 from recsys.models.text_backends import Backend, BackendName, choose_backend
 
 TextField = Literal["title", "categories", "creator", "description"]
@@ -165,7 +165,7 @@ class TextEncoder:
         self.module = module.eval()
         self.config = config
         self.device = device
-        self.max_tokens = min(config.max_tokens, tokenizer.model_max_length)
+        self.max_tokens = min(config.max_tokens, tokenizer.model_max_length - places(config.train.adapter))
         self._backend: Backend | None = None
 
     @classmethod

@@ -102,8 +102,9 @@ class TextRankerConfig(RankerConfig, ABC):
         holdout: RankingExamples | None,
         seed: int,
     ) -> TextRanker:
-        torch.manual_seed(seed)
-        tokenizer, network = self.network(self._texts(catalogue.table))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tokenizer, network = self.network(self._texts(catalogue.table))
         used = examples.batch.candidate_item_idx != PADDING
         retrieval = examples.batch.features[..., 0][used]
         if len(retrieval):
@@ -119,7 +120,7 @@ class TextRankerConfig(RankerConfig, ABC):
             network,
             examples,
             loss=loss,
-            score=ranker.score,
+            scorer=lambda: ranker.score,
             config=self,
             runtime=runtime,
             holdout=holdout,
@@ -220,11 +221,12 @@ class TextRanker(Ranker):
 
     def score(self, batch: RankingBatch) -> NDArray[np.float32]:
         scores = np.zeros(batch.candidate_item_idx.shape, np.float32)
+        device = self.network.bias.device
         with torch.inference_mode():
             for row in range(len(batch)):  # one query at a time: many candidates make a batch of their own
                 one = batch[row : row + 1]
                 if one.candidate_item_idx.size:
-                    scores[row] = self.network.scores(self.inputs(one), torch.device("cpu")).float().numpy()[0]
+                    scores[row] = self.network.scores(self.inputs(one), device).float().cpu().numpy()[0]
         return scores
 
     def with_items(self, catalogue: RankingCatalogue) -> Self:
@@ -245,16 +247,3 @@ class TextRanker(Ranker):
         write_arrow(folder / "tokens.arrow", pa.table({"tokens": self._tokens}))
         write_json(folder / "fit.json", {"uses_time": self.uses_time, "history": [dict(row) for row in self.history]})
         write_json(folder / "config.json", self.config.model_dump(mode="json"))
-
-
-def learn_top_layers(transformer: Any, num_layers: int) -> None:
-    """Let only the topmost ``num_layers`` layers learn; 0 lets all."""
-    if not num_layers:
-        return
-    stacks = (child for child in transformer.modules() if isinstance(child, nn.ModuleList))
-    layers = max(stacks, key=len, default=None)
-    if layers is None:
-        return
-    transformer.requires_grad_(False)
-    for layer in list(layers)[-num_layers:]:
-        layer.requires_grad_(True)

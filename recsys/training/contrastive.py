@@ -28,6 +28,7 @@ from recsys.data.leaks import check_blind
 from recsys.errors import EmptyDataError
 from recsys.models.adapters import adapt, merged
 from recsys.models.text_encoder import SentenceModule, TextEncoder, TextEncoderConfig, TextTrainConfig, pad
+from recsys.training.freezing import freeze_unreached, learn_top_layers
 from recsys.training.loop import Row, TrainConfig, train
 from recsys.training.runtime import Runtime
 
@@ -230,7 +231,8 @@ def _train(
         return [PairStep(pairs[start : start + settings.batch_size], tokens, known, pad_id) for start in starts]
 
     layers = 0 if settings.adapter is not None else settings.trainable_layers
-    freeze(module, layers, plan(0)[0].part(0, 1, torch.device("cpu")))
+    learn_top_layers(module, module.sentence.transformer, layers)
+    freeze_unreached(module, module.eval()(plan(0)[0].part(0, 1, torch.device("cpu"))))
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     share = sum(size for size, learns in sizes if learns) / sum(size for size, _ in sizes)
     fingerprint = f"{config_hash}:{data.seed}:{len(tokens)}:{len(data.pairs)}"
@@ -271,25 +273,3 @@ def sample_epoch(pairs: Pairs, config: TextTrainConfig, epoch: int, seed: int, w
     chosen = pairs[rng.choice(len(pairs), size, replace=False)]
     flip = rng.random(size) < 0.5
     return np.where(flip[:, None], chosen[:, ::-1], chosen)
-
-
-def freeze(module: PairModule, trainable_layers: int, share: PairShare) -> None:
-    """Let only the topmost ``trainable_layers`` layers learn (0: all), and nothing that the loss does not reach.
-
-    Data-parallel training waits for a gradient of everything that learns; an encoder may hold parts, such as the
-    pooler of BERT, that sentence vectors do not use. One backward pass on ``share`` finds them.
-    """
-    transformer: Any = module.sentence.transformer
-    if trainable_layers:
-        layers = max(
-            (child for child in transformer.modules() if isinstance(child, nn.ModuleList)), key=len, default=None
-        )
-        if layers is not None:
-            module.requires_grad_(False)
-            for layer in list(layers)[-trainable_layers:]:
-                layer.requires_grad_(True)
-    module.eval()
-    module(share).backward()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recsys.errors import ConfigError, EmptyDataError
 from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, pad
+from recsys.training.freezing import freeze_unreached
 from recsys.training.loop import Row, TrainConfig, train
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import rng_for
@@ -123,7 +124,7 @@ def pretrain(
             steps.append(_hide(batch, tokenizer, special, settings.mask_share, rng))
         return steps
 
-    _learn_what_is_reached(module, plan(0)[0].part(0, 1, torch.device("cpu")))
+    freeze_unreached(module, module.eval()(plan(0)[0].part(0, 1, torch.device("cpu"))))
     shared = settings.model_dump(include={"epochs", "learning_rate", "weight_decay", "warmup_steps"})
     curve = train(
         module,
@@ -157,12 +158,3 @@ def _hide(
         read.append(shown)
         asked.append((chosen.astype(np.int64), np.array(ids, np.int64)[chosen]))
     return MaskedStep(read, asked, tokenizer.pad_token_id)
-
-
-def _learn_what_is_reached(module: MaskedModule, share: MaskedShare) -> None:
-    """Freeze what the loss does not reach (a pooler): data-parallel training waits for the gradient of all others."""
-    module.eval()
-    module(share).backward()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recsys.models.ranking import PADDING, RankingBatch
+from recsys.training.freezing import freeze_unreached
 from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
@@ -36,7 +37,7 @@ def train_ranker(
     examples: RankingExamples,
     *,
     loss: Loss,
-    score: Callable[[RankingBatch], NDArray[np.float32]],
+    scorer: Callable[[], Callable[[RankingBatch], NDArray[np.float32]]],
     config: RankerConfig,
     runtime: Runtime,
     holdout: RankingExamples | None,
@@ -47,23 +48,28 @@ def train_ranker(
     Args:
         loss: what is made small; the relevant candidates of each query and ``config.num_negatives`` others are drawn
             anew each epoch.
-        score: float32 [B, C] of the network as it is, for the holdout. The network is on the CPU then.
+        scorer: what scores the holdout (float32 [B, C]) with the network as it is, wherever it is.
         config: epochs, patience, queries per step, step size.
         holdout: queries of other users, or None to run exactly ``config.epochs`` epochs.
     """
 
     def holdout_ndcg() -> float:
         assert holdout is not None
+        score = scorer()
         parts = [score(holdout.batch[at : at + _QUERIES_AT_ONCE]) for at in range(0, len(holdout), _QUERIES_AT_ONCE)]
         return float(holdout.ndcg10(np.concatenate(parts)).mean())
 
-    network.eval()
+    # Once it is data-parallel it must not move between devices: its gradients would no longer be summed.
+    network.to(runtime.device).eval()
     best_state, best_ndcg, history = copy.deepcopy(network.state_dict()), -1.0, list[dict[str, float]]()
     if holdout is not None and len(holdout):
         best_ndcg = holdout_ndcg()
         history.append({"epoch": 0, "loss": 0.0, "ndcg@10": best_ndcg})
     if len(examples) == 0 or config.epochs == 0:
+        network.to("cpu")
         return history
+    probe = examples.sample(np.arange(1), config.num_negatives, np.random.default_rng([seed, 0]))
+    freeze_unreached(network, loss(network, *probe))
     model = runtime.prepare(network)
     by_rate: defaultdict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in network.named_parameters():
@@ -78,7 +84,9 @@ def train_ranker(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, list(by_rate), total_steps=config.epochs * steps_per_epoch + 1, pct_start=0.1
     )
-    for epoch in range(1, config.epochs + 1):
+
+    def run_epoch(epoch: int) -> float:
+        """The mean loss."""
         network.train()
         # The order is the same on every worker, the negatives and the dropout are each worker's own.
         order = np.random.default_rng([seed, epoch]).permutation(len(examples))
@@ -98,11 +106,13 @@ def train_ranker(
             schedule.step()
             total += float(value.detach())
         network.eval()
-        row = {"epoch": float(epoch), "loss": total / steps_per_epoch}
+        return total / steps_per_epoch
+
+    for epoch in range(1, config.epochs + 1):
+        with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
+            row = {"epoch": float(epoch), "loss": run_epoch(epoch)}
         if holdout is not None and len(holdout):
-            network.to("cpu")
             row["ndcg@10"] = holdout_ndcg()
-            network.to(runtime.device)
         history.append(row)
         runtime.report(row)
         if runtime.rank == 0:

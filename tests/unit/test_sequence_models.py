@@ -57,7 +57,7 @@ def test_when_a_token_is_read_and_when_its_answer_is_asked_for() -> None:
 def test_every_window_has_a_blank_and_about_the_share_asked_for() -> None:
     histories = Histories.from_lists([[1] * length for length in [1, 2, 30, 7] * 40])
     (part,) = split_batch(cut_windows(histories, 10, rng_for(0, 1)), 1)
-    blank = BERT4Rec(blank_share=0.3).blanks(part, rng_for(0, 2))
+    blank = BERT4Rec(blank_share=0.3).blanks(part, rng_for(0, 2).random(40 * 40))
     per_window = np.add.reduceat(blank, np.cumsum(part.lengths) - part.lengths)
     assert (per_window > 0).all()
     long = np.repeat(part.lengths == 10, part.lengths)
