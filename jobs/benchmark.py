@@ -312,7 +312,7 @@ def _train(
     """Fit on TRAIN into ``folder / "model"``; the system, and what it took."""
     data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=seed)
     # A model without epochs has nothing to spread over workers.
-    compute = config.compute if "train" in type(model).model_fields else ComputeConfig(num_workers=0)
+    compute = config.compute if model.learns_in_epochs else ComputeConfig(num_workers=0)
     name = f"{system.name}-{folder.name}"
     fitted = fit_distributed(fit, Payload(model, data), compute=compute, name=name, storage=folder / "fit")
     training = read_json(fitted.path / "training.json")
@@ -350,9 +350,8 @@ def _train_ranker(
     )
     train, holdout = examples.split_by_user(_HOLDOUT_SHARE, seed)
     payload = RankerPayload(model, RankingCatalogue(items, content, dataset.items), train, holdout, seed)
-    here = ComputeConfig(num_workers=0)
     fitted = fit_distributed(
-        fit_ranker, payload, compute=here, name=f"{system.name}-{folder.name}", storage=folder / "fit_ranker"
+        fit_ranker, payload, compute=config.compute, name=f"{system.name}-{folder.name}", storage=folder / "fit_ranker"
     )
     own = read_json(fitted.path / "training.json")
     (fitted.path / "ranker").rename(folder / "ranker")
@@ -420,7 +419,7 @@ def _num_parameters(model: Retriever | Ranker, folder: Path) -> int:
     network = getattr(model, "network", getattr(model, "_network", None))
     if network is not None:
         return sum(parameter.numel() for parameter in network.parameters())
-    return sum(tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
+    return sum(tensor.numel() for path in folder.rglob("*.safetensors") for tensor in load_file(path).values())
 
 
 def main(

@@ -123,7 +123,8 @@ def main(
     try:
         path = Path(suite) if Path(suite).suffix else SUITES / f"{suite}.yaml"
         config = load_config(RatingSuite, path, overrides=set_ or ())
-        folder, _ = run(config, f"python -m jobs.benchmark_ratings --suite {suite}")
+        changed = "".join(f" --set {override}" for override in set_ or ())
+        folder, _ = run(config, f"python -m jobs.benchmark_ratings --suite {suite}{changed}")
     except RecsysError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
         raise typer.Exit(2) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import save_file
 
-from jobs._ray import discard, fit_distributed
+from jobs._ray import FitResult, discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from recsys.data.dataset import Dataset
 from recsys.files import file_sha256, read_json, write_json
@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: JobConfig, prepare: Artifact) -> Artifact:
-    """Fine-tune ``config.encoder`` on the train split of ``prepare``, or copy it where ``train.epochs`` is 0."""
+    """Continue the pretraining of ``config.encoder`` on the catalogue's texts and fine-tune it on the train split of
+    ``prepare``; each where it has epochs, and without any it is copied.
+    """
     encoder = config.encoder
     assert encoder is not None, "the pipeline skips this step for data without text"
     source = encoder.model_folder()
@@ -52,6 +54,7 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
         dataset = Dataset.load(prepare.path)
         texts = item_texts(dataset.items, encoder)
         pretrained: Weights | None = None
+        done: list[FitResult] = []
         pretraining: dict[str, Any] = {}
         if encoder.pretrain.epochs:
             logger.info("continuing pretraining on %d texts", len(texts))
@@ -64,6 +67,7 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
             )
             pretrained = load_arrays(fit.path / "weights.safetensors")
             pretraining = {"pretraining": read_json(fit.path / "history.json")["curve"]}
+            done.append(fit)
         data = PairData.of(dataset, texts, encoder.train.window, seed=config.seed)
         logger.info("fine-tuning on %d pairs of items consumed together", len(data.pairs))
         fit = fit_distributed(
@@ -75,7 +79,8 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
         )
         shutil.rmtree(folder / "model", ignore_errors=True)
         shutil.copytree(fit.path, folder / "model")
-        discard(fit)
+        for result in (*done, fit):
+            discard(result)
         (folder / "model" / "history.json").rename(folder / "history.json")
         history = read_json(folder / "history.json")
         logger.info(

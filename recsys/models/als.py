@@ -24,7 +24,7 @@ class ALS(RetrieverConfig):
     kind: Literal["als"] = "als"
     dim: int = Field(default=64, ge=1, le=4096, description="number of factors")
     alpha: float = Field(default=1.0, ge=0, description="confidence that a weight of 1 adds to an interaction's 1")
-    regularization: float = Field(default=0.01, ge=0, description="squared length of factors counts so much")
+    regularization: float = Field(default=0.01, gt=0, description="squared length of factors counts so much")
     iterations: int = Field(default=15, ge=1, le=10_000, description="alternations")
 
     def fit(self, data: FitData, runtime: Runtime) -> FactorRetriever:

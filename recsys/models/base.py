@@ -89,6 +89,11 @@ class RetrieverConfig(StrictConfig, ABC):
     def load(self, folder: Path) -> Retriever:
         """Read what :meth:`Retriever.save` wrote with this very configuration."""
 
+    @property
+    def learns_in_epochs(self) -> bool:
+        """Whether workers can share the training, and there is a number of epochs to choose."""
+        return "train" in type(self).model_fields
+
     def refit(self, fitted: Retriever) -> RetrieverConfig:
         """The configuration to fit all data with, once ``fitted`` has chosen on validation what it had to choose."""
         return self

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, StringConstraints, field_validator
 
 from recsys.config import StrictConfig, parse
 from recsys.data.histories import Histories
@@ -47,17 +47,26 @@ class SourceConfig(StrictConfig):
         return config
 
 
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class Blend(RetrieverConfig):
     """Retrievers side by side."""
 
     kind: Literal["blend"] = "blend"
-    sources: dict[str, SourceConfig] = Field(..., min_length=2, max_length=32, description="sources by their names")
+    sources: dict[SourceName, SourceConfig] = Field(
+        ..., min_length=2, max_length=32, description="sources by their names: letters, digits, - and _"
+    )
 
     @property
     def shares(self) -> dict[str, float]:
         """The share of each source; together 1."""
         total = sum(source.share for source in self.sources.values())
         return {name: source.share / total for name, source in self.sources.items()}
+
+    @property
+    def learns_in_epochs(self) -> bool:
+        return any(source.retriever.learns_in_epochs for source in self.sources.values())
 
     def fit(self, data: FitData, runtime: Runtime) -> BlendRetriever:
         """Fit one source after the other."""

@@ -30,6 +30,7 @@ from recsys.models.text_encoder import TextEncoderConfig, TextField, item_texts
 from recsys.models.towers import has_interactions
 
 _WORD = re.compile(r"\w+")
+_ITEMS_AT_ONCE = 16384
 _NO_WORD = 0
 
 
@@ -97,6 +98,9 @@ class _WordTower(ItemTower):
         return self._encode(self.word_NW if item_n is None else self.word_NW[item_n])
 
     def _encode(self, word_nW: Tensor) -> Tensor:
+        return torch.cat([self._encode_chunk(chunk) for chunk in word_nW.split(_ITEMS_AT_ONCE)])
+
+    def _encode_chunk(self, word_nW: Tensor) -> Tensor:
         word_nEW = self.embedding(word_nW).transpose(1, 2)
         found_nK = [filters(word_nEW).relu().amax(-1) for filters in self.filters]
         return self.out(torch.cat(found_nK, dim=1))

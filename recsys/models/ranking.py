@@ -21,6 +21,7 @@ from pydantic import Field
 
 from recsys.config import StrictConfig
 from recsys.data.features import NUM_FEATURES, ItemFeatures, candidate_features, fixed_size_list, matrix
+from recsys.errors import ModelError
 from recsys.files import map_arrow, write_arrow
 from recsys.training.runtime import Runtime
 
@@ -97,7 +98,10 @@ class RankingQuery:
 
 
 def ranking_batch(queries: list[RankingQuery], items: RankingItems, max_history: int) -> RankingBatch:
-    """Compute features and pad. A row's features depend on its own candidate and the user only."""
+    """Compute features and pad. A row's features depend on its own candidate and the user only.
+
+    :raises ModelError: for an ``item_idx`` outside the catalogue, and for a retrieval score that is not finite.
+    """
     num_candidates = max((len(query.candidate_item_idx) for query in queries), default=0)
     candidates = np.full((len(queries), num_candidates), PADDING, np.int32)
     history = np.full((len(queries), max_history), PADDING, np.int32)
@@ -107,6 +111,7 @@ def ranking_batch(queries: list[RankingQuery], items: RankingItems, max_history:
         newest = query.history_item_idx[-max_history:]
         times = None if query.history_timestamp_ms is None else query.history_timestamp_ms[-max_history:]
         count = len(query.candidate_item_idx)
+        _check(query, newest, len(items.unit_vectors))
         candidates[row, :count] = query.candidate_item_idx
         if len(newest):
             history[row, -len(newest) :] = newest
@@ -123,6 +128,15 @@ def ranking_batch(queries: list[RankingQuery], items: RankingItems, max_history:
                 now_ms=query.now_ms,
             )
     return RankingBatch(candidates, history, age, features)
+
+
+def _check(query: RankingQuery, newest: NDArray[np.int32], num_items: int) -> None:
+    for what, item_idx in (("candidate", query.candidate_item_idx), ("history entry", newest)):
+        if len(item_idx) and not 0 <= int(item_idx.min()) <= int(item_idx.max()) < num_items:
+            raise ModelError(f"a {what} is an item_idx outside 0..{num_items - 1}")
+    if not np.isfinite(query.retrieval_score).all():
+        row = int(np.argmin(np.isfinite(query.retrieval_score)))
+        raise ModelError(f"the retrieval score of item_idx {query.candidate_item_idx[row]} is not finite")
 
 
 class RankerConfig(StrictConfig, ABC):

@@ -54,18 +54,50 @@ def planted_chain(
     return dataset_of(users, items.ravel(), split, num_items=num_items)
 
 
-def dataset_of(
-    user_idx: NDArray[np.integer], item_idx: NDArray[np.integer], split: NDArray[np.integer], *, num_items: int
+def planted_fashion(
+    *, num_users: int = 120, num_items: int = 48, length: int = 8, num_last: int = 0, faith: float = 0.9, seed: int = 0
 ) -> Dataset:
-    """A leave-one-out dataset, one interaction an hour, of arrays sorted by user and order."""
+    """Everybody takes one item a day, with probability ``faith`` one of the quarter of all items that is in fashion.
+
+    The last ``num_last`` days have another quarter in fashion. No user takes an item twice; the last day is VALID, the
+    others are TRAIN. Chance ranks the withheld item among all that are unseen; who knows the fashion of the last days
+    ranks it among the unseen of a quarter.
+    """
+    rng = np.random.default_rng(seed)
+    quarter = num_items // 4
+    users: list[int] = []
+    items: list[int] = []
+    for user in range(num_users):
+        old, new, rest = (
+            first + rng.permutation(size)
+            for first, size in ((0, quarter), (quarter, quarter), (2 * quarter, 2 * quarter))
+        )
+        fashionable = np.concatenate([old[: length - num_last], new[:num_last]])
+        users += [user] * length
+        items += np.where(rng.random(length) < faith, fashionable, rest[:length]).tolist()
+    day = np.tile(np.arange(length), num_users)
+    split = np.where(day == length - 1, Split.VALID, Split.TRAIN)
+    time = _START_MS + (day * 24 + np.array(users) % 24) * _HOUR_MS
+    return dataset_of(np.array(users), np.array(items), split, num_items=num_items, timestamp_ms=time)
+
+
+def dataset_of(
+    user_idx: NDArray[np.integer],
+    item_idx: NDArray[np.integer],
+    split: NDArray[np.integer],
+    *,
+    num_items: int,
+    timestamp_ms: NDArray[np.integer] | None = None,
+) -> Dataset:
+    """A leave-one-out dataset of arrays sorted by user and order; by default one interaction an hour."""
     num_rows, num_users = len(user_idx), int(user_idx.max(initial=-1)) + 1
+    if timestamp_ms is None:
+        timestamp_ms = _START_MS + np.arange(num_rows) * _HOUR_MS
     rows = pa.table(
         {
             schema.USER_IDX: pa.array(user_idx, pa.int32()),
             schema.ITEM_IDX: pa.array(item_idx, pa.int32()),
-            schema.TIMESTAMP: pa.array(_START_MS + np.arange(num_rows) * _HOUR_MS, pa.int64()).cast(
-                schema.TIMESTAMP_TYPE
-            ),
+            schema.TIMESTAMP: pa.array(timestamp_ms, pa.int64()).cast(schema.TIMESTAMP_TYPE),
             schema.POSITION: pa.array(np.arange(num_rows), pa.int64()),
             schema.EVENT: pa.array(["view"] * num_rows, pa.string()),
             schema.VALUE: pa.nulls(num_rows, pa.float32()),

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from recsys.errors import ModelError
 from recsys.models import load_ranker
 from recsys.models.ranking import Ranker, RankingQuery
 
@@ -61,6 +62,24 @@ class RankerContract:
         whole = ranker.rank([query])[0]
         np.testing.assert_allclose(ranker.rank([part])[0], whole[rows], atol=_TOLERANCE)
         np.testing.assert_allclose(ranker.rank([other, query])[1], whole, atol=_TOLERANCE)
+
+    def test_same_seed_same_ranker(self, ranker: Ranker) -> None:
+        query = ranking_query(9, self.num_items)
+        np.testing.assert_array_equal(self.fit().rank([query])[0], ranker.rank([query])[0])
+
+    @pytest.mark.parametrize("field", ["candidate_item_idx", "history_item_idx"])
+    @pytest.mark.parametrize("item_idx", [-1, 50])
+    def test_an_item_outside_the_catalogue_is_refused(self, ranker: Ranker, field: str, item_idx: int) -> None:
+        query = ranking_query(10, self.num_items)
+        getattr(query, field)[-1] = item_idx
+        with pytest.raises(ModelError, match=r"item_idx outside 0\.\.49"):
+            ranker.rank([query])
+
+    def test_a_score_that_is_no_number_is_refused(self, ranker: Ranker) -> None:
+        query = ranking_query(11, self.num_items)
+        query.retrieval_score[3] = np.nan
+        with pytest.raises(ModelError, match=f"item_idx {query.candidate_item_idx[3]} is not finite"):
+            ranker.rank([query])
 
     def test_nobody_and_nothing_are_answered(self, ranker: Ranker) -> None:
         stranger = ranking_query(4, self.num_items, length=0)

@@ -16,14 +16,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from recsys.config import parse
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
-from recsys.errors import EmptyDataError
+from recsys.errors import EmptyDataError, ModelError, NoTimeError
+from recsys.evaluation.protocol import select
+from recsys.index.flat import FlatIndex
 from recsys.models import AnyRetriever, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.towers import TowerConfig
+from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
 from recsys.testing.planted import dataset_of, planted_clusters
 from recsys.training.loop import validation_ndcg
 from recsys.training.runtime import Runtime
@@ -35,8 +40,9 @@ class RetrieverContract:
     """Inherit it under a name that begins with ``Test`` and set ``config``."""
 
     config: ClassVar[RetrieverConfig]
-    min_ndcg: ClassVar[float] = 0.0
-    """NDCG@10 on the planted clusters that the family must reach; 0 for one that ignores the history"""
+    min_ndcg: ClassVar[float]
+    """NDCG@10 on the planted data that the family must reach"""
+    reads_history: ClassVar[bool] = True
     _fitted: ClassVar[dict[type, Retriever]] = {}
 
     @cached_property
@@ -79,6 +85,62 @@ class RetrieverContract:
     def test_no_histories(self, fitted: Retriever) -> None:
         """A batch of none is answered with none."""
         assert fitted.score(Histories.from_lists([])).shape == (0, self.dataset.num_items)
+
+    def test_an_item_outside_the_catalogue_is_refused(self, fitted: Retriever) -> None:
+        """By those who read the history."""
+        histories = Histories.from_lists([[1], [self.dataset.num_items]], [[0], [0]])
+        if self.reads_history:
+            with pytest.raises(ModelError, match=rf"outside 0\.\.{self.dataset.num_items - 1}"):
+                fitted.score(histories)
+        else:
+            assert np.isfinite(fitted.score(histories)).all()
+
+    def test_more_candidates_than_there_are_items(self, fitted: Retriever) -> None:
+        """Retrieval then gives every item that the user has not seen, once."""
+        targets = select(self.dataset.targets(Split.VALID), np.arange(3))
+        stage = retrieval_stage(FlatIndex(), self.dataset, fitted)
+        queries = queries_of(targets, num_candidates=1000, max_history=100, top_k=10)
+        for found, seen in zip(run_stages([stage], queries), _lists(targets.seen), strict=True):
+            assert sorted(found.item_idx.tolist()) == sorted(set(range(self.dataset.num_items)) - set(seen))
+
+    def test_text_vectors_that_are_no_numbers(self) -> None:
+        """Models that read them say whose they are; others do not look."""
+        data = self.fit_data(self.dataset)
+        if data.text_vectors is None:
+            pytest.skip("fitted without text vectors here")
+        broken = data.text_vectors.copy()
+        broken[5, 1] = np.nan
+        with pytest.raises(ModelError, match="item_idx 5 is not finite"):
+            self.config.fit(replace(data, text_vectors=broken), Runtime("cpu"))
+
+    @pytest.mark.parametrize("has_time", [True, False])
+    def test_workers_can_share_a_step(self, has_time: bool) -> None:
+        """The loss reaches every weight that learns, or data-parallel workers would wait for its gradient; and parts of
+        a step agree on the negatives.
+        """
+        if not isinstance(self.config, TowerConfig):
+            pytest.skip("this family does not learn in steps")
+        data = self.fit_data(self.dataset)
+        if not has_time:
+            data = replace(data, histories=replace(data.histories, timestamp_ms=None))
+        try:
+            plan = self.config.plan(data)
+        except NoTimeError:
+            assert not has_time
+            return
+        network = self.config.network(self.config.items(data), plan).train()
+        step = plan.epoch(1)[0]
+        parts = [step.part(index, 2, torch.device("cpu")) for index in range(2)]
+        loss = network(parts[0])
+        loss.backward()
+        unreached = [
+            name for name, weight in network.named_parameters() if weight.requires_grad and weight.grad is None
+        ]
+        assert not unreached
+        first, second = (getattr(part, "candidate", None) for part in parts)
+        assert (first is None) == (second is None)
+        if first is not None:
+            torch.testing.assert_close(first, second)
 
     def test_odd_times(self, fitted: Retriever) -> None:
         """Requests before the history, in 1970 or without any time are answered."""
@@ -130,7 +192,9 @@ class RetrieverContract:
         dataset = self.dataset
         log = dataset.positives
         item_idx = np.where(log.split == Split.TRAIN, log.item_idx, 0)
-        other = dataset_of(log.user_idx, item_idx, log.split, num_items=dataset.num_items)
+        other = dataset_of(
+            log.user_idx, item_idx, log.split, num_items=dataset.num_items, timestamp_ms=log.timestamp_ms
+        )
         config = self.config.refit(fitted)
         data = [replace(self.fit_data(source), valid=None) for source in (dataset, other)]
         first, second = (config.fit(part, Runtime("cpu")).score(histories) for part in data)
@@ -161,6 +225,12 @@ class RetrieverContract:
         if bonus is not None:
             bonus.add_to(scores)
         _close(scores, fitted.score(histories))
+
+
+def _lists(histories: Histories) -> list[list[int]]:
+    rows = histories.rows()
+    ends = np.cumsum(histories.lengths)
+    return [items.tolist() for items in np.split(histories.item_idx[rows], ends[:-1])]
 
 
 def _close(actual: NDArray[Any], expected: NDArray[Any]) -> None:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from recsys.models.base import Retriever
 
 
+_RUNNING, _DONE = "running", "done"
+"""folders of a checkpoint: of the phase that is being trained, and of the results of those before it"""
+
+
 class Phase(Runtime):
     """One of several trainings that share a runtime. Checkpoints carry the results of those before."""
 
@@ -36,27 +40,24 @@ class Phase(Runtime):
 
         def save_all(folder: Path) -> None:
             assert save is not None
-            (folder / self._name).mkdir()
-            save(folder / self._name)
+            (folder / _RUNNING / self._name).mkdir(parents=True)
+            save(folder / _RUNNING / self._name)
             for name, retriever in self._done.items():
-                retriever.save(folder / _result(name))
+                retriever.save(folder / _DONE / name)
 
         self._runtime.report(metrics, None if save is None else save_all)
 
     def restore(self) -> Path | None:
         """This phase's part of the newest checkpoint."""
         folder = self._runtime.restore()
-        return folder / self._name if folder is not None and (folder / self._name).exists() else None
+        own = None if folder is None else folder / _RUNNING / self._name
+        return own if own is not None and own.exists() else None
 
     def finished(self) -> Retriever | None:
         """What this phase left, where the newest checkpoint is of a later one."""
         from recsys.models import load_retriever
 
         folder = self._runtime.restore()
-        if folder is None or not (folder / _result(self._name)).exists():
+        if folder is None or not (folder / _DONE / self._name).exists():
             return None
-        return load_retriever(folder / _result(self._name))
-
-
-def _result(name: str) -> str:
-    return f"{name}_result"
+        return load_retriever(folder / _DONE / self._name)

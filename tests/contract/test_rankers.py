@@ -18,7 +18,7 @@ from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfi
 from recsys.models.causal_lm import CausalLMConfig, SmallDecoder
 from recsys.models.cross_encoder import CrossEncoderConfig
 from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker, openvino_available
-from recsys.models.ranking import Ranker, RankingCatalogue, RankingItems, item_content, ranking_batch
+from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content, ranking_batch
 from recsys.models.text_ranker import TextRanker, TextRankerConfig
 from recsys.testing.ranker_contract import RankerContract, ranking_query
 from recsys.testing.tiny_encoder import tiny_encoder
@@ -50,11 +50,6 @@ def exported(precision: str) -> ExportedRanker:
     ranker, examples = fitted()
     (form,) = export_ranker(ranker, ExportConfig(precisions=(precision,)), examples.batch)
     return form
-
-
-class TestAttention(RankerContract):
-    def fit(self) -> AttentionRanker:
-        return fitted()[0]
 
 
 class TestAttentionExportedF32(RankerContract):
@@ -92,23 +87,37 @@ def planted() -> tuple[RankingExamples, RankingExamples, RankingCatalogue]:
     table = schema.ITEMS.empty_table()
     columns = {name: pa.nulls(50, table.schema.field(name).type) for name in table.column_names}
     columns["title"] = pa.array([f"{COLOURS[item % 5]} thing" for item in range(50)])
-    catalogue = RankingCatalogue(items, features.categories, pa.table(columns, schema=None))
+    catalogue = RankingCatalogue(items, np.eye(5, dtype=np.float32)[colour], pa.table(columns))
     return *examples.split_by_user(0.25, 0), catalogue
 
 
-class TextRankerContract(RankerContract):
-    """Besides: it reads. Chance orders four candidates with an NDCG@10 of 0.64."""
+class PlantedContract(RankerContract):
+    """Besides: it learns. Chance orders four candidates with an NDCG@10 of 0.64."""
 
-    config: ClassVar[TextRankerConfig]
+    config: ClassVar[RankerConfig]
 
     def fit(self) -> Ranker:
         train, holdout, catalogue = planted()
         return self.config.fit(train, catalogue, Runtime("cpu"), holdout=holdout, seed=0)
 
-    def test_it_finds_the_planted_words(self, ranker: Ranker) -> None:
+    def test_it_finds_what_is_planted(self, ranker: Ranker) -> None:
         _, holdout, _ = planted()
         assert holdout.ndcg10(ranker.score(holdout.batch)).mean() > 0.85
         assert ranker.num_epochs > 0
+
+
+class TestAttention(PlantedContract):
+    """The colour is in the content vectors."""
+
+    config = AttentionRankerConfig(
+        dim=16, hidden=32, max_history=2, num_negatives=3, epochs=40, patience=40, batch_queries=4, dropout=0.0
+    )
+
+
+class TextRankerContract(PlantedContract):
+    """Besides: it reads."""
+
+    config: ClassVar[TextRankerConfig]
 
     def test_an_untrained_one_keeps_the_order_of_retrieval(self) -> None:
         train, holdout, catalogue = planted()
@@ -130,10 +139,27 @@ class TextRankerContract(RankerContract):
 
     def test_texts_are_needed(self) -> None:
         train, _, catalogue = planted()
-        titles = pa.nulls(50, pa.string())
-        table = catalogue.table.set_column(catalogue.table.column_names.index("title"), "title", titles)
+        without = with_titles(catalogue, pa.nulls(50, pa.string()))
         with pytest.raises(ConfigError, match="no item has a text"):
-            self.config.fit(train, replace(catalogue, table=table), Runtime("cpu"), holdout=None, seed=0)
+            self.config.fit(train, without, Runtime("cpu"), holdout=None, seed=0)
+
+    def test_texts_longer_than_the_model(self) -> None:
+        check_long_texts(self.config)
+
+
+def with_titles(catalogue: RankingCatalogue, titles: pa.Array) -> RankingCatalogue:
+    at = catalogue.table.column_names.index("title")
+    return replace(catalogue, table=catalogue.table.set_column(at, "title", titles))
+
+
+def check_long_texts(config: TextRankerConfig) -> None:
+    """Texts longer than what the model can read are cut, whatever else takes places."""
+    train, _, catalogue = planted()
+    catalogue = with_titles(catalogue, pa.array(["red blue green " * 60] * 50))
+    for max_item_tokens in (20, 31, 32, 63, 64, 200):
+        long = config.model_copy(update={"epochs": 0, "max_item_tokens": max_item_tokens})
+        ranker = long.fit(train, catalogue, Runtime("cpu"), holdout=None, seed=0)
+        assert np.isfinite(ranker.score(train.batch[:2])).all()
 
 
 SMALL_TEXT = {"max_history": 2, "fields": ("title",), "patience": 40, "num_negatives": 3}
@@ -144,8 +170,15 @@ class TestCausalLM(TextRankerContract):
     config = CausalLMConfig(**SMALL_TEXT, epochs=32, small=SMALL_DECODER, learning_rate=1e-2, head_learning_rate=0.1)
 
 
-class TestCrossEncoder(TextRankerContract):
-    config = CrossEncoderConfig(**SMALL_TEXT, epochs=30, batch_queries=4, learning_rate=2e-3, head_learning_rate=1e-2)
+CROSS_ENCODER = CrossEncoderConfig(
+    **SMALL_TEXT, epochs=30, batch_queries=4, learning_rate=2e-3, head_learning_rate=1e-2
+)
+
+
+class TinyEncoder:
+    """``config`` with an encoder that knows the planted words."""
+
+    config: ClassVar[CrossEncoderConfig]
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
@@ -154,29 +187,48 @@ class TestCrossEncoder(TextRankerContract):
         cls.config = cls.config.model_copy(update={"model": str(folder)})
 
 
-class TestCrossEncoderWithSquaredError(TestCrossEncoder):
-    config = TestCrossEncoder.config.model_copy(update={"objective": "mse"})
+class TestCrossEncoder(TinyEncoder, TextRankerContract):
+    config = CROSS_ENCODER
 
 
-class TestCrossEncoderWithLoRA(TestCrossEncoder):
-    config = TestCrossEncoder.config.model_copy(update={"adapter": LoRA(rank=8), "learning_rate": 4e-3})
+class TestCrossEncoderWithSquaredError(TinyEncoder, TextRankerContract):
+    config = CROSS_ENCODER.model_copy(update={"objective": "mse"})
 
 
-class TestCausalLMWithPrefix(RankerContract):
+class TestCrossEncoderWithLoRA(TinyEncoder, TextRankerContract):
+    config = CROSS_ENCODER.model_copy(update={"adapter": LoRA(rank=8), "learning_rate": 4e-3})
+
+
+class PrefixContract(RankerContract):
     """A prefix steers what a model knows; one of random weights knows nothing to be steered to."""
+
+    config: ClassVar[TextRankerConfig]
 
     def fit(self) -> TextRanker:
         train, _, catalogue = planted()
-        config = CausalLMConfig(**SMALL_TEXT, epochs=1, small=SMALL_DECODER, adapter=Prefix(num_tokens=4))
-        ranker = config.fit(train, catalogue, Runtime("cpu"), holdout=None, seed=0)
-        assert isinstance(ranker, TextRanker)
-        return ranker
+        return self.config.fit(train, catalogue, Runtime("cpu"), holdout=None, seed=0)
 
     def test_the_prefix_alone_has_learned(self, ranker: TextRanker) -> None:
         learned = [name for name, weight in ranker.network.transformer.named_parameters() if weight.requires_grad]
         assert learned
         assert all("prompt" in name for name in learned)
 
+    def test_texts_longer_than_the_model(self) -> None:
+        check_long_texts(self.config)
 
-def test_every_kind_is_tested() -> None:
-    assert (AttentionRankerConfig, CrossEncoderConfig, CausalLMConfig) == RANKER_KINDS
+
+class TestCausalLMWithPrefix(PrefixContract):
+    config = CausalLMConfig(**SMALL_TEXT, epochs=1, small=SMALL_DECODER, adapter=Prefix(num_tokens=4))
+
+
+class TestCrossEncoderWithPrefix(TinyEncoder, PrefixContract):
+    config = CROSS_ENCODER.model_copy(update={"adapter": Prefix(num_tokens=4), "epochs": 1})
+
+
+def test_every_kind_learns_what_is_planted() -> None:
+    def below(base: type[PlantedContract]) -> set[type[RankerConfig]]:
+        children = base.__subclasses__()
+        own = {type(child.config) for child in children if "config" in vars(child)}
+        return own.union(*(below(child) for child in children))
+
+    assert set(RANKER_KINDS) <= below(PlantedContract)
