@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.errors import ConfigError, ModelError
-from recsys.models.adapters import adapt, places, with_saved_adapter
+from recsys.models.adapters import Prefix, adapt, places, with_saved_adapter
 from recsys.models.ranking import PADDING, RankingBatch
 from recsys.models.text_encoder import model_folder, pad
 from recsys.models.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
@@ -86,7 +86,10 @@ class _CrossNetwork(TextRankerNetwork):
         self._cls, self._pad = tokenizer.cls_token_id, tokenizer.pad_token_id
         longest: int = min(tokenizer.model_max_length, transformer.config.max_position_embeddings)
         self._max_tokens = longest - places(config.adapter)
-        self._has_types = getattr(transformer.config, "type_vocab_size", 0) > 1
+        # peft knows no segments beside a prefix.
+        self._has_types = getattr(transformer.config, "type_vocab_size", 0) > 1 and not isinstance(
+            config.adapter, Prefix
+        )
 
     def scores(self, inputs: TextInputs, device: torch.device) -> Tensor:
         ids: list[list[int]] = []
