@@ -111,6 +111,8 @@ class TextEncoderConfig(StrictConfig):
 def model_folder(model: str, field: str) -> Path:
     """The Hugging Face folder that ``field`` of a configuration names: a path, or ``package:NAME``.
 
+    A package says where its folder is by ``get_model_path()``, or puts a model of one file together by ``assemble()``.
+
     :raises ConfigError: when there is none.
     """
     if model.startswith(PACKAGE):
@@ -119,10 +121,14 @@ def model_folder(model: str, field: str) -> Path:
             module = importlib.import_module(name.replace("-", "_"))
         except ImportError:
             raise ConfigError(f"{field}: install the package first: pip install {name}", model=name) from None
-        return Path(module.get_model_path())
+        if hasattr(module, "get_model_path"):
+            return Path(module.get_model_path())
+        if hasattr(module, "assemble"):
+            return Path(module.assemble()).parent
+        raise ConfigError(f"{field}: the package {name} has neither get_model_path() nor assemble()", model=name)
     folder = Path(model).absolute()
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{field}: {folder} holds no Hugging Face model (config.json is missing)")
+    if not (folder / "config.json").exists() and not any(folder.glob("*.gguf")):
+        raise ConfigError(f"{field}: {folder} holds no Hugging Face model (neither config.json nor a .gguf file)")
     return folder
 
 
