@@ -15,8 +15,9 @@ import numpy as np
 import typer
 from rows import RESULTS, write_row
 
-from jobs import benchmark, prepare
+from jobs import benchmark, benchmark_ratings, prepare
 from jobs.benchmark import SUITES, BenchmarkConfig, Judged, hardware
+from jobs.benchmark_ratings import RatingSuite
 from jobs.cli import show_progress
 from jobs.config import JobConfig
 from recsys.config import load_config
@@ -34,6 +35,7 @@ from recsys.training.runtime import Runtime
 COMMAND = "make bench-families"
 FILE = "families"
 NAMES = ("families_movielens", "families_online_retail")
+RATINGS = "movielens_small"
 PEERS = {
     "item_knn_plain": "rectools_item_knn",
     "als": "rectools_als",
@@ -128,6 +130,46 @@ def parity(config: BenchmarkConfig, judged: Judged) -> None:
     )
 
 
+EFFECTS = {
+    "item text": ("esasrec_text", "esasrec"),
+    "augmentation: a fifth of what is read blanked out": ("esasrec_masked_items", "esasrec"),
+    "a second source, fused by rank": ("blend", "esasrec"),
+    "a ranker of features and attention": ("attention", "esasrec_text"),
+    "a ranker of words, its top two layers learned": ("cross_encoder", "esasrec_text"),
+    "LoRA instead of the top two layers": ("cross_encoder_lora", "cross_encoder"),
+    "squared error instead of cross-entropy": ("cross_encoder_mse", "cross_encoder"),
+    "a small language model": ("causal_lm", "esasrec_text"),
+}
+"""what differs between the first and the second system of a pair"""
+FEW_SHOT = ("0", "1", "2 to 4", "5 to 9")
+"""lengths of histories, as the suite's slices name them"""
+
+
+def effects(config: BenchmarkConfig, judged: Judged) -> None:
+    """What one change does, query by query, and how systems serve users of few interactions."""
+    metric = config.evaluation.main_metric
+    conditions = f"Suite {config.name}, seed 0; {hardware()}; `{COMMAND}`."
+    lines = ["# Effects", "", f"{conditions} Ratios of {metric}, paired, with 95% intervals clustered by user."]
+    lines += ["", f"| change | {metric} with | without | ratio | training s with | without |"]
+    lines.append("| :-- | --: | --: | --: | --: | --: |")
+    for change, (ours, theirs) in EFFECTS.items():
+        ratio, (mine, others) = _gain(config, judged, metric, ours, theirs)
+        seconds = [judged.report.summary(name).train_seconds for name in (ours, theirs)]
+        cells = [f"{mine:.4f}", f"{others:.4f}", f"{ratio.mean:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"]
+        lines.append("| " + " | ".join([change, *cells, *(f"{value:.0f}" for value in seconds)]) + " |")
+    lines += ["", "## Few-shot users", "", "Mean gain@10 by the number of interactions the user has had (queries).", ""]
+    slices = {run.system: next(part for part in run.slices if "history" in part.quantity) for run in judged.runs}
+    shown = next(iter(slices.values()))
+    places = [shown.labels.index(label) for label in FEW_SHOT if label in shown.labels]
+    lines.append("| system | " + " | ".join(f"{shown.labels[at]} ({shown.num_pairs[at]})" for at in places) + " |")
+    lines.append("| :-- |" + " --: |" * len(places))
+    for system, part in slices.items():
+        gains = (part.gain[at] for at in places)
+        lines.append(f"| {system} | " + " | ".join("" if gain is None else f"{gain:.4f}" for gain in gains) + " |")
+    with atomic_path(RESULTS / FILE / "effects.md") as temporary:
+        temporary.write_text("\n".join([*lines, ""]))
+
+
 ADAPTATIONS: dict[str, dict[str, Any]] = {
     "as it is": {"train": {"epochs": 0}},
     "pretraining": {"pretrain": {"epochs": 1}, "train": {"epochs": 0}},
@@ -176,6 +218,14 @@ def adaptation(config: BenchmarkConfig) -> None:
         temporary.write_text("\n".join([*lines, ""]))
 
 
+def ratings() -> None:
+    """The table of the models that foretell ratings."""
+    config = load_config(RatingSuite, benchmark_ratings.SUITES / f"{RATINGS}.yaml")
+    folder, _ = benchmark_ratings.run(config, f"python -m jobs.benchmark_ratings --suite {RATINGS}")
+    with atomic_path(RESULTS / FILE / "ratings.md") as temporary:
+        temporary.write_text((folder / "ratings.md").read_text())
+
+
 def keep(judged: Judged, name: str) -> None:
     """The table and the plot of a suite, for the repository."""
     folder = RESULTS / FILE
@@ -193,6 +243,7 @@ def main(
 ) -> None:
     """Train, judge and write the rows."""
     show_progress()
+    ratings()
     if text:
         adaptation(load_config(BenchmarkConfig, SUITES / f"{NAMES[0]}.yaml"))
     configs: list[BenchmarkConfig] = []
@@ -206,6 +257,7 @@ def main(
         if name == NAMES[0]:
             interests(config, judged)
             parity(config, judged)
+            effects(config, judged)
         configs.append(config)
         done.append(judged)
     if len(done) == len(NAMES):
