@@ -42,7 +42,6 @@ from recsys.models.ranking import (
     save_ranking_items,
 )
 from recsys.training.ranking_examples import RankingExamples
-from recsys.training.ranking_loop import listwise_loss, train_ranker
 from recsys.training.runtime import Runtime
 
 NUM_AGE_BUCKETS = 12
@@ -69,6 +68,8 @@ class AttentionRankerConfig(RankerConfig):
         holdout: RankingExamples | None,
         seed: int,
     ) -> AttentionRanker:
+        from recsys.training.ranking_loop import listwise_loss, train_ranker
+
         content = catalogue.content
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -29,7 +29,6 @@ from recsys.models.ranking import PADDING, RankingBatch
 from recsys.models.text_encoder import model_folder, pad
 from recsys.models.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
 from recsys.training.freezing import learn_top_layers
-from recsys.training.ranking_loop import listwise_loss
 
 _BEGIN, _UNKNOWN = "<s>", "<unk>"
 
@@ -80,6 +79,8 @@ class CausalLMConfig(TextRankerConfig):
         return [[*ids, *end] for ids in batch["input_ids"]]
 
     def loss(self, output: Any, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+        from recsys.training.ranking_loop import listwise_loss
+
         read: _Read = output
         ranking = listwise_loss(read.scores_BC, batch, relevant)
         return ranking + self.language_loss * read.language(torch.from_numpy(relevant))

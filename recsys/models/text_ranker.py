@@ -37,7 +37,6 @@ from recsys.models.ranking import (
 )
 from recsys.models.text_encoder import TextEncoderConfig, TextField, item_texts
 from recsys.training.ranking_examples import RankingExamples
-from recsys.training.ranking_loop import train_ranker
 from recsys.training.runtime import Runtime
 
 _TRANSFORMER = "transformer"
@@ -102,6 +101,8 @@ class TextRankerConfig(RankerConfig, ABC):
         holdout: RankingExamples | None,
         seed: int,
     ) -> TextRanker:
+        from recsys.training.ranking_loop import train_ranker
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tokenizer, network = self.network(self._texts(catalogue.table))

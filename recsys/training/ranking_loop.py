@@ -81,9 +81,7 @@ def train_ranker(
     started = time.perf_counter()
     per_worker = max(1, config.batch_queries // runtime.world_size)
     steps_per_epoch = -(-len(examples) // (per_worker * runtime.world_size))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, list(by_rate), total_steps=config.epochs * steps_per_epoch + 1, pct_start=0.1
-    )
+    schedule = one_cycle(optimizer, list(by_rate), config.epochs * steps_per_epoch)
 
     def run_epoch(epoch: int) -> float:
         """The mean loss."""
@@ -130,6 +128,15 @@ def train_ranker(
     network.load_state_dict(best_state)
     network.to("cpu").eval()
     return history
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, peak_rates: list[float], num_steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Up for a tenth of ``num_steps`` (at least 1), then down: the step size of each group of parameters."""
+    total = num_steps + 1
+    # The library divides by the length of the way up, which is pct_start * total - 1.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rates, total_steps=total, pct_start=max(0.1, 2 / total))
 
 
 def listwise_loss(scores_BC: Tensor, batch: RankingBatch, relevant_BC: NDArray[np.bool_]) -> Tensor:

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recsys.bundle import Bundle
 from recsys.pipeline.recommender import Recommender
+from recsys.testing.tiny_encoder import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/synthetic.yaml"
@@ -72,6 +74,31 @@ def test_the_report_has_the_pipeline_and_its_baselines(local: tuple[Path, str]) 
     (report,) = workdir.glob("evaluate/*/metrics.json")
     names = {system["name"] for system in json.loads(report.read_text())["systems"]}
     assert {"served", "retrieval", "popularity", "item_knn", "popularity window_days=30.0"} <= names
+
+
+@pytest.mark.timeout(420)
+def test_several_sources_and_a_ranker_of_words_on_two_workers(tmp_path: Path) -> None:
+    """What workers share must be reached by every loss, and every source and the ranker must travel in the Bundle."""
+    encoder = tiny_encoder(tmp_path / "bert", ["item", "the", "of"], dim=16)
+    sequence = {"kind": "esasrec", "dim": 16, "num_blocks": 1, "train": {"epochs": 1}}
+    config = yaml.safe_load((ROOT / CONFIG).read_text())
+    config["retriever"] = {
+        "kind": "blend",
+        "sources": {"sequence": {"retriever": sequence}, "together": {"retriever": {"kind": "item_knn"}}},
+    }
+    config["ranking"]["model"] = {"kind": "cross_encoder", "model": str(encoder), "epochs": 1, "max_history": 2}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "jobs.pipeline", "--config", str(tmp_path / "own.yaml")]
+    for pair in (*QUICK[:2], f"workdir={tmp_path / 'runs'}", "compute.num_workers=2"):
+        command += ["--set", pair]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    with Recommender.load(tmp_path / "runs" / config["name"] / "bundles") as recommender:
+        slate = recommender.recommend(history=["i1", "i2"], top_k=10)
+    assert len(slate.items) == 10
+    assert not slate.degraded
+    assert {source for item in slate.items for source in item.sources} == {"sequence", "together"}
+    assert all("ranking" in item.stage_scores for item in slate.items)
 
 
 @pytest.mark.parametrize(
