@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,8 +41,10 @@ from recsys.models.ranking import (
     load_ranking_items,
     save_ranking_items,
 )
-from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from recsys.training.ranking_examples import RankingExamples
 
 NUM_AGE_BUCKETS = 12
 MASKED = -20.0

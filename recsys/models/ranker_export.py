@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,9 @@ from recsys.errors import ModelError
 from recsys.files import map_arrow, read_json, write_arrow, write_json
 from recsys.models.attention_ranker import HOUR_MS, MASKED, NUM_AGE_BUCKETS, AttentionRanker
 from recsys.models.ranking import PADDING, Ranker, RankingBatch, RankingCatalogue
-from recsys.training.ranking_examples import RankingExamples
+
+if TYPE_CHECKING:
+    from recsys.training.ranking_examples import RankingExamples
 
 Precision = Literal["f32", "bf16", "int8"]
 

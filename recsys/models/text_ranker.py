@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +36,10 @@ from recsys.models.ranking import (
     save_ranking_items,
 )
 from recsys.models.text_encoder import TextEncoderConfig, TextField, item_texts
-from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from recsys.training.ranking_examples import RankingExamples
 
 _TRANSFORMER = "transformer"
 
