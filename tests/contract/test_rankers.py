@@ -20,6 +20,7 @@ from recsys.models.cross_encoder import CrossEncoderConfig
 from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker, openvino_available
 from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content, ranking_batch
 from recsys.models.text_ranker import TextRanker, TextRankerConfig
+from recsys.testing.covered import configured_kinds
 from recsys.testing.ranker_contract import RankerContract, ranking_query
 from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.training.ranking_examples import RankingExamples
@@ -226,9 +227,4 @@ class TestCrossEncoderWithPrefix(TinyEncoder, PrefixContract):
 
 
 def test_every_kind_learns_what_is_planted() -> None:
-    def below(base: type[PlantedContract]) -> set[type[RankerConfig]]:
-        children = base.__subclasses__()
-        own = {type(child.config) for child in children if "config" in vars(child)}
-        return own.union(*(below(child) for child in children))
-
-    assert set(RANKER_KINDS) <= below(PlantedContract)
+    assert set(RANKER_KINDS) <= configured_kinds(PlantedContract)

@@ -17,7 +17,7 @@ from recsys.data.histories import Histories
 from recsys.errors import ConfigError, ModelError, NoTimeError
 from recsys.models import KINDS
 from recsys.models.als import ALS
-from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.base import FitData, Retriever, VectorRetriever
 from recsys.models.bert4rec import BERT4Rec
 from recsys.models.blend import Blend
 from recsys.models.bpr import BPR
@@ -39,6 +39,7 @@ from recsys.models.svd import SVD
 from recsys.models.text_two_tower import TextTwoTower
 from recsys.models.tfidf import TfIdf
 from recsys.models.user_knn import UserKNN
+from recsys.testing.covered import configured_kinds
 from recsys.testing.planted import planted_chain, planted_clusters, planted_fashion
 from recsys.testing.retriever_contract import RetrieverContract
 from recsys.training.loop import TrainConfig, validation_ndcg
@@ -356,12 +357,7 @@ class TestRecentItemKNN(RetrieverContract):
 
 
 def test_every_kind_is_tested() -> None:
-    def below(base: type[RetrieverContract]) -> set[type[RetrieverConfig]]:
-        children = base.__subclasses__()
-        own = {type(child.config) for child in children if "config" in vars(child)}
-        return own.union(*(below(child) for child in children))
-
-    assert set(KINDS) <= below(RetrieverContract)
+    assert set(KINDS) <= configured_kinds(RetrieverContract)
 
 
 def test_window_needs_time() -> None:
