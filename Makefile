@@ -61,7 +61,7 @@ peers: .venv-peers/.installed  ## install the libraries that suites and benchmar
 bench-quality: .venv/.installed-dev .venv-peers/.installed  ## train and judge the suites; hours; goes on where it was stopped
 	python tests/benchmarks/quality.py
 
-bench-families: .venv/.installed-dev .venv-peers/.installed  ## measure the figures of tests/benchmarks/results/families.json (about an hour)
+bench-families: .venv/.installed-dev .venv-peers/.installed  ## measure the figures of tests/benchmarks/results/families.json; hours; goes on where it was stopped
 	python tests/benchmarks/families.py
 
 bench-training: .venv/.installed-dev .venv-peers/.installed  ## measure training speed beside RecTools
