@@ -1,4 +1,8 @@
-"""The items most interacted with lately, the same for everybody."""
+"""The items most interacted with lately, the same for everybody.
+
+The window matters as much as the counts: Ji, Sun, Zhang and Li, "A Re-visit of the Popularity Baseline in Recommender
+Systems", SIGIR 2020.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class TextTrainConfig(StrictConfig):
         default=2,
         ge=0,
         le=1000,
-        description="topmost layers that learn; 0 is the whole encoder, embeddings included",
+        description="topmost layers that learn; 0 is the whole encoder, embeddings included; not read with an adapter",
     )
     adapter: Adapter | None = Field(
         default=None, description="learn a few new weights instead of the encoder's (pip install 'recsys[adapters]')"

@@ -58,7 +58,11 @@ class TextRankerConfig(RankerConfig, ABC):
     learning_rate: float = Field(default=5e-5, gt=0, description="peak step size of the transformer")
     head_learning_rate: float = Field(default=1e-3, gt=0, description="peak step size of what comes after it")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay of AdamW")
-    trainable_layers: int = Field(default=0, ge=0, description="topmost layers that learn; 0 is the whole transformer")
+    trainable_layers: int = Field(
+        default=0,
+        ge=0,
+        description="topmost layers that learn; 0 is the whole transformer; not read with an adapter",
+    )
     adapter: Adapter | None = Field(default=None, description="learn a few new weights instead of the transformer's")
 
     @abstractmethod

@@ -51,7 +51,6 @@ class PairData:
     def of(cls, dataset: Dataset, texts: Sequence[str], window: int, *, seed: int = 0) -> PairData:
         """Pairs from the positives of ``dataset``.
 
-        :raises EmptyDataError: when no user has two different positives there.
         :raises LeakageError: when a pair comes from a later split than it should.
         """
 
@@ -64,8 +63,6 @@ class PairData:
             return consecutive_pairs(Histories(log.item_idx, begin, end), window)
 
         pairs = check_blind("text pairs", learned, dataset, Split.TRAIN, read=_named)
-        if len(pairs) < 2:
-            raise EmptyDataError("the encoder cannot be fine-tuned: no two items were consumed one after the other")
         return cls(texts, pairs, check_blind("held-out text pairs", held_out, dataset, Split.VALID, read=_named), seed)
 
 
@@ -190,8 +187,15 @@ def finetune(
     With ``train.epochs`` 0 nothing is learned here, and it is only decided whether to keep ``pretrained``.
 
     Deterministic for one seed, machine and number of workers. Continues from ``runtime``'s newest checkpoint.
+
+    :raises EmptyDataError: when there are epochs and no pairs to learn from.
     """
     settings = config.train
+    if settings.epochs and len(data.pairs) < 2:
+        raise EmptyDataError(
+            "the encoder cannot be fine-tuned, as no two items were consumed one after the other: "
+            "set encoder.train.epochs to 0"
+        )
     # Training and the few texts of the decision are not worth converting the model for another backend.
     config = config.model_copy(update={"backend": "torch"})
     encoder = TextEncoder.load(config)

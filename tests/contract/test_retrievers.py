@@ -17,7 +17,7 @@ from recsys.data.histories import Histories
 from recsys.errors import ConfigError, ModelError, NoTimeError
 from recsys.models import KINDS
 from recsys.models.als import ALS
-from recsys.models.base import FitData, Retriever, VectorRetriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
 from recsys.models.bert4rec import BERT4Rec
 from recsys.models.blend import Blend
 from recsys.models.bpr import BPR
@@ -107,9 +107,10 @@ class TestESASRecWithMaskedItems(RetrieverContract):
         assert np.abs(plain.score(histories) - fitted.score(histories)).max() > 1e-3
 
 
-class SequenceContract(RetrieverContract):
-    min_ndcg = 0.35
-    chain_epochs = 6
+class ReadsInOrder:
+    """What a model of packed sequences may look at."""
+
+    config: RetrieverConfig
 
     def test_no_position_sees_another_sequence_or_what_comes_after(self) -> None:
         assert isinstance(self.config, SequenceConfig)
@@ -128,6 +129,11 @@ class SequenceContract(RetrieverContract):
         assert not changed[12:].any()
         assert not changed[:3].any()
         assert changed[3:8].all() if self.config.reads_both_ways else not changed[3:8].any()
+
+
+class SequenceContract(ReadsInOrder, RetrieverContract):
+    min_ndcg = 0.35
+    chain_epochs = 6
 
     def test_order_matters(self) -> None:
         """A planted Markov chain: the next item depends on the last one alone, and the model finds it."""
@@ -269,7 +275,7 @@ class TestNeuMF(RetrieverContract):
     min_ndcg = 0.35
 
 
-class TestTextTwoTower(TestESASRecWithText):
+class TestTextTwoTower(ReadsInOrder, TestESASRecWithText):
     config = TextTwoTower(dim=16, hidden_dim=32, text_hidden_dim=16, max_length=10, num_negatives=0, train=TRAIN)
 
     def test_texts_are_needed(self) -> None:
@@ -277,7 +283,7 @@ class TestTextTwoTower(TestESASRecWithText):
             self.config.fit(FitData.of(self.dataset, Split.TRAIN), Runtime("cpu"))
 
 
-class TestCNNLSTM(PlantedWords):
+class TestCNNLSTM(ReadsInOrder, PlantedWords):
     config = CNNLSTM(dim=16, hidden_dim=16, word_dim=8, num_filters=8, max_length=10, num_negatives=0, train=TRAIN)
 
     def test_an_item_is_found_by_its_words_alone(self, fitted: Retriever) -> None:

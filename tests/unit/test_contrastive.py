@@ -88,9 +88,12 @@ def test_only_the_train_split_makes_pairs():
     assert pairs.tolist() == [[0, 1], [0, 4]]
 
 
-def test_data_without_pairs_is_refused():
+def test_fine_tuning_without_pairs_is_refused():
+    alone = PairData.of(dataset([[(0, Split.TRAIN)], [(1, Split.TRAIN)]], 2), ["", ""], window=1)
+    assert not len(alone.pairs)
+    config = TextEncoderConfig.parse({"train": {"epochs": 1}}, where="encoder")
     with pytest.raises(EmptyDataError, match="one after the other"):
-        PairData.of(dataset([[(0, Split.TRAIN)], [(1, Split.TRAIN)]], 2), ["", ""], window=1)
+        finetune(config, alone, Runtime("cpu"))
 
 
 def test_false_negatives():

@@ -17,4 +17,6 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, input_TD: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, D] vectors of what was read at each position to [T, D] user vectors; none looks at a later position."""
+        """[T, D] vectors of what was read at each position to [T, D] user vectors. What is asked at a position
+        may not look at a later one, unless the model blanks out what it asks for (BERT4Rec).
+        """

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recsys.models.layers.dropout import Dropout
+from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout
-from recsys.models.sequence import Encoder
 
 
 class RecurrentEncoder(Encoder):
