@@ -49,7 +49,7 @@ def demo(
         raise typer.Exit(2) from error
     bundle = Bundle.open(published.path / published.metrics["bundle_id"])
     command = [sys.executable, "-m", "serve.run", "--bundle", published.metrics["store"]]
-    command += ["--topology", topology, "--port", str(port)]
+    command += ["--topology", topology, "--port", str(port), "--open"]
     command += ["--events", f"{settings.home}/events.sqlite"]
     log_path = Path(settings.home) / "serve.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)

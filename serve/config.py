@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -78,10 +78,30 @@ class GatewayConfig(ScalingConfig):
     )
 
 
+class OpenAccess(StrictConfig):
+    """Whoever reaches the port may do everything. Refused unless HTTP listens on the loopback interface alone."""
+
+    kind: Literal["open"] = "open"
+
+
+class KeyAccess(StrictConfig):
+    """Every request shows an API key of ``file``, which ``python -m serve.keys`` writes."""
+
+    kind: Literal["keys"] = "keys"
+    file: str = Field(min_length=1, description="JSON file of hashed keys that every gateway can read")
+    open_probes: bool = Field(
+        default=False, description="answer /healthz and /readyz without a key, for balancers that cannot send one"
+    )
+
+
+AnyAccess = Annotated[OpenAccess | KeyAccess, Field(discriminator="kind")]
+
+
 class ServeConfig(StrictConfig):
     """Arguments of ``serve.app:build``."""
 
     bundle_uri: str = Field(min_length=1, description="a Bundle: local folder or fsspec URI")
+    access: AnyAccess = Field(description="who may come in: API keys, or, on the loopback interface, everybody")
     topology: Literal["graph", "fused"] = Field(
         default="graph",
         description="graph: gateway and stages scale apart; fused: all of it in each replica of the gateway",

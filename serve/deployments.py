@@ -12,17 +12,18 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage] nothing public tells the host
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from recsys.bundle import Bundle
-from recsys.errors import BundleMismatchError, StageError, StageOverloadedError
+from recsys.errors import BundleMismatchError, ConfigError, StageError, StageOverloadedError
 from recsys.pipeline.stage import Stage, StageOutput
 from recsys.pipeline.stages import build_stage
 from recsys.pipeline.types import Candidates, Query
 from serve.batching import Batcher
-from serve.config import ServeConfig, StageConfig
+from serve.config import OpenAccess, ServeConfig, StageConfig
 from serve.frames import Frame, pack_call, pack_output, unpack_call, unpack_output
 from serve.gateway import http_app
 from serve.service import Service
@@ -119,6 +120,9 @@ class Gateway:
     async def __init__(self, config: Mapping[str, Any], remote: Mapping[str, DeploymentHandle[Any]]) -> None:
         """Returns, and so lets Serve send traffic, only once the Bundle's golden query was answered as it must be."""
         self._config = ServeConfig.parse(config, where="deployment gateway")
+        if isinstance(self._config.access, OpenAccess):
+            client = _get_global_client()
+            refuse_open_network(None if client is None else client.http_config.host)
         limit_threads(self._config.gateway.threads)
         timeout_s = self._config.gateway.ready_timeout_s
         stages = {name: RemoteStage(name, handle) for name, handle in remote.items()}
@@ -136,11 +140,26 @@ class Gateway:
         settle_memory()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        return http_app(self._service, self._config.gateway)
+        return http_app(self._service, self._config.gateway, self._config.access)
 
     def check_health(self) -> None:
         """Serve replaces a replica whose event store cannot be read."""
         self._service.store.watermark()
+
+
+def refuse_open_network(host: str | None) -> None:
+    """An API without keys is for the machine it runs on.
+
+    :raises ConfigError: when HTTP listens at ``host``, which others may reach.
+    """
+    if host not in _LOOPBACK:
+        raise ConfigError(
+            f"access {{kind: open}} asks for no API key, and HTTP listens at {host}: use access {{kind: keys}}, or "
+            "http_options {host: 127.0.0.1}"
+        )
+
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def limit_threads(threads: int) -> None:

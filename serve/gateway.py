@@ -14,15 +14,18 @@ import orjson
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from recsys.errors import EventStoreError, RequestError, StageOverloadedError
+from recsys.errors import ConfigError, EventStoreError, RequestError, StageOverloadedError
 from recsys.events import Event, UserState
 from serve import wire
-from serve.config import GatewayConfig
+from serve.access import SCOPES_OF_CALLER, Access
+from serve.config import AnyAccess, GatewayConfig
+from serve.keys import Scope as KeyScope
 from serve.middleware import PROBLEM_JSON, Limits, printable, problem
 from serve.service import Service
 
@@ -32,16 +35,53 @@ Errors are `application/problem+json` (RFC 9457) and carry the `request_id` unde
 What a user did (`POST /v1/events`) is in the very next recommendation."""
 
 Answers = dict[int | str, dict[str, Any]]
+_KEY = "key"
+_SCOPE = "x-scope"
 
 
-class QuickBody(APIRoute):
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def needs(scope: KeyScope) -> dict[str, Any]:
+    """What a route says of the scope that a caller must have."""
+    return {"openapi_extra": {_SCOPE: scope, "security": [{_KEY: []}]}}
+
+
+class Guarded(APIRoute):
+    """Answers 403 to a caller without the scope that the route needs, see :func:`needs`. There is no route for all."""
+
+    @property
+    def needed(self) -> KeyScope:
+        """The scope."""
+        try:
+            return (self.openapi_extra or {})[_SCOPE]
+        except KeyError:
+            raise ConfigError(f"route {self.path} does not say which scope it needs") from None
+
+    def get_route_handler(self) -> Handler:
+        handle, needed = self.open_handler(), self.needed
+
+        async def guarded(request: Request) -> Response:
+            # Without the middleware that notes the scopes this is a KeyError, and nobody comes in.
+            if needed not in request.scope[SCOPES_OF_CALLER]:
+                return problem(403, f"this API key has no scope {needed!r}", _request_id(request))
+            return await handle(request)
+
+        return guarded
+
+    def open_handler(self) -> Handler:
+        """The handler behind the check."""
+        return super().get_route_handler()
+
+
+class QuickBody(Guarded):
     """Reads a JSON body into its model in one step; a body that is not right is told so in FastAPI's own way.
 
     Only for endpoints that take a model as their body, the request or nothing else; all others go FastAPI's way whole.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        usual, endpoint, quick = super().get_route_handler(), self.endpoint, _only_a_model(self.dependant)
+    def open_handler(self) -> Handler:
+        usual, endpoint, quick = super().open_handler(), self.endpoint, _only_a_model(self.dependant)
         if quick is None:
             return usual
         name, model = quick
@@ -86,8 +126,8 @@ def _is_json(content_type: str) -> bool:
     return kind == "application" and (name == "json" or name.endswith("+json"))
 
 
-def http_app(service: Service, config: GatewayConfig) -> FastAPI:
-    """The API over ``service``."""
+def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> FastAPI:
+    """The API over ``service``, for those whom ``access`` lets in. It does not start without a usable file of keys."""
     executor = ThreadPoolExecutor(config.event_threads, thread_name_prefix="events")
 
     @asynccontextmanager
@@ -100,9 +140,11 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         description=_DESCRIPTION,
         version=service.version,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         strict_content_type=False,
-        responses=_problems(422, 503),
+        responses=_problems(401, 403, 422, 429, 503),
     )
     app.router.route_class = QuickBody
     retry_after = {"retry-after": str(config.retry_after_s)}
@@ -113,6 +155,7 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         tags=["recommendations"],
         summary="Recommend items to a user",
         responses=_ok(wire.RecommendAnswer),
+        **needs("read"),
     )
     async def recommend(body: wire.RecommendBody, request: Request) -> Response:
         """Items for a known user, for a history given here, for both together, or for a stranger.
@@ -127,6 +170,7 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         tags=["recommendations"],
         summary="Items like one item",
         responses=_ok(wire.RecommendAnswer) | _problems(404),
+        **needs("read"),
     )
     async def similar(body: wire.SimilarBody, request: Request) -> Response:
         """Items whose vectors are nearest to those of `item_id`, best first, without the item itself."""
@@ -135,7 +179,13 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         answer = await asyncio.to_thread(service.recommender.similar, wire.similar_request(body, _request_id(request)))
         return _json(wire.recommend_answer(answer))
 
-    @app.post("/v1/events", tags=["events"], summary="Record what users did", responses=_ok(wire.EventsAnswer))
+    @app.post(
+        "/v1/events",
+        tags=["events"],
+        summary="Record what users did",
+        responses=_ok(wire.EventsAnswer),
+        **needs("write"),
+    )
     async def events(body: wire.EventsBody) -> Response:
         """Answered only once the events are durable. Sending a batch again is harmless: `event_id` tells it."""
         if len(body.events) > config.max_events:
@@ -149,6 +199,7 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         tags=["look-ups"],
         summary="What is known of a user",
         responses=_ok(wire.UserAnswer) | _problems(404),
+        **needs("read"),
     )
     async def user(user_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
         """The newest interactions, those of the Bundle and those that came as events, oldest first."""
@@ -164,23 +215,34 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         tags=["look-ups"],
         summary="One item of the catalogue",
         responses=_ok(wire.CatalogueItemAnswer) | _problems(404),
+        **needs("read"),
     )
     async def item(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
         """The item as the Bundle has it."""
         row = service.recommender.item(item_id)
         return _missing(request, f"no item {item_id!r} in the catalogue") if row is None else _json(row)
 
-    @app.get("/v1/bundle", tags=["look-ups"], summary="The Bundle that answers", responses=_ok(wire.BundleAnswer))
+    @app.get(
+        "/v1/bundle",
+        tags=["look-ups"],
+        summary="The Bundle that answers",
+        responses=_ok(wire.BundleAnswer),
+        **needs("read"),
+    )
     async def bundle() -> Response:
         """Id and manifest, without the list of files."""
         return _json({"bundle_id": service.bundle_id, "manifest": service.manifest})
 
-    @app.get("/healthz", tags=["probes"], summary="Is the process alive?", responses=_ok(wire.HealthAnswer))
+    @app.get(
+        "/healthz", tags=["probes"], summary="Is the process alive?", responses=_ok(wire.HealthAnswer), **needs("read")
+    )
     async def healthz() -> Response:
         """Answered whatever the load."""
         return _json({"status": "ok"})
 
-    @app.get("/readyz", tags=["probes"], summary="May it get traffic?", responses=_ok(wire.HealthAnswer))
+    @app.get(
+        "/readyz", tags=["probes"], summary="May it get traffic?", responses=_ok(wire.HealthAnswer), **needs("read")
+    )
     async def readyz(request: Request) -> Response:
         """Yes once the golden query of the Bundle was answered as it must be and the event store can be read."""
         if not service.proven:
@@ -188,7 +250,17 @@ def http_app(service: Service, config: GatewayConfig) -> FastAPI:
         service.store.watermark()
         return _json({"status": "ready"})
 
-    app.add_middleware(Limits, config=config)
+    @app.get("/openapi.json", include_in_schema=False, **needs("read"))
+    async def openapi() -> Response:
+        return _json(app.openapi())
+
+    @app.get("/docs", include_in_schema=False, **needs("read"))
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
+
+    app.openapi()["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+    app.add_middleware(Access, config=access)
+    app.add_middleware(Limits, config=config)  # the outermost: it numbers requests
     return app
 
 
@@ -251,8 +323,11 @@ def _ok(model: type) -> Answers:
 
 def _problems(*statuses: int) -> Answers:
     texts = {
+        401: "No valid API key; `Authorization: Bearer KEY`",
+        403: "The API key lacks the scope",
         404: "Nothing of that name",
         422: "The request is well-formed JSON but not usable; malformed JSON is answered 400, a large body 413",
+        429: "Too many requests with this API key; `Retry-After` says when to come again",
         503: "Too much load or not ready; `Retry-After` says when to come again",
     }
     schema = {PROBLEM_JSON: {"schema": wire.Problem.model_json_schema()}}

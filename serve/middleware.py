@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.config import GatewayConfig
 
 PROBLEM_JSON = "application/problem+json"
-_NEVER_REFUSED = frozenset({"/healthz", "/readyz"})
+PROBES = frozenset({"/healthz", "/readyz"})
+"""paths that are answered whatever the load"""
 _log = logging.getLogger(__name__)
 
 
@@ -35,7 +36,7 @@ class Limits:
             await self._app(scope, receive, send)
             return
         request_id = scope["request_id"] = uuid.uuid4().hex
-        if self._in_flight >= self._max_in_flight and scope["path"] not in _NEVER_REFUSED:
+        if self._in_flight >= self._max_in_flight and scope["path"] not in PROBES:
             detail = f"{self._in_flight} requests are being answered already; try again soon"
             await problem(503, detail, request_id, headers=self._retry_after)(scope, receive, send)
             return

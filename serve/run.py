@@ -25,9 +25,11 @@ from recsys.bundle.manifest import MANIFEST
 from recsys.errors import ConfigError, RecsysError
 from serve import fastpath
 from serve.config import ServeConfig
+from serve.keys import SCOPES, KeyFile, add_key
 
 _SESSION = "RECSYS_SERVE_SESSION"
 _END_S = 10.0
+_UNAUTHORIZED = 401
 """how long processes may take to end by themselves"""
 
 
@@ -89,17 +91,29 @@ def main(
     events: Annotated[
         str, typer.Option(help="file of the embedded event store; left out: events.sqlite beside the store of Bundles")
     ] = "",
+    keys: Annotated[
+        str, typer.Option(help="file of API keys, see python -m serve.keys; left out: keys.json beside the events")
+    ] = "",
+    open_: Annotated[bool, typer.Option("--open", help="ask nobody on this machine for an API key")] = False,
     num_cpus: Annotated[int, typer.Option(help="CPUs of a Ray started here; 0 for all of this machine", min=0)] = 0,
     address: Annotated[str, typer.Option(help="join the Ray at this address instead of starting one")] = "",
 ) -> None:
     """Serve recommendations until Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        events_path = Path(events).absolute() if events else _beside(bundle)
+        keys_path = Path(keys).absolute() if keys else events_path.with_name("keys.json")
         tree = {
             "bundle_uri": bundle if "://" in bundle else str(Path(bundle).absolute()),
             "topology": topology,
-            "event_store": {"kind": "sqlite", "path": str(Path(events).absolute() if events else _beside(bundle))},
+            "event_store": {"kind": "sqlite", "path": str(events_path)},
+            "access": {"kind": "open"} if open_ else {"kind": "keys", "file": str(keys_path)},
         }
+        if not open_ and keys_path.exists():
+            KeyFile.read(keys_path)  # refused now, and not by a gateway in a minute
+        elif not open_:
+            key = add_key(keys_path, "first", SCOPES)
+            sys.stdout.write(f"{keys_path} has its first API key; it may do everything and is shown once:\n{key}\n")
         config = ServeConfig.parse(tree, where="command line")
         with serving(config, port=port, num_cpus=num_cpus or None, address=address or None) as url:
             sys.stdout.write(f"ready: {url}/docs\n")
@@ -144,8 +158,8 @@ def _wait_until_ready(url: str, timeout_s: float) -> None:
     while True:
         try:
             answer = httpx.get(f"{url}/readyz", timeout=5.0)
-            if answer.is_success:
-                return
+            if answer.is_success or answer.status_code == _UNAUTHORIZED:
+                return  # a gateway that asks for a key is up, and it is up once it is proven
             seen = f"{answer.status_code}: {answer.text[:200]}"
         except httpx.TransportError as error:
             seen = str(error)

@@ -126,6 +126,7 @@ def overheads(workdir: Path) -> None:
         trees = {
             topology: {
                 "bundle_uri": store,
+                "access": {"kind": "open"},
                 "topology": topology,
                 "event_store": SqliteEventStoreConfig(path=f"{folder}/{topology}.sqlite").model_dump(),
                 **dict.fromkeys(("gateway", "retrieval", "ranking", "reranking"), one),

@@ -27,6 +27,7 @@ from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.testing.tiny_bundle import make_bundle
 from recsys.training.loop import TrainConfig
+from serve.keys import SCOPES, add_key, revoke_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 150
@@ -59,6 +60,8 @@ def server(bundle, folder, topology):
     command = [sys.executable, "-m", "serve.run", "--bundle", str(bundle.path), "--topology", topology]
     command += ["--port", str(port), "--events", str(folder / "events.sqlite"), "--num-cpus", "2"]
     log = folder / f"{topology}.log"
+    keys = folder / "keys.json"
+    key = add_key(keys, "caller", SCOPES) if keys.exists() else None
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -68,7 +71,10 @@ def server(bundle, folder, topology):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         session = session_of(process.pid)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        if key is None:
+            (key,) = re.findall(r"^rk_\S+$", log.read_text(), re.MULTILINE)
+        headers = {"authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
             yield client, session
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0, log.read_text()
@@ -161,6 +167,8 @@ def test_graph(bundle, tmp_path):
         large = client.post("/v1/events", content=b"x" * (2 << 20), headers={"content-type": "application/json"})
         assert large.status_code == 413
 
+        refuses_those_who_do_not_belong(client, tmp_path / "keys.json")
+
         proxies = [pid for pid, line in members(session).items() if "/haproxy " in line or line.startswith("haproxy")]
         assert proxies
         assert set().union(*map(listening_addresses, proxies)) == {"0100007F"}  # 127.0.0.1
@@ -201,6 +209,25 @@ def test_families_that_are_unlike_are_served_alike(kind, tmp_path):
         assert len(answer["items"]) == 10
         names = list(UNLIKE["blend"].sources) if kind == "blend" else [kind]
         assert {source for item in answer["items"] for source in item["sources"]} == set(names)
+
+
+def refuses_those_who_do_not_belong(client, keys):
+    def status(key, method, path):
+        return client.request(method, path, headers={"authorization": f"Bearer {key}"}).status_code
+
+    def comes_to(wanted, *request):
+        deadline = time.monotonic() + 10
+        while status(*request) != wanted:
+            assert time.monotonic() < deadline, f"{request} is not answered {wanted}"
+            time.sleep(0.1)
+
+    reader = add_key(keys, "reader", ["read"])
+    comes_to(200, reader, "GET", "/v1/bundle")
+    assert status(reader, "POST", "/v1/events") == 403
+    revoke_keys(keys, "reader")
+    comes_to(401, reader, "GET", "/v1/bundle")
+    for path in ("/v1/users/u1", "/readyz", "/docs", "/no/such/path"):
+        assert status("rk_0_none", "GET", path) == 401
 
 
 def kill_a_stage_during_calls(client, session):

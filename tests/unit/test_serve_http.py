@@ -19,8 +19,9 @@ from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import START_MS, make_bundle
 from serve import run, wire
-from serve.config import GatewayConfig, ServeConfig
-from serve.gateway import QuickBody, http_app
+from serve.access import Access
+from serve.config import GatewayConfig, OpenAccess, ServeConfig
+from serve.gateway import QuickBody, http_app, needs
 from serve.middleware import PROBLEM_JSON
 from serve.service import Service
 
@@ -36,6 +37,7 @@ def bundle(tmp_path_factory):
 def config(bundle, tmp_path):
     return ServeConfig(
         bundle_uri=str(bundle.path),
+        access=OpenAccess(),
         topology="fused",
         event_store=SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")),
         gateway=GatewayConfig(max_body_bytes=4096, max_events=3, max_ongoing_requests=4),
@@ -52,7 +54,7 @@ async def service(config):
 
 @pytest.fixture
 async def client(service, config):
-    app = http_app(service, config.gateway)
+    app = http_app(service, config.gateway, config.access)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
@@ -248,7 +250,7 @@ async def test_a_client_that_goes_away_in_mid_body_is_no_error_of_ours(client, s
         "server": ("gateway", 80),
         "client": ("127.0.0.1", 1),
     }
-    await http_app(service, config.gateway)(scope, receive, send)
+    await http_app(service, config.gateway, config.access)(scope, receive, send)
     assert [message["status"] for message in sent if "status" in message] == [400]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
@@ -263,6 +265,7 @@ async def test_a_quick_body_takes_the_usual_way_where_an_endpoint_wants_more():
     def app_with(*dependencies):
         app = FastAPI(dependencies=list(dependencies))
         app.router.route_class = QuickBody
+        app.add_middleware(Access, config=OpenAccess())
         return app
 
     guarded, plain = app_with(Depends(deny)), app_with()
@@ -271,18 +274,18 @@ async def test_a_quick_body_takes_the_usual_way_where_an_endpoint_wants_more():
         return Response(str(body.number))
 
     for app in (guarded, plain):
-        app.post("/")(echo)
+        app.post("/", **needs("read"))(echo)
 
-    @plain.post("/more/{name}")
+    @plain.post("/more/{name}", **needs("read"))
     async def more(name: str, body: Body, response: Response, size: Annotated[int, Query()] = 3):
         response.headers["x-name"] = name
         return {"number": body.number, "size": size}
 
-    @plain.post("/list")
+    @plain.post("/list", **needs("read"))
     async def several(body: Annotated[list[Body], Field(max_length=1)]):
         return len(body)
 
-    @plain.post("/embedded")
+    @plain.post("/embedded", **needs("read"))
     async def embedded(body: Annotated[Body, BodyOf(embed=True)]):
         return body.number
 
@@ -371,7 +374,7 @@ async def test_what_nobody_expected_is_a_problem_without_internals(client, servi
 async def test_not_ready_before_the_golden_query_was_answered(config):
     service = Service.open(config, {})
     try:
-        transport = httpx.ASGITransport(app=http_app(service, config.gateway))
+        transport = httpx.ASGITransport(app=http_app(service, config.gateway, config.access))
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             assert_problem(await client.get("/readyz"), 503, "golden")
             assert (await client.get("/healthz")).status_code == 200
@@ -408,8 +411,11 @@ async def test_openapi_describes_every_call(client):
         for call in calls.values():
             assert call["summary"], path
             assert call["responses"]["200"]["content"]["application/json"]["schema"], path
-            assert PROBLEM_JSON in call["responses"]["422"]["content"], path
+            assert call["security"] == [{"key": []}], path
+            for status in ("401", "403", "422", "429"):
+                assert PROBLEM_JSON in call["responses"][status]["content"], path
     assert api["components"]["schemas"]["RecommendBody"]["examples"]
+    assert api["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert (await client.get("/docs")).status_code == 200
 
 
@@ -425,13 +431,18 @@ def test_events_lie_beside_the_store_of_their_run(bundle, tmp_path):
         run._beside("s3://bucket/bundles")
 
 
+SMALLEST = {"bundle_uri": "x", "access": {"kind": "open"}}
+
+
 def test_serve_config_refuses_what_makes_no_sense():
+    with pytest.raises(ConfigError, match="access"):
+        ServeConfig.parse({"bundle_uri": "x"}, where="test")
     with pytest.raises(ConfigError, match="min_replicas"):
-        ServeConfig.parse({"bundle_uri": "x", "ranking": {"min_replicas": 3, "max_replicas": 2}}, where="test")
+        ServeConfig.parse(SMALLEST | {"ranking": {"min_replicas": 3, "max_replicas": 2}}, where="test")
     with pytest.raises(ConfigError, match="topology"):
-        ServeConfig.parse({"bundle_uri": "x", "topology": "star"}, where="test")
+        ServeConfig.parse(SMALLEST | {"topology": "star"}, where="test")
     with pytest.raises(ConfigError, match="max_batch_size"):
-        ServeConfig.parse({"bundle_uri": "x", "ranking": {"max_batch_size": 0}}, where="test")
+        ServeConfig.parse(SMALLEST | {"ranking": {"max_batch_size": 0}}, where="test")
 
 
 @pytest.mark.parametrize("name", ["graph", "fused"])
@@ -443,4 +454,6 @@ def test_serve_files_are_valid_and_stay_on_loopback(name):
     assert schema.http_options.host == "127.0.0.1"
     (application,) = schema.applications
     assert application.import_path == "serve.app:build"
-    assert ServeConfig.parse(application.args, where=name).topology == name
+    config = ServeConfig.parse(application.args, where=name)
+    assert config.topology == name
+    assert config.access.kind == "keys"

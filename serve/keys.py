@@ -1,0 +1,273 @@
+"""API keys: a file of hashes, and ``python -m serve.keys`` to add, rotate, revoke and list them.
+
+A key reads ``rk_ID_SECRET``. The id names its entry; of the secret, 32 random bytes, the file holds the SHA-256 alone.
+A slow hash would protect passwords that can be guessed, and nobody guesses 256 bits. Gateways read the file again when
+it changes, so a key that is revoked is refused within :data:`CHECK_EVERY_S` seconds, without a restart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import typer
+from pydantic import AwareDatetime, Field, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from recsys.config import StrictConfig
+from recsys.errors import ConfigError, RecsysError
+from recsys.files import read_json, write_json
+
+Scope = Literal["read", "write", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+CHECK_EVERY_S = 1.0
+"""how often a gateway looks whether the file has changed"""
+_MARK = "rk"
+_NOBODY = hashlib.sha256(b"").hexdigest()
+_log = logging.getLogger(__name__)
+
+
+class ApiKey(StrictConfig):
+    """One entry of the file."""
+
+    key_id: str = Field(pattern="^[0-9a-f]{16}$", description="public part of the key; what logs call it")
+    name: str = Field(pattern="^[A-Za-z0-9._-]{1,64}$", description="whose key it is; several keys may share a name")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the secret part")
+    scopes: tuple[Scope, ...] = Field(min_length=1, description="what the key may do; none includes another")
+    requests_per_s: float | None = Field(
+        default=None, gt=0, le=1e6, description="rate over all gateways of one machine; null is unlimited"
+    )
+    burst: int = Field(default=20, ge=1, le=1_000_000, description="requests that may come at once")
+    created_at: AwareDatetime
+    expires_at: AwareDatetime | None = Field(default=None, description="refused from then on; null never")
+
+    def valid(self, now: datetime) -> bool:
+        """Whether the key has not expired."""
+        return self.expires_at is None or now < self.expires_at
+
+
+class KeyFile(StrictConfig):
+    """The whole file."""
+
+    version: Literal[1] = 1
+    keys: tuple[ApiKey, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        if len({key.key_id for key in self.keys}) < len(self.keys):
+            raise ValueError("two keys have the same key_id")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The file at ``path``.
+
+        :raises ConfigError: when there is none or it is no file of keys.
+        """
+        try:
+            tree = read_json(path)
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no file of API keys; `python -m serve.keys add` makes one") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read as a file of API keys: {error}") from error
+        return cls.parse(tree, where=str(path))
+
+
+class Keys:
+    """The keys that hold right now. For one event loop."""
+
+    def __init__(self, path: str | Path) -> None:
+        """:raises ConfigError: when there is no usable file: an API that nobody can enter is a mistake."""
+        self._path = Path(path)
+        self._stamp = _stamp(self._path)
+        self._by_id = _by_id(KeyFile.read(self._path))
+        self._checked = time.monotonic()
+
+    def find(self, presented: str) -> ApiKey | None:
+        """The entry of the key that a caller shows; None for one that is unknown, revoked or expired.
+
+        Takes the same time whether the id is known or not.
+        """
+        self._refresh()
+        mark, key_id, secret = [*presented.split("_", 2), "", ""][:3]
+        entry = self._by_id.get(key_id)
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+        same = hmac.compare_digest(digest, _NOBODY if entry is None else entry.sha256)
+        if entry is None or not same or mark != _MARK or not entry.valid(datetime.now(UTC)):
+            return None
+        return entry
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < CHECK_EVERY_S:
+            return
+        self._checked = now
+        try:
+            stamp = _stamp(self._path)
+            if stamp != self._stamp:
+                self._by_id, self._stamp = _by_id(KeyFile.read(self._path)), stamp
+        except (RecsysError, OSError) as error:
+            # Mounted secrets are away for a moment while they change; a broken file must lock nobody out.
+            _log.error("the API keys stay as they were: %s", error)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _by_id(file: KeyFile) -> dict[str, ApiKey]:
+    return {key.key_id: key for key in file.keys}
+
+
+@contextmanager
+def _editing(path: Path, *, create: bool = False) -> Generator[list[ApiKey]]:
+    """Yield the keys of the file to change in place, and write them when the block ends well; one editor at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        keys = [] if create and not path.exists() else list(KeyFile.read(path).keys)
+        yield keys
+        write_json(path, KeyFile(keys=tuple(keys)).model_dump(mode="json"))
+        path.chmod(0o600)
+
+
+def add_key(path: str | Path, name: str, scopes: Sequence[Scope], **settings: Any) -> str:
+    """Add a key to the file, which is made where there is none. The key itself is returned and kept nowhere.
+
+    :raises ConfigError: when a setting (see :class:`ApiKey`) is wrong, or the file is not one of keys.
+    """
+    with _editing(Path(path), create=True) as keys:
+        entry, key = _new(name, scopes, settings)
+        keys.append(entry)
+    return key
+
+
+def rotate_keys(path: str | Path, name: str, grace: timedelta) -> str:
+    """A new key with the scopes and rate of the newest one called ``name``; those before it expire after ``grace``.
+
+    :raises ConfigError: when no key has this name.
+    """
+    now = datetime.now(UTC)
+    with _editing(Path(path)) as keys:
+        former = [key for key in keys if key.name == name and key.valid(now)]
+        if not former:
+            raise ConfigError(f"{path}: no valid key is called {name!r}")
+        kept = former[-1].model_dump(include={"requests_per_s", "burst"})
+        entry, key = _new(name, former[-1].scopes, kept)
+        end = now + grace
+        for place, old in enumerate(keys):
+            if old in former and (old.expires_at is None or old.expires_at > end):
+                keys[place] = old.model_copy(update={"expires_at": end})
+        keys.append(entry)
+    return key
+
+
+def revoke_keys(path: str | Path, which: str) -> int:
+    """Remove every key of this name or id; how many there were.
+
+    :raises ConfigError: when there was none.
+    """
+    with _editing(Path(path)) as keys:
+        kept = [key for key in keys if which not in {key.name, key.key_id}]
+        num_revoked = len(keys) - len(kept)
+        if not num_revoked:
+            raise ConfigError(f"{path}: no key has the name or id {which!r}")
+        keys[:] = kept
+    return num_revoked
+
+
+def _new(name: str, scopes: Sequence[Scope], settings: dict[str, Any]) -> tuple[ApiKey, str]:
+    key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    tree = {
+        "key_id": key_id,
+        "name": name,
+        "sha256": hashlib.sha256(secret.encode()).hexdigest(),
+        "scopes": tuple(dict.fromkeys(scopes)),
+        "created_at": datetime.now(UTC),
+        **settings,
+    }
+    return ApiKey.parse(tree, where=f"API key {name}"), f"{_MARK}_{key_id}_{secret}"
+
+
+app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True, add_completion=False)
+File = Annotated[Path, typer.Option("--file", help="the file of hashes")]
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="whose key it is")],
+    file: File = Path("keys.json"),
+    scope: Annotated[list[str], typer.Option(help=f"some of {', '.join(SCOPES)}; repeat the option")] = ["read"],  # noqa: B006 typer reads it once
+    requests_per_s: Annotated[float, typer.Option(help="rate; 0 is unlimited", min=0)] = 0,
+    burst: Annotated[int, typer.Option(help="requests that may come at once", min=1)] = 20,
+    days: Annotated[float, typer.Option(help="days until it expires; 0 is never", min=0)] = 0,
+) -> None:
+    """Add a key and show it, this once."""
+    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
+    settings = {"requests_per_s": requests_per_s or None, "burst": burst, "expires_at": expires_at}
+    _say(lambda: add_key(file, name, scope, **settings))  # pyright: ignore[reportArgumentType] validated by ApiKey
+
+
+@app.command()
+def rotate(
+    name: Annotated[str, typer.Argument(help="whose key it is")],
+    file: File = Path("keys.json"),
+    grace_hours: Annotated[float, typer.Option(help="how long the former key still holds", min=0)] = 24,
+) -> None:
+    """Add a key like the one before and let that one expire."""
+    _say(lambda: rotate_keys(file, name, timedelta(hours=grace_hours)))
+
+
+@app.command()
+def revoke(
+    which: Annotated[str, typer.Argument(help="name or id")],
+    file: File = Path("keys.json"),
+) -> None:
+    """Remove keys; gateways refuse them a second later."""
+    _say(lambda: f"{revoke_keys(file, which)} removed")
+
+
+@app.command(name="list")
+def show(file: File = Path("keys.json")) -> None:
+    """Show who has a key."""
+    table = Table("id", "name", "scopes", "requests/s", "burst", "created", "expires", show_edge=False)
+
+    def rows() -> Table:
+        for key in KeyFile.read(file).keys:
+            rate = "unlimited" if key.requests_per_s is None else f"{key.requests_per_s:g}"
+            expires = "never" if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
+            created = f"{key.created_at:%Y-%m-%d %H:%M}"
+            table.add_row(key.key_id, key.name, " ".join(key.scopes), rate, str(key.burst), created, expires)
+        return table
+
+    _say(rows)
+
+
+def _say(work: Any) -> None:
+    try:
+        said = work()
+    except RecsysError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    if isinstance(said, str):
+        typer.echo(said)
+    else:
+        Console().print(said)
+
+
+if __name__ == "__main__":
+    app()
