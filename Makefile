@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint format bench-spine bench-quality bench-training bench-families peers wheel clean
+.PHONY: help demo test lint audit format bench-spine bench-quality bench-training bench-families peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -37,11 +37,15 @@ test: .venv/.installed-dev  ## unit, contract, property and golden tests, then t
 	python -m pytest -m 'not slow and not benchmark' $(wildcard tests/unit tests/contract tests/property tests/golden)
 	python -m pytest -m 'not slow and not benchmark' tests/integration
 
-lint: .venv/.installed-dev  ## ruff, pyright (strict), import-linter
+lint: .venv/.installed-dev audit  ## ruff, pyright (strict), import-linter, and the audit
 	ruff check .
 	ruff format --check .
 	pyright
 	lint-imports
+
+audit: .venv/.installed-dev  ## secrets in the tree, and known vulnerabilities of the pinned dependencies
+	git ls-files -z | xargs -0 detect-secrets-hook --exclude-secrets '^recsys-keys$$'
+	pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 format: .venv/.installed-dev  ## let ruff mend what it can
 	ruff check --fix .

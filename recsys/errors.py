@@ -27,7 +27,7 @@ Errors cross process borders (Ray workers, Serve replicas), so each one pickles 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 
 class RecsysError(Exception):
@@ -108,10 +108,23 @@ class RequestError(RecsysError):
 class StageError(RecsysError):
     """A stage of the pipeline failed."""
 
+    outcome: ClassVar[str] = "failed"
+    """what metrics and traces call it"""
+
 
 class StageTimeoutError(StageError):
     """A stage of the pipeline was too slow for the deadline."""
 
+    outcome: ClassVar[str] = "timeout"
+
 
 class StageOverloadedError(StageError):
     """A stage of the pipeline has more work queued than it accepts. It is busy, not broken."""
+
+    outcome: ClassVar[str] = "overloaded"
+
+
+class StageSkippedError(StageError):
+    """A stage of the pipeline was not called: its circuit breaker is open, or what it needs is missing."""
+
+    outcome: ClassVar[str] = "skipped"

@@ -69,7 +69,8 @@ class Access:
             await self._app(scope, receive, send)
             return
         name = "nobody" if key is None else f"{key.name} ({key.key_id})"
-        _log.info("request %s of %s: refused, %d", request_id, name, answer.status_code)
+        about = {"request_id": request_id, "key": name, "status": answer.status_code}
+        _log.info("request %s of %s: refused, %d", request_id, name, answer.status_code, extra=about)
         await answer(scope, receive, send)
 
 

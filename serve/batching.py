@@ -45,6 +45,11 @@ class Batcher(Generic[CallT, ResultT]):
             loop.call_soon(self._take, loop)
         return await future
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls that wait for their batch."""
+        return len(self._waiting)
+
     def _take(self, loop: asyncio.AbstractEventLoop) -> None:
         batch: list[tuple[CallT, asyncio.Future[ResultT]]] = []
         while self._waiting and len(batch) < self._max_size:

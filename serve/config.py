@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.events import AnyEventStore, SqliteEventStoreConfig
+from serve.logs import LogLevel
 
 STAGES = ("retrieval", "ranking", "reranking")
 INLINE = frozenset({"reranking"})
@@ -31,6 +32,7 @@ class ScalingConfig(StrictConfig):
     max_ongoing_requests: int = Field(
         default=100, ge=1, le=100_000, description="requests in flight per replica, at most"
     )
+    log_level: LogLevel = Field(default="INFO", description="least level that is logged, as JSON on standard error")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -73,6 +75,10 @@ class GatewayConfig(ScalingConfig):
     event_threads: int = Field(
         default=16, ge=1, le=256, description="calls of /v1/events that wait for the disk together"
     )
+    max_traces: int = Field(
+        default=1000, ge=0, le=1_000_000, description="answers per replica whose trace can be asked for"
+    )
+    access_log: bool = Field(default=False, description="log a line for every request")
     ready_timeout_s: float = Field(
         default=300.0, gt=0, le=3600, description="longest wait of a new gateway for the stages to come up (seconds)"
     )

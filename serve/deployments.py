@@ -26,6 +26,9 @@ from serve.batching import Batcher
 from serve.config import OpenAccess, ServeConfig, StageConfig
 from serve.frames import Frame, pack_call, pack_output, unpack_call, unpack_output
 from serve.gateway import http_app
+from serve.logs import log_as_json
+from serve.metrics import Meters, ray_sink
+from serve.observe import Observer, watch_encodings
 from serve.service import Service
 
 
@@ -48,11 +51,15 @@ class StageDeployment:
 
     def __init__(self, name: str, bundle_uri: str, config: Mapping[str, Any]) -> None:
         settings = StageConfig.parse(config, where=f"deployment {name}")
+        log_as_json(settings.log_level, deployment=name)
         limit_threads(settings.threads)
         bundle = Bundle.open(bundle_uri)
         self._stage: Stage | None = build_stage(bundle, name)
         self._info = StageInfo(name, bundle.bundle_id, self._stage is not None)
         self._batcher = Batcher(self._compute, settings.max_batch_size)
+        self._meters = Meters(ray_sink())
+        self._meters.watch(lambda: self._meters.gauge("recsys_queue", self._batcher.num_waiting, name))
+        watch_encodings(self._meters, self._stage)
         settle_memory()
 
     async def run(self, call: Frame) -> Frame:
@@ -64,7 +71,11 @@ class StageDeployment:
         return self._info
 
     async def check_health(self) -> None:
-        """Answered between two batches. Without it Serve asks a loop of its own, which no stage can hold."""
+        """Answered between two batches. Without it Serve asks a loop of its own, which no stage can hold.
+
+        It comes every few seconds, so the metrics leave with it.
+        """
+        self._meters.flush()
 
     def _compute(self, calls: list[Frame]) -> list[Frame | Exception]:
         if self._stage is None:
@@ -78,6 +89,7 @@ class StageDeployment:
             return [answer for call in calls for answer in self._compute([call])]
 
     def _run_batch(self, stage: Stage, calls: list[Frame]) -> list[Frame]:
+        self._meters.observe("recsys_batch_size", len(calls), stage.name)
         started = time.perf_counter()
         queries, candidates = zip(*map(unpack_call, calls), strict=True)
         for query in queries:
@@ -123,6 +135,7 @@ class Gateway:
         if isinstance(self._config.access, OpenAccess):
             client = _get_global_client()
             refuse_open_network(None if client is None else client.http_config.host)
+        log_as_json(self._config.gateway.log_level, deployment="gateway")
         limit_threads(self._config.gateway.threads)
         timeout_s = self._config.gateway.ready_timeout_s
         stages = {name: RemoteStage(name, handle) for name, handle in remote.items()}
@@ -137,14 +150,28 @@ class Gateway:
                     f"{info.name} serves Bundle {info.bundle_id}, the gateway {self._service.bundle_id}"
                 )
         await self._service.prove(timeout_s)
+        self._meters = Meters(ray_sink())
+        self._observer = Observer(self._service, self._config.gateway, self._meters)
         settle_memory()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        return http_app(self._service, self._config.gateway, self._config.access)
+        return http_app(self._service, self._config.gateway, self._config.access, self._observer, _ask_all_gateways)
+
+    async def trace(self, request_id: str) -> dict[str, Any] | None:
+        """The trace of a request that this replica answered, or None."""
+        return self._observer.trace(request_id)
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose event store cannot be read."""
+        """Serve replaces a replica whose event store cannot be read. It asks often, so the metrics leave with it."""
         self._service.store.watermark()
+        self._meters.flush()
+
+
+async def _ask_all_gateways(request_id: str) -> dict[str, Any] | None:
+    here = serve.get_replica_context()
+    gateways = serve.get_deployment_handle(here.deployment, here.app_name)
+    answers = await gateways.broadcast("trace", request_id).results_async(return_exceptions=True)
+    return next((answer for answer in answers if isinstance(answer, dict)), None)
 
 
 def refuse_open_network(host: str | None) -> None:

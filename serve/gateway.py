@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -26,7 +26,9 @@ from serve import wire
 from serve.access import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
 from serve.keys import Scope as KeyScope
+from serve.metrics import Meters, no_sink
 from serve.middleware import PROBLEM_JSON, Limits, printable, problem
+from serve.observe import Observer
 from serve.service import Service
 
 _DESCRIPTION = """Real-time recommendations.
@@ -126,8 +128,25 @@ def _is_json(content_type: str) -> bool:
     return kind == "application" and (name == "json" or name.endswith("+json"))
 
 
-def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> FastAPI:
-    """The API over ``service``, for those whom ``access`` lets in. It does not start without a usable file of keys."""
+FindTrace = Callable[[str], Awaitable[dict[str, Any] | None]]
+
+
+async def nowhere_else(request_id: str) -> None:
+    """The trace search of a gateway that has no others beside it."""
+
+
+def http_app(
+    service: Service,
+    config: GatewayConfig,
+    access: AnyAccess,
+    observer: Observer | None = None,
+    find_trace: FindTrace = nowhere_else,
+) -> FastAPI:
+    """The API over ``service``, for those whom ``access`` lets in. It does not start without a usable file of keys.
+
+    ``observer`` None keeps traces and measures nothing; ``find_trace`` asks the other gateways.
+    """
+    observer = observer or Observer(service, config, Meters(no_sink))
     executor = ThreadPoolExecutor(config.event_threads, thread_name_prefix="events")
 
     @asynccontextmanager
@@ -150,6 +169,17 @@ def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> Fast
     retry_after = {"retry-after": str(config.retry_after_s)}
     _answer_errors(app, retry_after)
 
+    _add_recommendations(app, service, observer)
+    _add_events(app, service, observer, config.max_events, executor)
+    _add_look_ups(app, service)
+    _add_operation(app, service, observer, find_trace, retry_after)
+    app.openapi()["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+    app.add_middleware(Access, config=access)
+    app.add_middleware(Limits, config=config, observer=observer)  # the outermost: it numbers requests
+    return app
+
+
+def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> None:
     @app.post(
         "/v1/recommend",
         tags=["recommendations"],
@@ -163,7 +193,8 @@ def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> Fast
         Stages that are slow or down are skipped and named in `degraded`; availability and filters never are.
         """
         answer = await service.recommender.arecommend(wire.recommend_request(body, _request_id(request)))
-        return _json(wire.recommend_answer(answer))
+        observer.answered(answer)
+        return _json(wire.recommend_answer(answer, explain=body.explain))
 
     @app.post(
         "/v1/similar",
@@ -179,6 +210,10 @@ def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> Fast
         answer = await asyncio.to_thread(service.recommender.similar, wire.similar_request(body, _request_id(request)))
         return _json(wire.recommend_answer(answer))
 
+
+def _add_events(
+    app: FastAPI, service: Service, observer: Observer, max_events: int, executor: ThreadPoolExecutor
+) -> None:
     @app.post(
         "/v1/events",
         tags=["events"],
@@ -188,12 +223,15 @@ def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> Fast
     )
     async def events(body: wire.EventsBody) -> Response:
         """Answered only once the events are durable. Sending a batch again is harmless: `event_id` tells it."""
-        if len(body.events) > config.max_events:
-            raise RequestError(f"{len(body.events)} events in one call, at most {config.max_events} are taken")
+        if len(body.events) > max_events:
+            raise RequestError(f"{len(body.events)} events in one call, at most {max_events} are taken")
         batch = [_event(event) for event in body.events]
         result = await asyncio.get_running_loop().run_in_executor(executor, service.store.append, batch)
+        observer.recorded(batch, result.duplicates)
         return _json({"accepted": result.accepted, "duplicates": result.duplicates})
 
+
+def _add_look_ups(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/users/{user_id}",
         tags=["look-ups"],
@@ -233,6 +271,24 @@ def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> Fast
         """Id and manifest, without the list of files."""
         return _json({"bundle_id": service.bundle_id, "manifest": service.manifest})
 
+
+def _add_operation(
+    app: FastAPI, service: Service, observer: Observer, find_trace: FindTrace, retry_after: dict[str, str]
+) -> None:
+    @app.get(
+        "/v1/traces/{request_id}",
+        tags=["operation"],
+        summary="How an answer came about",
+        responses=_ok(wire.TraceAnswer) | _problems(404),
+        **needs("admin"),
+    )
+    async def trace(request_id: Annotated[str, Path(max_length=64)], request: Request) -> Response:
+        """Which source brought each item, how each stage scored it, and why the others are not shown; for the newest
+        answers only.
+        """
+        found = observer.trace(request_id) or await find_trace(request_id)
+        return _missing(request, f"no trace of {request_id!r} is kept") if found is None else _json(found)
+
     @app.get(
         "/healthz", tags=["probes"], summary="Is the process alive?", responses=_ok(wire.HealthAnswer), **needs("read")
     )
@@ -257,11 +313,6 @@ def http_app(service: Service, config: GatewayConfig, access: AnyAccess) -> Fast
     @app.get("/docs", include_in_schema=False, **needs("read"))
     async def docs() -> Response:
         return get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
-
-    app.openapi()["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
-    app.add_middleware(Access, config=access)
-    app.add_middleware(Limits, config=config)  # the outermost: it numbers requests
-    return app
 
 
 def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:

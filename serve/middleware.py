@@ -14,18 +14,22 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.config import GatewayConfig
+from serve.observe import Observer
 
 PROBLEM_JSON = "application/problem+json"
 PROBES = frozenset({"/healthz", "/readyz"})
 """paths that are answered whatever the load"""
+_GONE = 499
+"""status, in metrics, of a request whose caller did not wait for the answer"""
 _log = logging.getLogger(__name__)
 
 
 class Limits:
     """Pure ASGI: numbers requests, refuses what is too much or too large, and answers 500 for what nobody expected."""
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+    def __init__(self, app: ASGIApp, config: GatewayConfig, observer: Observer) -> None:
         self._app = app
+        self._observer = observer
         self._max_body_bytes = config.max_body_bytes
         self._max_in_flight = config.max_ongoing_requests
         self._retry_after = {"retry-after": str(config.retry_after_s)}
@@ -35,7 +39,22 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope["request_id"] = uuid.uuid4().hex
+        scope["request_id"] = uuid.uuid4().hex
+        arrived, status = self._observer.arrived(), _GONE
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, watched_send)
+        finally:
+            self._observer.left(scope, status, arrived)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope["request_id"]
         if self._in_flight >= self._max_in_flight and scope["path"] not in PROBES:
             detail = f"{self._in_flight} requests are being answered already; try again soon"
             await problem(503, detail, request_id, headers=self._retry_after)(scope, receive, send)
@@ -51,7 +70,7 @@ class Limits:
         try:
             await self._app(scope, self._bounded(scope, receive), watched_send)
         except Exception:
-            _log.exception("request %s: unexpected error", request_id)
+            _log.exception("request %s: unexpected error", request_id, extra={"request_id": request_id})
             if started:
                 raise
             detail = "an unexpected error; the log has it under this request_id"

@@ -28,8 +28,8 @@ from serve.config import ServeConfig
 from serve.keys import SCOPES, KeyFile, add_key
 
 _SESSION = "RECSYS_SERVE_SESSION"
-_END_S = 10.0
 _UNAUTHORIZED = 401
+_END_S = 10.0
 """how long processes may take to end by themselves"""
 
 
@@ -116,7 +116,7 @@ def main(
             sys.stdout.write(f"{keys_path} has its first API key; it may do everything and is shown once:\n{key}\n")
         config = ServeConfig.parse(tree, where="command line")
         with serving(config, port=port, num_cpus=num_cpus or None, address=address or None) as url:
-            sys.stdout.write(f"ready: {url}/docs\n")
+            sys.stdout.write("".join(f"metrics: {each}\n" for each in metrics_urls()) + f"ready: {url}/docs\n")
             sys.stdout.flush()
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in between
             while True:
@@ -126,6 +126,14 @@ def main(
     except RecsysError as error:
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(1) from error
+
+
+def metrics_urls() -> list[str]:
+    """Where Prometheus finds the metrics of each node; inside :func:`serving`."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in alive]
 
 
 def _beside(bundle: str) -> Path:

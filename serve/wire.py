@@ -151,6 +151,12 @@ class ItemAnswer(BaseModel):
     reasons: list[str] | None = Field(None, description="with explain only")
 
 
+class RemovedAnswer(BaseModel):
+    stage: str = Field(description="who took the items out")
+    reason: str
+    num_items: int
+
+
 class RecommendAnswer(BaseModel):
     request_id: str = Field(description="quote it in events that follow from this slate")
     bundle_id: str = Field(description="the Bundle that answered")
@@ -161,6 +167,46 @@ class RecommendAnswer(BaseModel):
     unknown_items: int = Field(
         description="entries of the history that are no item of the catalogue; they were ignored"
     )
+    removed: list[RemovedAnswer] | None = Field(
+        None, description="with explain only: what was under consideration and is not shown"
+    )
+
+
+class TraceStage(BaseModel):
+    stage: str
+    outcome: str = Field(description="ok, timeout, overloaded, failed or skipped")
+    bundle_id: str | None = Field(description="the Bundle the stage answered from")
+    total_ms: float | None = Field(description="as the gateway waited for it")
+    compute_ms: float | None = Field(description="inside the stage")
+    failure: str | None
+
+
+class TraceItem(BaseModel):
+    item_id: str
+    rank: int
+    score: float
+    sources: list[str]
+    stage_scores: dict[str, float]
+
+
+class TraceRemoved(BaseModel):
+    stage: str
+    reason: str
+    item_ids: list[str]
+
+
+class TraceAnswer(BaseModel):
+    """How one answer came about. Every item that was under consideration is in `items` or in `removed`, once."""
+
+    request_id: str
+    bundle_id: str
+    user_id: str | None
+    now_ms: int = Field(description="time of the request, milliseconds since 1970 UTC")
+    history: list[str] = Field(description="what the models saw of the user, oldest first")
+    degraded: list[str]
+    stages: list[TraceStage]
+    items: list[TraceItem]
+    removed: list[TraceRemoved]
 
 
 class EventsAnswer(BaseModel):
@@ -241,9 +287,9 @@ def similar_request(body: SimilarBody, request_id: str) -> SimilarRequest:
     return SimilarRequest(body.item_id, body.top_k, request_id)
 
 
-def recommend_answer(answer: Recommendation) -> dict[str, Any]:
+def recommend_answer(answer: Recommendation, *, explain: bool = False) -> dict[str, Any]:
     """The answer as plain values, in the form of :class:`RecommendAnswer`."""
-    return {
+    values = {
         "request_id": answer.request_id,
         "bundle_id": answer.bundle_id,
         "user_id": answer.user_id,
@@ -252,6 +298,12 @@ def recommend_answer(answer: Recommendation) -> dict[str, Any]:
         "timings_ms": {name: round(value, 3) for name, value in answer.timings_ms.items()},
         "unknown_items": answer.unknown_items,
     }
+    if explain and answer.slate is not None:
+        values["removed"] = [
+            {"stage": each.stage, "reason": each.reason, "num_items": len(each.item_idx)}
+            for each in answer.slate.removals()
+        ]
+    return values
 
 
 def _item(item: RecommendedItem) -> dict[str, Any]:

@@ -157,6 +157,11 @@ class VectorRetriever(Retriever):
     num_vectors: int = 1
     """K, the vectors per user"""
 
+    @property
+    def reads_clock(self) -> bool:
+        """Whether :meth:`encode_users` gives other vectors for the same history at another time."""
+        return False
+
     @abstractmethod
     def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """float32 [B, K, D]: K vectors per user (1 for most families)."""

@@ -123,6 +123,10 @@ class SequenceRetriever(TowerRetriever):
         self.config: SequenceConfig = config
         self._network: SequenceNetwork = network
 
+    @property
+    def reads_clock(self) -> bool:
+        return self.config.reads_time
+
     def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """float32 [B, 1, V]: the last position's output; the start vector's for an empty history."""
         packed_lengths = np.minimum(histories.lengths + 1, self.config.max_length)

@@ -120,6 +120,9 @@ class PipelineConfig(StrictConfig):
         default=64, ge=0, le=100_000, description="requests waiting per stage of this process before more are refused"
     )
     user_cache: int = Field(default=10_000, ge=0, description="users whose resolved history is kept in memory (users)")
+    encoding_cache: int = Field(
+        default=10_000, ge=0, description="histories whose encoded vectors retrieval keeps in memory (histories)"
+    )
     reranking: RerankingConfig = Field(default=RerankingConfig(), description="diversity, creator cap and rules")
 
     @model_validator(mode="after")

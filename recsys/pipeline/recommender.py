@@ -80,7 +80,7 @@ class Recommender:
         self.bundle_id = bundle_id
         self.config = config or PipelineConfig()
         self.similarity = similarity or ItemSimilarity(catalogue)
-        self._profiles = Profiles(
+        self.profiles = Profiles(
             catalogue, policy, max_history=self.config.max_history, cache_size=self.config.user_cache
         )
         self._loop: _LoopThread | None = None
@@ -167,9 +167,10 @@ class Recommender:
         request_id = request.request_id or uuid.uuid4().hex
         degraded: tuple[str, ...] = ()
         try:
-            profile = self._profiles.of(self._state(request.user_id))
+            profile = self.profiles.of(self._state(request.user_id))
         except EventStoreError as error:
-            _log.warning("request %s: nothing is known of its user: %s", request_id, error)
+            extra = {"request_id": request_id, "stage": STATE}
+            _log.warning("request %s: nothing is known of its user: %s", request_id, error, extra=extra)
             profile, degraded = NOBODY, (STATE,)
         history, times, seen, unknown_items = profile.item_idx, profile.timestamp_ms, profile.seen_item_idx, 0
         if request.history:
@@ -207,6 +208,7 @@ class Recommender:
             degraded + slate.degraded,
             timings_ms,
             unknown_items,
+            slate,
         )
 
     def answer_golden(self, golden: GoldenQuery) -> Recommendation:

@@ -9,7 +9,7 @@ from typing import Any
 
 from recsys.errors import RequestError
 from recsys.pipeline.config import PipelineConfig
-from recsys.pipeline.types import NO_FILTERS, Filters
+from recsys.pipeline.types import NO_FILTERS, Filters, Slate
 
 _LATEST_MS = 1 << 53
 
@@ -150,6 +150,8 @@ class Recommendation:
     """wall milliseconds: total, state, and each stage"""
     unknown_items: int = 0
     """entries of the request's history that name no item of the catalogue; they were ignored"""
+    slate: Slate | None = field(default=None, repr=False, compare=False)
+    """how the items came about, in internal ids; None for similar items"""
 
     @property
     def item_ids(self) -> list[str]:

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from recsys.errors import StageError, StageOverloadedError, StageTimeoutError
+from recsys.errors import StageError, StageOverloadedError, StageSkippedError, StageTimeoutError
 from recsys.pipeline.catalogue import contains
 from recsys.pipeline.config import BreakerConfig, PipelineConfig
 from recsys.pipeline.popular import POPULAR, PopularItems
@@ -28,6 +28,8 @@ from recsys.pipeline.types import Candidates, Query, Removal, Slate
 
 RUNNER = "runner"
 """the name under which the runner records candidates it cut itself"""
+OK = "ok"
+"""the outcome of a stage that answered"""
 _NEEDS_RETRIEVAL = frozenset({"ranking"})
 """stages that read retrieval's scores; popularity is no substitute for them"""
 _RESERVE_S = 0.002
@@ -89,6 +91,11 @@ class LocalStage:
         started = time.perf_counter()
         (found,) = self.stage.run_batch([query], [candidates])
         return StageOutput(found, self.stage.bundle_id, (time.perf_counter() - started) * 1e3)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Calls that run or wait."""
+        return self._in_flight
 
     def done(self) -> None:
         """One call in flight less."""
@@ -214,11 +221,14 @@ class Runner:
         end = started + (self.config.deadline_ms if deadline_ms is None else deadline_ms) / 1e3 - _RESERVE_S
         before, candidates = Candidates.empty(), Candidates.empty()
         failures: dict[str, str] = {}
+        outcomes: dict[str, str] = {}
         provenance: dict[str, str] = {}
         timings_ms: dict[str, float] = {}
+        busy_ms: dict[str, float] = {}
         for position, stage in enumerate(self.stages):
             if stage.name in _NEEDS_RETRIEVAL and failures:
                 failures[stage.name] = "skipped, because retrieval was"
+                outcomes[stage.name] = StageSkippedError.outcome
                 continue
             stage_started = time.perf_counter()
             try:
@@ -226,6 +236,7 @@ class Runner:
             except Exception as error:  # noqa: BLE001 whatever it was, the answer goes out without this stage
                 failures[stage.name] = f"{type(error).__name__}: {error}"
                 ours = isinstance(error, StageError)
+                outcomes[stage.name] = error.outcome if isinstance(error, StageError) else StageError.outcome
                 _log.log(
                     logging.INFO if ours else logging.WARNING,
                     "request %s: skipped %s: %s",
@@ -233,6 +244,7 @@ class Runner:
                     stage.name,
                     failures[stage.name],
                     exc_info=None if ours else error,
+                    extra={"request_id": query.request_id, "stage": stage.name},
                 )
                 if position == 0:
                     provenance[POPULAR] = query.bundle_id
@@ -240,10 +252,23 @@ class Runner:
             else:
                 before, candidates = candidates, output.candidates
                 provenance[stage.name] = output.bundle_id
+                outcomes[stage.name] = OK
+                busy_ms[stage.name] = output.busy_ms
             timings_ms[stage.name] = (time.perf_counter() - stage_started) * 1e3
         selected, filtered, not_selected = self._finish(query, candidates, before, provenance)
         timings_ms["total"] = (time.perf_counter() - started) * 1e3
-        return Slate(query, selected, filtered, not_selected, tuple(failures), failures, provenance, timings_ms)
+        return Slate(
+            query,
+            selected,
+            filtered,
+            not_selected,
+            degraded=tuple(failures),
+            failures=failures,
+            outcomes=outcomes,
+            provenance=provenance,
+            timings_ms=timings_ms,
+            busy_ms=busy_ms,
+        )
 
     async def _call(self, stage: AsyncStage, query: Query, candidates: Candidates, left_s: float) -> StageOutput:
         budget_s = self._budgets_s[stage.name]
@@ -252,7 +277,7 @@ class Runner:
             raise StageTimeoutError(f"{stage.name}: no time was left before the deadline", stage=stage.name)
         breaker = self.breakers[stage.name]
         if not breaker.allow():
-            raise StageError(f"{stage.name}: its circuit breaker is open", stage=stage.name)
+            raise StageSkippedError(f"{stage.name}: its circuit breaker is open", stage=stage.name)
         started = time.perf_counter()
         try:
             async with asyncio.timeout(timeout_s):

@@ -157,7 +157,18 @@ class Slate:
     """names of the stages that were skipped"""
     failures: Mapping[str, str]
     """per skipped stage, why"""
+    outcomes: Mapping[str, str]
+    """per stage ``ok``, or the ``outcome`` of its :class:`~recsys.errors.StageError`"""
     provenance: Mapping[str, str]
     """per stage that answered, the ``bundle_id`` it answered from"""
     timings_ms: Mapping[str, float]
     """wall milliseconds per stage and ``total``"""
+    busy_ms: Mapping[str, float]
+    """milliseconds of compute per stage that answered, without queueing and transport"""
+
+    def removals(self) -> list[Removal]:
+        """Filtered and not selected, one entry per stage and reason."""
+        together: dict[tuple[str, str], list[Int32Array]] = {}
+        for each in (*self.filtered, *self.not_selected):
+            together.setdefault((each.stage, each.reason), []).append(each.item_idx)
+        return [Removal(np.concatenate(parts), stage, reason) for (stage, reason), parts in together.items()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +10,7 @@ import pyarrow as pa
 
 from recsys.data.positives import PositivePolicy
 from recsys.events import UserState
+from recsys.pipeline.cache import Cache
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.id_map import IdMap
 from recsys.pipeline.types import Int32Array, Int64Array
@@ -72,25 +71,16 @@ class Profiles:
         self._catalogue = catalogue
         self._policy = policy
         self._max_history = max_history
-        self._cache_size = cache_size
-        self._cache: OrderedDict[str, tuple[int, Profile]] = OrderedDict()
-        self._lock = threading.Lock()
+        self.cache: Cache[str, Profile] = Cache(cache_size)
 
     def of(self, state: UserState | None) -> Profile:
         """The profile of ``state``; items that the catalogue does not know are left out."""
         if state is None:
             return NOBODY
-        with self._lock:
-            cached = self._cache.get(state.user_id)
-            if cached is not None and cached[0] == state.version:
-                self._cache.move_to_end(state.user_id)
-                return cached[1]
-        profile = self._make(state)
-        with self._lock:
-            self._cache[state.user_id] = (state.version, profile)
-            self._cache.move_to_end(state.user_id)
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+        profile = self.cache.get(state.user_id, state.version)
+        if profile is None:
+            profile = self._make(state)
+            self.cache.put(state.user_id, profile, state.version)
         return profile
 
     def _make(self, state: UserState) -> Profile:

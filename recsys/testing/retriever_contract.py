@@ -82,6 +82,18 @@ class RetrieverContract:
         assert scores.dtype == np.float32
         assert np.isfinite(scores).all()
 
+    def test_vectors_change_with_the_clock_only_where_that_is_said(
+        self, fitted: Retriever, histories: Histories
+    ) -> None:
+        """Else retrieval would remember what no longer holds."""
+        if not isinstance(fitted, VectorRetriever):
+            pytest.skip("this family has no vectors")
+        early, late = (
+            fitted.encode_users(histories, np.full(len(histories), 1_600_000_100_000 + days * 86_400_000, np.int64))
+            for days in (0, 30)
+        )
+        assert np.array_equal(early, late) == (not fitted.reads_clock)
+
     def test_no_histories(self, fitted: Retriever) -> None:
         """A batch of none is answered with none."""
         assert fitted.score(Histories.from_lists([])).shape == (0, self.dataset.num_items)

@@ -28,6 +28,7 @@ from recsys.pipeline.recommender import Recommender
 from recsys.testing.tiny_bundle import make_bundle
 from recsys.training.loop import TrainConfig
 from serve.keys import SCOPES, add_key, revoke_keys
+from serve.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 150
@@ -168,6 +169,7 @@ def test_graph(bundle, tmp_path):
         assert large.status_code == 413
 
         refuses_those_who_do_not_belong(client, tmp_path / "keys.json")
+        tells_of_itself(client, tmp_path / "graph.log")
 
         proxies = [pid for pid, line in members(session).items() if "/haproxy " in line or line.startswith("haproxy")]
         assert proxies
@@ -228,6 +230,27 @@ def refuses_those_who_do_not_belong(client, keys):
     comes_to(401, reader, "GET", "/v1/bundle")
     for path in ("/v1/users/u1", "/readyz", "/docs", "/no/such/path"):
         assert status("rk_0_none", "GET", path) == 401
+
+
+def tells_of_itself(client, log):
+    answer = client.post("/v1/recommend", json=PINNED | {"explain": True}).json()
+    trace = client.get(f"/v1/traces/{answer['request_id']}").json()
+    assert [item["item_id"] for item in trace["items"]] == [item["item_id"] for item in answer["items"]]
+    assert [stage["outcome"] for stage in trace["stages"]] == ["ok"] * 3
+    assert client.get("/v1/traces/none").status_code == 404  # after every gateway was asked
+
+    (metrics,) = re.findall(r"^metrics: (\S+)$", log.read_text(), re.MULTILINE)
+    deadline = time.monotonic() + 60
+    while missing := set(METRICS) - exported(httpx.get(metrics).text.splitlines()):
+        assert time.monotonic() < deadline, f"not exported: {missing}"
+        time.sleep(1)
+
+
+def exported(lines):
+    """Names of ours that Prometheus finds, for each with the suffix and the prefix that it has there."""
+    series = {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    suffix = {"histogram": "_bucket"}
+    return {name for name, metric in METRICS.items() if f"ray_{name}{suffix.get(metric.kind, '')}" in series}
 
 
 def kill_a_stage_during_calls(client, session):

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import promql_parser
 import pytest
 import yaml
+
+from serve.metrics import METRICS
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 ROOT = CLUSTER.parent
@@ -314,3 +317,51 @@ def test_one_version_of_ray_everywhere() -> None:
     (pin,) = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     for name in MANIFESTS.values():
         assert cluster_spec(load(CLUSTER / "kuberay" / name))["rayVersion"] == pin
+
+
+# --- monitoring -------------------------------------------------------------------------------------------------------
+
+DASHBOARD = json.loads((CLUSTER / "monitoring" / "grafana.json").read_text())
+QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+SUFFIXES = {"counter": {""}, "gauge": {""}, "histogram": {"_bucket", "_sum", "_count"}}
+
+
+def exported() -> dict[str, set[str]]:
+    """The series that Prometheus finds, and their labels."""
+    return {
+        f"ray_{name}{suffix}": {*metric.labels, *(["le"] if suffix == "_bucket" else [])}
+        for name, metric in METRICS.items()
+        for suffix in SUFFIXES[metric.kind]
+    }
+
+
+def nodes_of(tree: Any) -> list[Any]:
+    """Every node of a PromQL expression."""
+    below = [getattr(tree, name, None) for name in ("lhs", "rhs", "expr", "param", "vector_selector")]
+    children = [child for child in [*below, *getattr(tree, "args", [])] if child is not None]
+    return [tree, *(node for child in children for node in nodes_of(child))]
+
+
+def selectors_of(tree: Any) -> list[Any]:
+    return [node for node in nodes_of(tree) if isinstance(node, promql_parser.VectorSelector)]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_dashboard_asks_for_what_is_exported(query: str) -> None:
+    tree = promql_parser.parse(query.replace("$__rate_interval", "1m"))
+    series = exported()
+    assert selectors_of(tree)
+    for selector in selectors_of(tree):
+        assert selector.name in series, selector.name
+        assert {matcher.name for matcher in selector.matchers.matchers} <= series[selector.name]
+    for node in nodes_of(tree):
+        if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
+            for selector in selectors_of(node):
+                assert set(node.modifier.labels) <= series[selector.name]
+
+
+def test_dashboard_shows_every_metric() -> None:
+    shown = " ".join(QUERIES)
+    assert {name for name in METRICS if f"ray_{name}" not in shown} == set()
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    assert all(panel["datasource"]["uid"] == "${datasource}" for panel in DASHBOARD["panels"])

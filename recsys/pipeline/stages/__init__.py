@@ -20,7 +20,10 @@ def build_stage(bundle: Bundle, name: str) -> Stage | None:
         from recsys.pipeline.stages.retrieval import RetrievalStage
 
         index = bundle.index() if bundle.has("index") else None
-        return RetrievalStage(bundle.bundle_id, bundle.retriever(), index, bundle.catalogue())
+        remembered = bundle.pipeline_config.encoding_cache
+        return RetrievalStage(
+            bundle.bundle_id, bundle.retriever(), index, bundle.catalogue(), encoding_cache=remembered
+        )
     if name == "ranking":
         if not bundle.has("ranker"):
             return None

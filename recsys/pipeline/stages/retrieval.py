@@ -5,6 +5,7 @@ Shape legend: B queries, K vectors per user, D dimensions, N items, k results.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from recsys.errors import BundleMismatchError
 from recsys.index import VectorIndex
 from recsys.models.base import ItemBonus, Retriever, VectorRetriever
 from recsys.models.blend import RANK_OFFSET, BlendRetriever
+from recsys.pipeline.cache import Cache
 from recsys.pipeline.catalogue import BoolArray, Catalogue, contains
 from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
 
@@ -41,8 +43,11 @@ class RetrievalStage:
         catalogue: Catalogue,
         *,
         source: str | None = None,
+        encoding_cache: int = 0,
     ) -> None:
         """``index`` holds the retriever's item vectors; None where it has none. ``source`` defaults to its kind.
+
+        ``encoding_cache`` histories are remembered with their vectors, unless those depend on the time of the request.
 
         :raises BundleMismatchError: when retriever, index and catalogue do not count the same items.
         """
@@ -52,6 +57,8 @@ class RetrievalStage:
         self.source = source or retriever.config.kind
         self._vector_retriever = retriever if isinstance(retriever, VectorRetriever) else None
         self._index = index if self._vector_retriever is not None else None
+        self.encodings: Cache[bytes, FloatArray] = Cache(encoding_cache)
+        self._remembers = encoding_cache > 0 and not (self._vector_retriever and self._vector_retriever.reads_clock)
         self._sources: dict[str, RetrievalStage] = {}
         if isinstance(retriever, BlendRetriever):
             self._shares = retriever.config.shares
@@ -76,7 +83,7 @@ class RetrievalStage:
         histories = _histories(queries)
         now_ms = np.array([query.now_ms for query in queries], np.int64)
         if self._vector_retriever is not None and self._index is not None:
-            users_BKD = self._vector_retriever.encode_users(histories, now_ms)
+            users_BKD = self._encode(self._vector_retriever, queries, histories, now_ms)
             bonus = self._vector_retriever.bonus(histories, users_BKD, now_ms)
             return self._search(self._index, queries, users_BKD, bonus)
         found: list[Candidates] = []
@@ -87,6 +94,24 @@ class RetrievalStage:
                 item_idx = np.flatnonzero(allowed).astype(np.int32)
                 found.append(self._best(item_idx, scores_N[item_idx], query.num_candidates))
         return found
+
+    def _encode(
+        self, retriever: VectorRetriever, queries: Sequence[Query], histories: Histories, now_ms: Int64Array
+    ) -> FloatArray:
+        """User vectors [B, K, D]. A history is its own key, so that nothing that happened can be overlooked."""
+        if not self._remembers:
+            return retriever.encode_users(histories, now_ms)
+        keys = [_key(query) for query in queries]
+        known = [self.encodings.get(key) for key in keys]
+        missing = [row for row, vectors_KD in enumerate(known) if vectors_KD is None]
+        if missing:
+            rows = np.array(missing)
+            fresh_BKD = retriever.encode_users(histories[rows], now_ms[rows])
+            for row, vectors_KD in zip(missing, fresh_BKD, strict=True):
+                vectors_KD = vectors_KD.copy()  # a view would keep the whole batch alive
+                self.encodings.put(keys[row], vectors_KD)
+                known[row] = vectors_KD
+        return np.stack([vectors_KD for vectors_KD in known if vectors_KD is not None])
 
     def _search(
         self, index: VectorIndex, queries: Sequence[Query], users_BKD: FloatArray, bonus: ItemBonus | None
@@ -167,6 +192,12 @@ def _fused(parts: Sequence[Candidates], shares: Sequence[float], query: Query) -
     fused = score[chosen].astype(np.float32)
     names = tuple(name for part in parts for name in part.sources)
     return Candidates(item_idx[chosen], fused, names, bits[chosen], {RetrievalStage.name: fused})
+
+
+def _key(query: Query) -> bytes:
+    digest = hashlib.blake2b(query.history_item_idx.tobytes(), digest_size=16)
+    digest.update(query.history_timestamp_ms.tobytes())
+    return digest.digest()
 
 
 def _histories(queries: Sequence[Query]) -> Histories:

@@ -1,0 +1,145 @@
+"""What one gateway tells of itself: metrics, traces and, if wished, a line per request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from starlette.types import Scope
+
+from recsys.events import Event
+from recsys.pipeline.recommender import STATE
+from recsys.pipeline.requests import Recommendation
+from recsys.pipeline.runner import LocalStage
+from recsys.pipeline.stages.retrieval import RetrievalStage
+from recsys.pipeline.types import Int32Array
+from serve.config import GatewayConfig
+from serve.metrics import Meters
+from serve.service import Service
+from serve.traces import Traces, describe
+
+_HEAD_SHARE = 0.01
+_COVERAGE_S = 300.0
+"""coverage counts this window and the one before it"""
+_log = logging.getLogger(__name__)
+
+
+class Observer:
+    """Sees every request and every answer of one gateway, in its event loop."""
+
+    def __init__(self, service: Service, config: GatewayConfig, meters: Meters) -> None:
+        self.traces = Traces(config.max_traces)
+        self._service = service
+        self._meters = meters
+        self._access_log = config.access_log
+        self._in_flight = 0
+        num_items = len(service.catalogue)
+        self._head = np.zeros(num_items, np.bool_)
+        self._head[service.recommender.runner.popular.item_idx[: max(1, round(_HEAD_SHARE * num_items))]] = True
+        self._coverage = Coverage(num_items)
+        meters.watch(self._look)
+        watch_stages(meters, service)
+
+    def arrived(self) -> float:
+        """A request is there. What is returned goes to :meth:`left`."""
+        self._in_flight += 1
+        return time.perf_counter()
+
+    def left(self, scope: Scope, status: int, started: float) -> None:
+        """It was answered with ``status``; 499 where the caller had gone."""
+        self._in_flight -= 1
+        took_ms = (time.perf_counter() - started) * 1e3
+        route = getattr(scope.get("route"), "path", "none")
+        self._meters.count("recsys_requests_total", route, str(status))
+        self._meters.observe("recsys_request_ms", took_ms, route)
+        if self._access_log:
+            about = {"request_id": scope["request_id"], "route": route, "status": status, "total_ms": round(took_ms, 3)}
+            _log.info("%s %d", route, status, extra=about)
+
+    def answered(self, answer: Recommendation) -> None:
+        """A recommendation was made."""
+        slate, meters = answer.slate, self._meters
+        assert slate is not None, "similar items come from no stage"
+        self.traces.keep(answer)
+        for stage, outcome in slate.outcomes.items():
+            meters.count("recsys_stage_outcomes_total", stage, outcome)
+        for stage, busy_ms in slate.busy_ms.items():
+            meters.observe("recsys_stage_ms", busy_ms, stage, "compute")
+        for stage in slate.outcomes.keys() & slate.timings_ms.keys():
+            meters.observe("recsys_stage_ms", slate.timings_ms[stage], stage, "total")
+        meters.observe("recsys_stage_ms", answer.timings_ms[STATE], STATE, "total")
+        meters.count("recsys_stage_outcomes_total", STATE, "failed" if STATE in answer.degraded else "ok")
+        for each in slate.removals():
+            meters.count("recsys_removed_total", each.stage, each.reason, amount=len(each.item_idx))
+        shown = slate.selected.item_idx
+        num_head = int(np.count_nonzero(self._head[shown]))
+        meters.count("recsys_shown_total", "head", amount=num_head)
+        meters.count("recsys_shown_total", "tail", amount=len(shown) - num_head)
+        self._coverage.show(shown)
+
+    def recorded(self, events: Sequence[Event], num_duplicates: int) -> None:
+        """A batch of events is durable."""
+        self._meters.count("recsys_events_total", "accepted", amount=len(events) - num_duplicates)
+        self._meters.count("recsys_events_total", "duplicate", amount=num_duplicates)
+        oldest_ms = min(event.timestamp_ms for event in events)
+        self._meters.observe("recsys_event_lag_s", max(0.0, time.time() - oldest_ms / 1e3))
+
+    def trace(self, request_id: str) -> dict[str, Any] | None:
+        """How the answer to that request came about, or None where it was not given here or is too long ago."""
+        answer = self.traces.get(request_id)
+        return None if answer is None else describe(answer, self._service.catalogue)
+
+    def _look(self) -> None:
+        self._meters.gauge("recsys_in_flight", self._in_flight)
+        made_at = self._service.bundle.manifest.created_at
+        self._meters.gauge("recsys_bundle_age_s", time.time() - made_at.timestamp())
+        self._meters.gauge("recsys_coverage_share", self._coverage.share)
+
+
+class Coverage:
+    """Which items were shown lately."""
+
+    def __init__(self, num_items: int) -> None:
+        self._now = np.zeros(num_items, np.bool_)
+        self._before = np.zeros(num_items, np.bool_)
+        self._turned = time.monotonic()
+
+    def show(self, item_idx: Int32Array) -> None:
+        """These were."""
+        if time.monotonic() - self._turned > _COVERAGE_S:
+            self._before, self._now = self._now, np.zeros_like(self._now)
+            self._turned = time.monotonic()
+        self._now[item_idx] = True
+
+    @property
+    def share(self) -> float:
+        """Of the catalogue, 0 to 1."""
+        return float(np.mean(self._now | self._before))
+
+
+def watch_stages(meters: Meters, service: Service) -> None:
+    """Queues, breakers and caches of ``service``."""
+    recommender = service.recommender
+    local = [stage for stage in recommender.runner.stages if isinstance(stage, LocalStage)]
+
+    def look() -> None:
+        for stage in local:
+            meters.gauge("recsys_queue", stage.num_in_flight, stage.name)
+        for stage, breaker in recommender.runner.breakers.items():
+            meters.gauge("recsys_breaker_open", float(breaker.open), stage)
+
+    meters.watch(look)
+    profiles = recommender.profiles.cache
+    meters.watch_cache("profiles", lambda: (profiles.num_hits, profiles.num_misses))
+    for stage in local:
+        watch_encodings(meters, stage.stage)
+
+
+def watch_encodings(meters: Meters, stage: object) -> None:
+    """The cache of encoded histories, where ``stage`` has one."""
+    if isinstance(stage, RetrievalStage):
+        encodings = stage.encodings
+        meters.watch_cache("encodings", lambda: (encodings.num_hits, encodings.num_misses))
