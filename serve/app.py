@@ -22,8 +22,7 @@ APP_NAME = "recsys"
 def build(args: dict[str, Any]) -> Application:
     """The application for ``args``, which are the keys of :class:`~serve.config.ServeConfig`."""
     config = ServeConfig.parse(args, where="arguments of serve.app:build")
-    # One Bundle for every replica, also for those that start after somebody has published the next one.
-    config = config.model_copy(update={"bundle_uri": Bundle.locate(config.bundle_uri)})
+    Bundle.locate(config.bundle_uri)  # raises now where there is none, and not in every replica
     remote = {
         name: deployment(StageDeployment, name, config.stage(name)).bind(
             name, config.bundle_uri, config.stage(name).model_dump(mode="json")

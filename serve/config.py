@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.events import AnyEventStore, SqliteEventStoreConfig
+from serve.canary import CanaryConfig
 from serve.logs import LogLevel
 
 STAGES = ("retrieval", "ranking", "reranking")
@@ -106,8 +107,19 @@ AnyAccess = Annotated[OpenAccess | KeyAccess, Field(discriminator="kind")]
 class ServeConfig(StrictConfig):
     """Arguments of ``serve.app:build``."""
 
-    bundle_uri: str = Field(min_length=1, description="a Bundle: local folder or fsspec URI")
+    bundle_uri: str = Field(
+        min_length=1, description="a Bundle, or a store whose pointer is followed: local folder or fsspec URI"
+    )
     access: AnyAccess = Field(description="who may come in: API keys, or, on the loopback interface, everybody")
+    poll_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=3600,
+        description="how often a gateway looks what the store of Bundles points to, where bundle_uri is one (seconds)",
+    )
+    canary: CanaryConfig = Field(
+        default=CanaryConfig(), description="when a Bundle that some of the users get is taken back"
+    )
     topology: Literal["graph", "fused"] = Field(
         default="graph",
         description="graph: gateway and stages scale apart; fused: all of it in each replica of the gateway",

@@ -6,8 +6,7 @@ import asyncio
 import gc
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -17,9 +16,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from recsys.bundle import Bundle
-from recsys.errors import BundleMismatchError, ConfigError, StageError, StageOverloadedError
-from recsys.pipeline.stage import Stage, StageOutput
+from recsys.errors import ConfigError, StageError, StageOverloadedError
+from recsys.pipeline.stage import StageOutput
 from recsys.pipeline.stages import build_stage
 from recsys.pipeline.types import Candidates, Query
 from serve.batching import Batcher
@@ -29,21 +27,12 @@ from serve.gateway import http_app
 from serve.logs import log_as_json
 from serve.metrics import Meters, ray_sink
 from serve.observe import Observer, watch_encodings
-from serve.service import Service
-
-
-@dataclass(frozen=True, slots=True)
-class StageInfo:
-    """What a stage replica says of itself once it is up."""
-
-    name: str
-    bundle_id: str
-    present: bool
-    """False where the Bundle has no such stage: a Bundle without a ranker is served without ranking"""
+from serve.shelf import Shelf, StageInfo
+from serve.switch import Switch
 
 
 class StageDeployment:
-    """Wraps any plain stage: batches queries, and computes with all that the replica has.
+    """Wraps a plain stage of one Bundle or several: batches queries, and computes with all that the replica has.
 
     A stage that hangs holds the replica's event loop, where :meth:`check_health` runs too, so Serve finds out and
     replaces the replica; in a thread it would hang unseen.
@@ -53,22 +42,21 @@ class StageDeployment:
         settings = StageConfig.parse(config, where=f"deployment {name}")
         log_as_json(settings.log_level, deployment=name)
         limit_threads(settings.threads)
-        bundle = Bundle.open(bundle_uri)
-        self._stage: Stage | None = build_stage(bundle, name)
-        self._info = StageInfo(name, bundle.bundle_id, self._stage is not None)
+        self._name = name
+        self._shelf = Shelf(name, bundle_uri, lambda bundle: build_stage(bundle, name))
         self._batcher = Batcher(self._compute, settings.max_batch_size)
         self._meters = Meters(ray_sink())
         self._meters.watch(lambda: self._meters.gauge("recsys_queue", self._batcher.num_waiting, name))
-        watch_encodings(self._meters, self._stage)
+        watch_encodings(self._meters, lambda: self._shelf.stages)
         settle_memory()
 
     async def run(self, call: Frame) -> Frame:
         """One query and its candidates, see :mod:`serve.frames`."""
         return await self._batcher.submit(call)
 
-    async def info(self) -> StageInfo:
-        """Name and Bundle of the stage."""
-        return self._info
+    async def hold(self, bundle_ids: Sequence[str]) -> dict[str, StageInfo]:
+        """See :meth:`serve.shelf.Shelf.hold`."""
+        return self._shelf.hold(bundle_ids)
 
     async def check_health(self) -> None:
         """Answered between two batches. Without it Serve asks a loop of its own, which no stage can hold.
@@ -78,28 +66,28 @@ class StageDeployment:
         self._meters.flush()
 
     def _compute(self, calls: list[Frame]) -> list[Frame | Exception]:
-        if self._stage is None:
-            raise StageError(f"Bundle {self._info.bundle_id} has no stage {self._info.name}", stage=self._info.name)
         try:
-            return [*self._run_batch(self._stage, calls)]
+            return [*self._run_batch(calls)]
         except Exception as error:  # noqa: BLE001 raised to the call that is to blame
             if len(calls) == 1:
                 return [error]
             # One call that cannot be answered, such as one for another Bundle, must not take the others with it.
             return [answer for call in calls for answer in self._compute([call])]
 
-    def _run_batch(self, stage: Stage, calls: list[Frame]) -> list[Frame]:
-        self._meters.observe("recsys_batch_size", len(calls), stage.name)
+    def _run_batch(self, calls: list[Frame]) -> list[Frame]:
+        self._meters.observe("recsys_batch_size", len(calls), self._name)
         started = time.perf_counter()
         queries, candidates = zip(*map(unpack_call, calls), strict=True)
-        for query in queries:
-            if query.bundle_id != stage.bundle_id:
-                raise StageError(
-                    f"{stage.name} serves Bundle {stage.bundle_id}, not {query.bundle_id}", stage=stage.name
-                )
+        bundle_ids = {query.bundle_id for query in queries}
+        if len(bundle_ids) > 1:  # while one Bundle takes over from another
+            raise StageError(f"{self._name}: a batch of several Bundles", stage=self._name)
+        (bundle_id,) = bundle_ids
+        stage = self._shelf.get(bundle_id)
+        if stage is None:
+            raise StageError(f"{self._name} does not serve Bundle {bundle_id}", stage=self._name)
         results = stage.run_batch(queries, candidates)
         busy_ms = (time.perf_counter() - started) * 1e3
-        return [pack_output(StageOutput(result, stage.bundle_id, busy_ms)) for result in results]
+        return [pack_output(StageOutput(result, bundle_id, busy_ms)) for result in results]
 
 
 class RemoteStage:
@@ -120,9 +108,10 @@ class RemoteStage:
         except (RayError, RayServeException) as error:
             raise StageError(f"{self.name}: {type(error).__name__}: {error}", stage=self.name) from error
 
-    async def info(self) -> StageInfo:
-        """Wait for a replica and ask it who it is."""
-        return await self._handle.info.remote()
+    async def hold(self, bundle_ids: Sequence[str]) -> list[dict[str, StageInfo]]:
+        """Have these Bundles loaded in every replica, and how far each of them is; empty while none runs."""
+        answers = await self._handle.broadcast("hold", list(bundle_ids)).results_async(return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, dict)]
 
 
 @serve.ingress()  # pyright: ignore[reportUntypedClassDecorator]
@@ -137,19 +126,10 @@ class Gateway:
             refuse_open_network(None if client is None else client.http_config.host)
         log_as_json(self._config.gateway.log_level, deployment="gateway")
         limit_threads(self._config.gateway.threads)
-        timeout_s = self._config.gateway.ready_timeout_s
         stages = {name: RemoteStage(name, handle) for name, handle in remote.items()}
-        async with asyncio.timeout(timeout_s):
-            infos = await asyncio.gather(*(stage.info() for stage in stages.values()))
-        present = {info.name: stages[info.name] for info in infos if info.present}
-        absent = [info.name for info in infos if not info.present]
-        self._service = await asyncio.to_thread(Service.open, self._config, present, absent)
-        for info in infos:
-            if info.bundle_id != self._service.bundle_id:
-                raise BundleMismatchError(
-                    f"{info.name} serves Bundle {info.bundle_id}, the gateway {self._service.bundle_id}"
-                )
-        await self._service.prove(timeout_s)
+        switch = Switch(self._config, self._config.event_store.open(), stages)
+        self._service = await switch.start()
+        self._following = asyncio.create_task(switch.follow(self._service))
         self._meters = Meters(ray_sink())
         self._observer = Observer(self._service, self._config.gateway, self._meters)
         settle_memory()

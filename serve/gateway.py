@@ -192,8 +192,8 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> 
 
         Stages that are slow or down are skipped and named in `degraded`; availability and filters never are.
         """
-        answer = await service.recommender.arecommend(wire.recommend_request(body, _request_id(request)))
-        observer.answered(answer)
+        answer, generation = await service.recommend(wire.recommend_request(body, _request_id(request)))
+        observer.answered(answer, generation)
         return _json(wire.recommend_answer(answer, explain=body.explain))
 
     @app.post(
@@ -205,9 +205,11 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> 
     )
     async def similar(body: wire.SimilarBody, request: Request) -> Response:
         """Items whose vectors are nearest to those of `item_id`, best first, without the item itself."""
-        if service.recommender.item(body.item_id) is None:
-            return _missing(request, f"no item {body.item_id!r} in the catalogue")
-        answer = await asyncio.to_thread(service.recommender.similar, wire.similar_request(body, _request_id(request)))
+        with service.current.pinned() as generation:
+            recommender = generation.recommender
+            if recommender.item(body.item_id) is None:
+                return _missing(request, f"no item {body.item_id!r} in the catalogue")
+            answer = await asyncio.to_thread(recommender.similar, wire.similar_request(body, _request_id(request)))
         return _json(wire.recommend_answer(answer))
 
 
@@ -257,7 +259,7 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
     )
     async def item(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
         """The item as the Bundle has it."""
-        row = service.recommender.item(item_id)
+        row = service.current.recommender.item(item_id)
         return _missing(request, f"no item {item_id!r} in the catalogue") if row is None else _json(row)
 
     @app.get(
@@ -269,7 +271,15 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
     )
     async def bundle() -> Response:
         """Id and manifest, without the list of files."""
-        return _json({"bundle_id": service.bundle_id, "manifest": service.manifest})
+        current, trial = service.current, service.trial
+        return _json(
+            {
+                "bundle_id": current.bundle_id,
+                "manifest": current.manifest,
+                "trial": None if trial is None else {"bundle_id": trial.generation.bundle_id, "share": trial.share},
+                "refused": service.refused,
+            }
+        )
 
 
 def _add_operation(
@@ -301,7 +311,7 @@ def _add_operation(
     )
     async def readyz(request: Request) -> Response:
         """Yes once the golden query of the Bundle was answered as it must be and the event store can be read."""
-        if not service.proven:
+        if not service.current.proven:
             return problem(503, "the golden query has not been answered yet", _request_id(request), headers=retry_after)
         service.store.watermark()
         return _json({"status": "ready"})
@@ -400,7 +410,7 @@ def _event(body: wire.EventBody) -> Event:
 
 
 def _user(service: Service, state: UserState) -> dict[str, Any]:
-    titles = service.titles(state.item_ids)
+    titles = service.current.titles(state.item_ids)
     columns = zip(
         state.item_ids, titles, state.events, state.timestamps_ms.tolist(), state.values.tolist(), strict=True
     )

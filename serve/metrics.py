@@ -11,7 +11,10 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
+
+from recsys.pipeline.cache import Cache
 
 _MS = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 70.0, 100.0, 150.0, 200.0, 300.0, 500.0, 1e3, 3e3, 1e4)
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3.6e3, 1e4, 8.64e4, 6e5, 3e6)
@@ -47,6 +50,8 @@ METRICS: Mapping[str, Metric] = {
     "recsys_removed_total": Metric("counter", "Candidates that did not make it, by whom and why", ("stage", "reason")),
     "recsys_cache_total": Metric("counter", "Look-ups: hit or miss", ("cache", "outcome")),
     "recsys_bundle_age_s": Metric("gauge", "Seconds since the Bundle that answers was made"),
+    "recsys_bundles_open": Metric("gauge", "Bundles this gateway has open: 1, and more while one takes over"),
+    "recsys_bundles_refused": Metric("gauge", "Bundles that the store points to and this gateway does not serve"),
     "recsys_events_total": Metric("counter", "Events: accepted, or known already (duplicate)", ("outcome",)),
     "recsys_event_lag_s": Metric(
         "histogram", "Seconds between an event and its arrival, of the oldest in each batch", (), _SECONDS
@@ -92,14 +97,16 @@ class Meters:
         """Call ``look`` at each :meth:`flush`; it sets gauges."""
         self._watched.append(look)
 
-    def watch_cache(self, cache: str, look: Callable[[], tuple[int, int]]) -> None:
-        """Count hits and misses, of which ``look`` tells how many there were since the start."""
-        before = [0, 0]
+    def watch_caches(self, name: str, look: Callable[[], Sequence[Cache[Any, Any]]]) -> None:
+        """Count the hits and misses of the caches that ``look`` names; they come and go."""
+        before: WeakKeyDictionary[Cache[Any, Any], tuple[int, int]] = WeakKeyDictionary()
 
         def count() -> None:
-            for place, (outcome, number) in enumerate(zip(("hit", "miss"), look(), strict=True)):
-                self.count("recsys_cache_total", cache, outcome, amount=number - before[place])
-                before[place] = number
+            for cache in look():
+                now = cache.num_hits, cache.num_misses
+                for outcome, number, known in zip(("hit", "miss"), now, before.get(cache, (0, 0)), strict=True):
+                    self.count("recsys_cache_total", name, outcome, amount=number - known)
+                before[cache] = now
 
         self.watch(count)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from recsys.events import Event
 from recsys.pipeline.recommender import STATE
 from recsys.pipeline.requests import Recommendation
 from recsys.pipeline.runner import LocalStage
+from recsys.pipeline.stage import Stage
 from recsys.pipeline.stages.retrieval import RetrievalStage
 from recsys.pipeline.types import Int32Array
 from serve.config import GatewayConfig
 from serve.metrics import Meters
-from serve.service import Service
+from serve.service import Generation, Service
 from serve.traces import Traces, describe
 
 _HEAD_SHARE = 0.01
@@ -36,10 +37,7 @@ class Observer:
         self._meters = meters
         self._access_log = config.access_log
         self._in_flight = 0
-        num_items = len(service.catalogue)
-        self._head = np.zeros(num_items, np.bool_)
-        self._head[service.recommender.runner.popular.item_idx[: max(1, round(_HEAD_SHARE * num_items))]] = True
-        self._coverage = Coverage(num_items)
+        self._shown: dict[str, Shown] = {}
         meters.watch(self._look)
         watch_stages(meters, service)
 
@@ -59,11 +57,11 @@ class Observer:
             about = {"request_id": scope["request_id"], "route": route, "status": status, "total_ms": round(took_ms, 3)}
             _log.info("%s %d", route, status, extra=about)
 
-    def answered(self, answer: Recommendation) -> None:
-        """A recommendation was made."""
+    def answered(self, answer: Recommendation, generation: Generation) -> None:
+        """A recommendation was made from this Bundle."""
         slate, meters = answer.slate, self._meters
         assert slate is not None, "similar items come from no stage"
-        self.traces.keep(answer)
+        self.traces.keep(answer, generation.catalogue)
         for stage, outcome in slate.outcomes.items():
             meters.count("recsys_stage_outcomes_total", stage, outcome)
         for stage, busy_ms in slate.busy_ms.items():
@@ -74,11 +72,10 @@ class Observer:
         meters.count("recsys_stage_outcomes_total", STATE, "failed" if STATE in answer.degraded else "ok")
         for each in slate.removals():
             meters.count("recsys_removed_total", each.stage, each.reason, amount=len(each.item_idx))
-        shown = slate.selected.item_idx
-        num_head = int(np.count_nonzero(self._head[shown]))
+        items = slate.selected.item_idx
+        num_head = self._of(generation).show(items)
         meters.count("recsys_shown_total", "head", amount=num_head)
-        meters.count("recsys_shown_total", "tail", amount=len(shown) - num_head)
-        self._coverage.show(shown)
+        meters.count("recsys_shown_total", "tail", amount=len(items) - num_head)
 
     def recorded(self, events: Sequence[Event], num_duplicates: int) -> None:
         """A batch of events is durable."""
@@ -89,57 +86,75 @@ class Observer:
 
     def trace(self, request_id: str) -> dict[str, Any] | None:
         """How the answer to that request came about, or None where it was not given here or is too long ago."""
-        answer = self.traces.get(request_id)
-        return None if answer is None else describe(answer, self._service.catalogue)
+        found = self.traces.get(request_id)
+        return None if found is None else describe(*found)
+
+    def _of(self, generation: Generation) -> Shown:
+        """What was shown from this Bundle, whose items have numbers of their own."""
+        shown = self._shown.get(generation.bundle_id)
+        if shown is None:
+            shown = Shown(generation.recommender.runner.popular.item_idx)
+            opened = {each.bundle_id for each in self._service.generations}
+            self._shown = {each: kept for each, kept in self._shown.items() if each in opened}
+            self._shown[generation.bundle_id] = shown
+        return shown
 
     def _look(self) -> None:
+        current = self._service.current
         self._meters.gauge("recsys_in_flight", self._in_flight)
-        made_at = self._service.bundle.manifest.created_at
-        self._meters.gauge("recsys_bundle_age_s", time.time() - made_at.timestamp())
-        self._meters.gauge("recsys_coverage_share", self._coverage.share)
+        self._meters.gauge("recsys_bundle_age_s", time.time() - current.bundle.manifest.created_at.timestamp())
+        self._meters.gauge("recsys_coverage_share", self._of(current).coverage)
+        self._meters.gauge("recsys_bundles_open", len(self._service.generations))
+        self._meters.gauge("recsys_bundles_refused", len(self._service.refused))
 
 
-class Coverage:
-    """Which items were shown lately."""
+class Shown:
+    """Which items were shown lately, and how many of them are popular ones."""
 
-    def __init__(self, num_items: int) -> None:
+    def __init__(self, popular: Int32Array) -> None:
+        """``popular``: every item, the most popular first."""
+        num_items = len(popular)
+        self._head = np.zeros(num_items, np.bool_)
+        self._head[popular[: max(1, round(_HEAD_SHARE * num_items))]] = True
         self._now = np.zeros(num_items, np.bool_)
         self._before = np.zeros(num_items, np.bool_)
         self._turned = time.monotonic()
 
-    def show(self, item_idx: Int32Array) -> None:
-        """These were."""
+    def show(self, item_idx: Int32Array) -> int:
+        """These are; how many of them are popular."""
         if time.monotonic() - self._turned > _COVERAGE_S:
             self._before, self._now = self._now, np.zeros_like(self._now)
             self._turned = time.monotonic()
         self._now[item_idx] = True
+        return int(np.count_nonzero(self._head[item_idx]))
 
     @property
-    def share(self) -> float:
-        """Of the catalogue, 0 to 1."""
+    def coverage(self) -> float:
+        """Share of the catalogue that was shown, 0 to 1."""
         return float(np.mean(self._now | self._before))
 
 
 def watch_stages(meters: Meters, service: Service) -> None:
     """Queues, breakers and caches of ``service``."""
-    recommender = service.recommender
-    local = [stage for stage in recommender.runner.stages if isinstance(stage, LocalStage)]
+
+    def local() -> list[LocalStage]:
+        stages = [stage for each in service.generations for stage in each.recommender.runner.stages]
+        return [stage for stage in stages if isinstance(stage, LocalStage)]
 
     def look() -> None:
-        for stage in local:
-            meters.gauge("recsys_queue", stage.num_in_flight, stage.name)
-        for stage, breaker in recommender.runner.breakers.items():
+        for stage in service.current.recommender.runner.stages:
+            if isinstance(stage, LocalStage):
+                meters.gauge("recsys_queue", stage.num_in_flight, stage.name)
+        for stage, breaker in service.current.recommender.runner.breakers.items():
             meters.gauge("recsys_breaker_open", float(breaker.open), stage)
 
     meters.watch(look)
-    profiles = recommender.profiles.cache
-    meters.watch_cache("profiles", lambda: (profiles.num_hits, profiles.num_misses))
-    for stage in local:
-        watch_encodings(meters, stage.stage)
+    meters.watch_caches("profiles", lambda: [each.recommender.profiles.cache for each in service.generations])
+    watch_encodings(meters, lambda: [each.stage for each in local()])
 
 
-def watch_encodings(meters: Meters, stage: object) -> None:
-    """The cache of encoded histories, where ``stage`` has one."""
-    if isinstance(stage, RetrievalStage):
-        encodings = stage.encodings
-        meters.watch_cache("encodings", lambda: (encodings.num_hits, encodings.num_misses))
+def watch_encodings(meters: Meters, stages: Callable[[], Sequence[Stage]]) -> None:
+    """The caches of encoded histories of the stages that ``stages`` names when it is asked."""
+    meters.watch_caches(
+        "encodings", lambda: [stage.encodings for stage in stages() if isinstance(stage, RetrievalStage)]
+    )

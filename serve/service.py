@@ -1,10 +1,13 @@
-"""What one gateway replica holds: the Bundle, the event store, the recommender, and the proof that they work."""
+"""What one gateway replica holds: the event store, and per Bundle a recommender and the proof that it works."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+import zlib
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self
@@ -12,39 +15,44 @@ from typing import Any, Self
 import numpy as np
 
 from recsys.bundle import Bundle
-from recsys.errors import BundleError
+from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.recommender import Recommender, golden_request, warm_up
+from recsys.pipeline.requests import Recommendation, RecommendRequest
 from recsys.pipeline.runner import LocalStage
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
+from serve.canary import Tally
 from serve.config import INLINE, ServeConfig
 
 _PROOF_PAUSE_S = 0.2
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Service:
-    """Everything the routes need; made by :meth:`open`."""
+@dataclass(eq=False)
+class Generation:
+    """One Bundle, ready to answer; made by :meth:`open`."""
 
     bundle: Bundle
-    store: EventStore
     recommender: Recommender
     proven: bool = field(default=False, init=False)
     """whether the golden query was answered as it must be"""
+    num_in_flight: int = field(default=0, init=False)
+    """requests that are being answered from it"""
+    tally: Tally = field(default_factory=Tally, init=False)
 
     @classmethod
-    def open(cls, config: ServeConfig, remote: Mapping[str, AsyncStage], absent: Sequence[str] = ()) -> Self:
-        """Open Bundle and event store, seed the one from the other, and build the stages that are not ``remote``.
+    def open(
+        cls, bundle: Bundle, store: EventStore, remote: Mapping[str, AsyncStage], absent: Sequence[str] = ()
+    ) -> Self:
+        """Seed the event store from ``bundle``, and build the stages that are not ``remote``.
 
         ``absent`` names stages that were looked for elsewhere and that the Bundle does not have.
 
-        :raises BundleError: when there is no usable Bundle.
+        :raises BundleError: when the Bundle is not usable.
         :raises EventStoreError: when the store refuses.
         """
-        bundle = Bundle.open(config.bundle_uri)
         settings = bundle.pipeline_config
         stages: list[AsyncStage] = []
         local: list[Stage] = []
@@ -58,10 +66,9 @@ class Service:
                 )
         if not remote:
             warm_up(local)
-        store = config.event_store.open()
         if bundle.has("histories.parquet"):
             store.seed(bundle.bundle_id, bundle.histories(), bundle.manifest.events_watermark)
-        return cls(bundle, store, Recommender.of(bundle, stages, store))
+        return cls(bundle, Recommender.of(bundle, stages, store))
 
     @property
     def bundle_id(self) -> str:
@@ -75,14 +82,6 @@ class Service:
     def manifest(self) -> dict[str, Any]:
         """The Bundle's manifest as plain values, without the list of files."""
         return self.bundle.manifest.model_dump(mode="json", exclude={"files"})
-
-    @property
-    def version(self) -> str:
-        """Of this package."""
-        try:
-            return version("recsys")
-        except PackageNotFoundError:  # run from a checkout
-            return "0"
 
     def titles(self, item_ids: Sequence[str]) -> list[str | None]:
         """The title of each item, None for one the catalogue does not have."""
@@ -118,7 +117,102 @@ class Service:
         golden.check([item.item_id for item in answer.items], [item.score for item in answer.items])
         self.proven = True
 
+    @contextmanager
+    def pinned(self) -> Generator[Self]:
+        """Inside, a request is answered from this Bundle, which stays open until then."""
+        self.num_in_flight += 1
+        try:
+            yield self
+        finally:
+            self.num_in_flight -= 1
+
+
+@dataclass(eq=False)
+class Trial:
+    """A Bundle that some of the users get."""
+
+    generation: Generation
+    share: float
+    """of the users, above 0, up to 1"""
+
+    def concerns(self, user_id: str | None) -> bool:
+        """Whether this user is one of them; always the same ones for one Bundle. A stranger is not."""
+        if user_id is None:
+            return False
+        place = zlib.crc32(user_id.encode("utf-8", "surrogatepass"), zlib.crc32(self.generation.bundle_id.encode()))
+        return place < self.share * 2**32
+
+
+@dataclass(eq=False)
+class Service:
+    """Everything the routes need. For one event loop."""
+
+    store: EventStore
+    current: Generation
+    trial: Trial | None = field(default=None, init=False)
+    retired: list[Generation] = field(default_factory=list, init=False)
+    """those that answered before, until their last request is answered"""
+    refused: dict[str, str] = field(default_factory=dict, init=False)
+    """Bundles that the store points to and that are not served, with the reason"""
+
+    @classmethod
+    def open(cls, config: ServeConfig, remote: Mapping[str, AsyncStage], absent: Sequence[str] = ()) -> Self:
+        """One Bundle and nothing else, see :meth:`Generation.open`; the Bundle of ``config.bundle_uri``, or its
+        current one.
+        """
+        bundle = Bundle.open(config.bundle_uri)
+        store = config.event_store.open()
+        return cls(store, Generation.open(bundle, store, remote, absent))
+
+    @property
+    def version(self) -> str:
+        """Of this package."""
+        try:
+            return version("recsys")
+        except PackageNotFoundError:  # run from a checkout
+            return "0"
+
+    @property
+    def generations(self) -> list[Generation]:
+        """All that are open, the one that answers first."""
+        return [self.current, *([] if self.trial is None else [self.trial.generation]), *self.retired]
+
+    def generation(self, bundle_id: str) -> Generation:
+        """The one of this Bundle, which must be open."""
+        return next(each for each in self.generations if each.bundle_id == bundle_id)
+
+    async def recommend(self, request: RecommendRequest) -> tuple[Recommendation, Generation]:
+        """Answer from one Bundle. Where the one on trial cannot, the current one does.
+
+        :raises RequestError: when the request cannot be answered as it is.
+        """
+        trial = self.trial
+        if trial is not None and trial.concerns(request.user_id):
+            try:
+                return await self._answer(trial.generation, request), trial.generation
+            except RequestError:
+                raise
+            except Exception:  # noqa: BLE001 the tally has it; this user gets what all others get
+                about = {"request_id": request.request_id}
+                _log.exception("request %s: the Bundle on trial failed", request.request_id, extra=about)
+        current = self.current
+        return await self._answer(current, request), current
+
+    async def _answer(self, generation: Generation, request: RecommendRequest) -> Recommendation:
+        started = time.perf_counter()
+        with generation.pinned():
+            try:
+                answer = await generation.recommender.arecommend(request)
+            except RequestError:
+                raise
+            except Exception:
+                generation.tally.failed()
+                raise
+        generation.tally.answered((time.perf_counter() - started) * 1e3, degraded=bool(answer.degraded))
+        return answer
+
     def close(self) -> None:
         """Release threads and store."""
-        self.recommender.close()
+        for generation in self.generations:
+            generation.recommender.close()
         self.store.close()

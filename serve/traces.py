@@ -21,18 +21,18 @@ class Traces:
     def __init__(self, max_traces: int) -> None:
         """``max_traces`` 0 keeps none."""
         self._max_traces = max_traces
-        self._kept: OrderedDict[str, Recommendation] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Recommendation, Catalogue]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def keep(self, answer: Recommendation) -> None:
-        """Remember ``answer``, and forget the oldest where there are too many."""
+    def keep(self, answer: Recommendation, catalogue: Catalogue) -> None:
+        """Remember ``answer``, whose items are those of ``catalogue``; forget the oldest where there are too many."""
         with self._lock:
-            self._kept[answer.request_id] = answer
+            self._kept[answer.request_id] = answer, catalogue
             while len(self._kept) > self._max_traces:
                 self._kept.popitem(last=False)
 
-    def get(self, request_id: str) -> Recommendation | None:
-        """The answer to that request, or None."""
+    def get(self, request_id: str) -> tuple[Recommendation, Catalogue] | None:
+        """The answer to that request and the catalogue of its items, or None."""
         return self._kept.get(request_id)
 
 

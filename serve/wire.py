@@ -242,9 +242,16 @@ class CatalogueItemAnswer(BaseModel):
     image: str | None
 
 
+class TrialAnswer(BaseModel):
+    bundle_id: str
+    share: float = Field(description="of the users who get it")
+
+
 class BundleAnswer(BaseModel):
     bundle_id: str
     manifest: dict[str, Any] = Field(description="what the Bundle says of itself")
+    trial: TrialAnswer | None = Field(None, description="the Bundle that some of the users get")
+    refused: dict[str, str] = Field(description="Bundles that the store points to and that are not served, and why")
 
 
 class HealthAnswer(BaseModel):

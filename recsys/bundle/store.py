@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import Field
+
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest
 from recsys.bundle.reader import Bundle, read_manifest
@@ -26,6 +28,13 @@ from recsys.config import StrictConfig
 from recsys.errors import BundleCorruptError, BundleError, BundleNotFoundError, ConfigError, PointerConflictError
 
 _ENTRY = re.compile(r"(\d{8})\.json")
+
+
+class Canary(StrictConfig):
+    """A Bundle on trial."""
+
+    bundle_id: str
+    share: float = Field(gt=0, le=1, description="of the users who get it")
 
 
 class Pointer(StrictConfig):
@@ -38,6 +47,16 @@ class Pointer(StrictConfig):
     moved_at: datetime
     token: str
     """unique to the move, so that a writer recognises its own entry"""
+    canary: Canary | None = None
+    """what some of the users get instead of ``bundle_id``"""
+    reason: str | None = None
+    """why it was moved, where somebody said so"""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Bundles that may be asked for: the current one, the one on trial, and the one before."""
+        trial = None if self.canary is None else self.canary.bundle_id
+        return tuple(each for each in (self.bundle_id, trial, self.previous) if each is not None)
 
 
 class BundleStore:
@@ -133,6 +152,40 @@ class BundleStore:
         before = next((entry.previous for entry in log if entry.bundle_id == target), None)
         return self._move(pointer, target, previous=before)
 
+    def try_out(self, bundle_id: str, share: float, *, reason: str | None = None) -> Pointer:
+        """Give ``bundle_id``, which is in the store, to ``share`` (above 0, up to 1) of the users.
+
+        :raises BundleNotFoundError: when the store does not hold it, or nothing is current.
+        :raises BundleError: when it is current already.
+        :raises PointerConflictError: when somebody moves the pointer at the same time.
+        """
+        read_manifest(self._folder(bundle_id))
+        pointer = self._pointer()
+        if pointer.bundle_id == bundle_id:
+            raise BundleError(f"{self.root}: Bundle {bundle_id} is current already, there is nothing to try out")
+        canary = Canary.parse({"bundle_id": bundle_id, "share": share}, where="canary")
+        return self._move(pointer, pointer.bundle_id, previous=pointer.previous, canary=canary, reason=reason)
+
+    def promote(self, *, reason: str | None = None) -> Pointer:
+        """Make the Bundle on trial the current one.
+
+        :raises BundleError: when none is.
+        :raises PointerConflictError: when somebody moves the pointer at the same time.
+        """
+        pointer, canary = self._on_trial()
+        return self._move(pointer, canary.bundle_id, previous=pointer.bundle_id, reason=reason)
+
+    def withdraw(self, bundle_id: str | None = None, *, reason: str | None = None) -> Pointer:
+        """End the trial; all users get the current Bundle again. ``bundle_id`` says which one must be on trial.
+
+        :raises BundleError: when none, or another one, is on trial.
+        :raises PointerConflictError: when somebody moves the pointer at the same time.
+        """
+        pointer, canary = self._on_trial()
+        if bundle_id not in {None, canary.bundle_id}:
+            raise BundleError(f"{self.root}: Bundle {canary.bundle_id} is on trial, not {bundle_id}")
+        return self._move(pointer, pointer.bundle_id, previous=pointer.previous, reason=reason)
+
     def list(self) -> list[Manifest]:
         """Manifests of the complete Bundles in the store, newest first."""
         names = [name for name in (self.root / "bundles").names() if not name.startswith(".")]
@@ -140,7 +193,7 @@ class BundleStore:
         return sorted(found, key=lambda manifest: (manifest.created_at, manifest.bundle_id), reverse=True)
 
     def collect(self, keep: int) -> tuple[str, ...]:
-        """Remove all but the ``keep`` newest Bundles, the current one and the one a rollback returns to.
+        """Remove all but the ``keep`` newest Bundles, the current one, the one on trial and the one before.
 
         Returns the ids of those removed. Readers that have a remote Bundle open are not disturbed (they hold a copy),
         nor are local ones (their files are mapped).
@@ -151,7 +204,7 @@ class BundleStore:
         manifests = self.list()
         kept = {manifest.bundle_id for manifest in manifests[:keep]}
         if pointer is not None:
-            kept |= {pointer.bundle_id, pointer.previous or pointer.bundle_id}
+            kept |= set(pointer.wanted)
         removed = tuple(manifest.bundle_id for manifest in manifests if manifest.bundle_id not in kept)
         for bundle_id in removed:
             (self._folder(bundle_id) / MANIFEST).remove()  # from here on it is no Bundle, even if what follows fails
@@ -184,10 +237,36 @@ class BundleStore:
                 expected=expected,
             )
 
-    def _move(self, pointer: Pointer | None, bundle_id: str, *, previous: str | None) -> Pointer:
+    def _pointer(self) -> Pointer:
+        pointer = self.current()
+        if pointer is None:
+            raise BundleNotFoundError(f"{self.root}: no Bundle is current yet", path=str(self.root))
+        return pointer
+
+    def _on_trial(self) -> tuple[Pointer, Canary]:
+        pointer = self._pointer()
+        if pointer.canary is None:
+            raise BundleError(f"{self.root}: no Bundle is on trial")
+        return pointer, pointer.canary
+
+    def _move(
+        self,
+        pointer: Pointer | None,
+        bundle_id: str,
+        *,
+        previous: str | None,
+        canary: Canary | None = None,
+        reason: str | None = None,
+    ) -> Pointer:
         number = 1 if pointer is None else pointer.number + 1
         entry = Pointer(
-            number=number, bundle_id=bundle_id, previous=previous, moved_at=datetime.now(UTC), token=uuid.uuid4().hex
+            number=number,
+            bundle_id=bundle_id,
+            previous=previous,
+            moved_at=datetime.now(UTC),
+            token=uuid.uuid4().hex,
+            canary=canary,
+            reason=reason,
         )
         content = (entry.model_dump_json(indent=2) + "\n").encode()
         if not (self.root / "current" / f"{number:08d}.json").create(content):

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from recsys.bundle.store import BundleStore
 from recsys.models.blend import Blend
 from recsys.models.item_knn import ItemKNN
 from recsys.models.mind import MIND
@@ -56,9 +57,12 @@ def free_port():
 
 @contextmanager
 def server(bundle, folder, topology):
-    """A running ``python -m serve.run``; on leaving it is interrupted, and must end well and alone."""
+    """A running ``python -m serve.run`` of a Bundle, or of the store at a path. On leaving it is interrupted, and must
+    end well and alone.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "serve.run", "--bundle", str(bundle.path), "--topology", topology]
+    command = [sys.executable, "-m", "serve.run", "--bundle", str(getattr(bundle, "path", bundle))]
+    command += ["--topology", topology]
     command += ["--port", str(port), "--events", str(folder / "events.sqlite"), "--num-cpus", "2"]
     log = folder / f"{topology}.log"
     keys = folder / "keys.json"
@@ -230,6 +234,54 @@ def refuses_those_who_do_not_belong(client, keys):
     comes_to(401, reader, "GET", "/v1/bundle")
     for path in ("/v1/users/u1", "/readyz", "/docs", "/no/such/path"):
         assert status("rk_0_none", "GET", path) == 401
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("topology", ["graph", "fused"])
+def test_bundles_change_under_load(topology, tmp_path):
+    """No request fails, none is degraded, and none is answered from two Bundles."""
+    store = BundleStore(tmp_path / "bundles")
+    bundles = [make_bundle(tmp_path / "made", PATIENT, seed=seed) for seed in range(3)]
+    for each in bundles:
+        store.add(each)
+    ids = [each.bundle_id for each in bundles]
+    store.activate(ids[0], None)
+    stop = threading.Event()
+    with server(store.root.local, tmp_path, topology) as (client, _):
+
+        def calls(worker):
+            answers = []
+            while not stop.is_set():
+                answers.append(client.post("/v1/recommend", json={"user_id": f"u{worker}", "top_k": 3}))
+                if len(answers) % 5 == 0:
+                    found = client.get(f"/v1/traces/{answers[-1].json()['request_id']}").json()
+                    assert {stage["bundle_id"] for stage in found["stages"]} == {found["bundle_id"]}
+            return answers
+
+        def comes_to(bundle_id):
+            deadline = time.monotonic() + 60
+            while (told := client.get("/v1/bundle").json())["bundle_id"] != bundle_id:
+                assert time.monotonic() < deadline, told["refused"]
+                time.sleep(0.1)
+
+        with ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(calls, worker) for worker in range(3)]
+            try:
+                for turn in range(1, SWAPS + 1):
+                    store.activate(ids[turn % 3], ids[(turn - 1) % 3])
+                    comes_to(ids[turn % 3])
+                store.rollback()
+                comes_to(ids[(SWAPS - 1) % 3])
+            finally:
+                stop.set()
+            answers = [answer for future in running for answer in future.result()]
+        assert {answer.status_code for answer in answers} == {200}
+        assert {name for answer in answers for name in answer.json()["degraded"]} == set()
+        assert {answer.json()["bundle_id"] for answer in answers} == set(ids)
+        assert all(len(answer.json()["items"]) == 3 for answer in answers)
+
+
+SWAPS = 5
 
 
 def tells_of_itself(client, log):

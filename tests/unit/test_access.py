@@ -50,7 +50,7 @@ def service(tmp_path_factory):
         event_store=SqliteEventStoreConfig(path=str(folder / "events.sqlite")),
     )
     service = Service.open(config, {})
-    service.proven = True
+    service.current.proven = True
     yield service, config
     service.close()
 

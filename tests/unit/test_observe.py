@@ -19,7 +19,7 @@ from serve.config import GatewayConfig, OpenAccess, ServeConfig
 from serve.gateway import http_app
 from serve.logs import JsonFormatter, log_as_json
 from serve.metrics import METRICS, Meters
-from serve.observe import Coverage, Observer
+from serve.observe import Observer, Shown
 from serve.service import Service
 
 
@@ -56,7 +56,7 @@ async def gateway(bundle, tmp_path):
         gateway=GatewayConfig(max_traces=3, access_log=True),
     )
     service = Service.open(config, {})
-    await service.prove(30)
+    await service.current.prove(30)
     sink = Recorded()
     meters = Meters(sink)
     app = http_app(service, config.gateway, config.access, Observer(service, config.gateway, meters))
@@ -109,11 +109,11 @@ async def test_every_metric_is_reported(gateway):
 
 async def test_the_head_is_the_popular_hundredth(gateway):
     client, service, meters, sink = gateway
-    popular = service.recommender.runner.popular.item_idx[:3]
+    popular = service.current.recommender.runner.popular.item_idx[:3]
     answer = await client.post("/v1/recommend", json={"history": [], "top_k": 300, "exclude_seen": False})
     shown = {item["item_id"] for item in answer.json()["items"]}
     meters.flush()
-    num_head = len(shown & set(service.catalogue.id_map.take(popular)))
+    num_head = len(shown & set(service.current.catalogue.id_map.take(popular)))
     assert num_head > 0
     assert sink.total("recsys_shown_total", "head") == num_head
     assert sink.total("recsys_shown_total", "tail") == len(shown) - num_head
@@ -121,7 +121,7 @@ async def test_the_head_is_the_popular_hundredth(gateway):
 
 async def test_a_stage_that_fails_is_seen(gateway):
     client, service, meters, sink = gateway
-    ranking = service.recommender.runner.stages[1].stage
+    ranking = service.current.recommender.runner.stages[1].stage
     ranking.run_batch = lambda queries, candidates: 1 / 0
     for _ in range(6):
         answer = (await client.post("/v1/recommend", json={"user_id": "u1"})).json()
@@ -143,11 +143,11 @@ async def test_a_trace_accounts_for_every_candidate_once(gateway):
     body = {"history": [{"item_id": "i1"}, {"item_id": "i2"}], "top_k": 4, "explain": True}
     answer = (await client.post("/v1/recommend", json=body)).json()
     trace = (await client.get(f"/v1/traces/{answer['request_id']}")).json()
-    assert trace["bundle_id"] == service.bundle_id
+    assert trace["bundle_id"] == service.current.bundle_id
     assert trace["history"] == ["i1", "i2"]
     assert [stage["stage"] for stage in trace["stages"]] == ["retrieval", "ranking", "reranking"]
     for stage in trace["stages"]:
-        assert (stage["outcome"], stage["bundle_id"], stage["failure"]) == ("ok", service.bundle_id, None)
+        assert (stage["outcome"], stage["bundle_id"], stage["failure"]) == ("ok", service.current.bundle_id, None)
         assert 0 <= stage["compute_ms"] <= stage["total_ms"]
     for ours, theirs in zip(trace["items"], answer["items"], strict=True):
         assert {name: theirs[name] for name in ours} == ours
@@ -155,7 +155,7 @@ async def test_a_trace_accounts_for_every_candidate_once(gateway):
     shown = [item["item_id"] for item in trace["items"]]
     removed = [item_id for each in trace["removed"] for item_id in each["item_ids"]]
     assert max(Counter(shown + removed).values()) == 1
-    assert len(shown + removed) == service.recommender.config.num_candidates
+    assert len(shown + removed) == service.current.recommender.config.num_candidates
     told = {(each["stage"], each["reason"]): each["num_items"] for each in answer["removed"]}
     assert told == {(each["stage"], each["reason"]): len(each["item_ids"]) for each in trace["removed"]}
 
@@ -220,16 +220,16 @@ def test_logs_are_json():
 def test_coverage_forgets(monkeypatch):
     clock = 1000.0
     monkeypatch.setattr(observe.time, "monotonic", lambda: clock)
-    coverage = Coverage(10)
-    coverage.show(np.array([1, 2], np.int32))
-    coverage.show(np.array([2, 3], np.int32))
-    assert coverage.share == pytest.approx(0.3)
+    shown = Shown(np.arange(10, dtype=np.int32))
+    shown.show(np.array([1, 2], np.int32))
+    shown.show(np.array([2, 3], np.int32))
+    assert shown.coverage == pytest.approx(0.3)
     clock += 301
-    coverage.show(np.array([4], np.int32))
-    assert coverage.share == pytest.approx(0.4)
+    shown.show(np.array([4], np.int32))
+    assert shown.coverage == pytest.approx(0.4)
     clock += 301
-    coverage.show(np.array([4], np.int32))
-    assert coverage.share == pytest.approx(0.1)
+    shown.show(np.array([4], np.int32))
+    assert shown.coverage == pytest.approx(0.1)
 
 
 def test_a_cache_forgets_what_was_not_used_for_longest():
@@ -252,7 +252,7 @@ async def test_a_caller_that_goes_is_counted(gateway):
     async def slowly(request):
         await release.wait()
 
-    service.recommender.arecommend = slowly
+    service.current.recommender.arecommend = slowly
     asking = asyncio.create_task(client.post("/v1/recommend", json={}))
     await asyncio.sleep(0.05)
     meters.flush()

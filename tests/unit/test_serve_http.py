@@ -47,7 +47,7 @@ def config(bundle, tmp_path):
 @pytest.fixture
 async def service(config):
     service = Service.open(config, {})
-    await service.prove(30)
+    await service.current.prove(30)
     yield service
     service.close()
 
@@ -329,13 +329,13 @@ async def test_bad_events_are_refused_whole(client):
 
 async def test_too_much_load_is_refused_early_with_retry_after(client, service, monkeypatch):
     release = asyncio.Event()
-    arecommend = service.recommender.arecommend
+    arecommend = service.current.recommender.arecommend
 
     async def held(request, **fields):
         await release.wait()
         return await arecommend(request, **fields)
 
-    monkeypatch.setattr(service.recommender, "arecommend", held)
+    monkeypatch.setattr(service.current.recommender, "arecommend", held)
     accepted = [asyncio.create_task(client.post("/v1/recommend", json={})) for _ in range(4)]
     await asyncio.sleep(0.05)
     refused = await client.post("/v1/recommend", json={})
@@ -365,7 +365,7 @@ async def test_what_nobody_expected_is_a_problem_without_internals(client, servi
     async def bug(*_, **__):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(service.recommender, "arecommend", bug)
+    monkeypatch.setattr(service.current.recommender, "arecommend", bug)
     response = await client.post("/v1/recommend", json={})
     assert_problem(response, 500)
     assert "secret" not in response.text
@@ -378,21 +378,21 @@ async def test_not_ready_before_the_golden_query_was_answered(config):
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             assert_problem(await client.get("/readyz"), 503, "golden")
             assert (await client.get("/healthz")).status_code == 200
-            await service.prove(30)
+            await service.current.prove(30)
             assert (await client.get("/readyz")).json() == {"status": "ready"}
     finally:
         service.close()
 
 
 async def test_a_wrong_answer_to_the_golden_query_keeps_the_replica_out(service):
-    golden = service.bundle.golden
+    golden = service.current.bundle.golden
     wrong = golden.model_copy(update={"scores": tuple(score + 1 for score in golden.scores)})
-    service.bundle._parts["golden.json"] = wrong
-    service.proven = False
+    service.current.bundle._parts["golden.json"] = wrong
+    service.current.proven = False
     with pytest.raises(BundleMismatchError, match="golden"):
-        await service.prove(30)
-    assert not service.proven
-    service.bundle._parts["golden.json"] = golden
+        await service.current.prove(30)
+    assert not service.current.proven
+    service.current.bundle._parts["golden.json"] = golden
 
 
 async def test_openapi_describes_every_call(client):

@@ -55,7 +55,7 @@ def test_a_call_that_cannot_be_answered_takes_no_other_with_it(bundle, retrieval
     beyond = replace(good, history_item_idx=np.array([10**6], np.int32), history_timestamp_ms=np.zeros(1, np.int64))
     first, wrong, unusable, last = ask(retrieval, good, other_bundle, beyond, good)
     assert len(unpack_output(first).candidates) and len(unpack_output(last).candidates)
-    assert isinstance(wrong, StageError) and "not another" in str(wrong)
+    assert isinstance(wrong, StageError) and "does not serve Bundle another" in str(wrong)
     assert isinstance(unusable, Exception)
 
 

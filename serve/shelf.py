@@ -1,0 +1,130 @@
+"""The Bundles that a replica of a stage has open: the one that answers, and for a while its neighbours.
+
+Gateways say which Bundles they answer from or want to; nobody asked for another for :data:`FORGET_S` seconds, it goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from recsys.bundle import Bundle
+from recsys.bundle.location import Location
+from recsys.bundle.manifest import MANIFEST
+from recsys.bundle.store import BundleStore
+from recsys.errors import BundleError, RecsysError
+from recsys.pipeline.stage import Stage
+
+FORGET_S = 60.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StageInfo:
+    """What a replica says of its stage and one Bundle."""
+
+    name: str
+    bundle_id: str
+    state: Literal["loading", "ready", "failed"]
+    present: bool = True
+    """False where the Bundle has no such stage: a Bundle without a ranker is served without ranking"""
+    problem: str = ""
+
+
+class Shelf:
+    """Stages by ``bundle_id``. :meth:`hold` is quick: loading happens in a thread."""
+
+    def __init__(self, name: str, uri: str, build: Callable[[Bundle], Stage | None]) -> None:
+        """Loads what ``uri`` (a Bundle, or a store of them) has for those who come first.
+
+        :raises BundleError: when none of it can be loaded.
+        """
+        self._name = name
+        self._uri = uri
+        self._build = build
+        self._stages: dict[str, Stage | None] = {}
+        self._info: dict[str, StageInfo] = {}
+        self._held: dict[str, float] = {}
+        self._loading = threading.Lock()
+        first = wanted(uri)
+        for bundle_id in first:
+            self._held[bundle_id] = time.monotonic()
+            self._load(bundle_id)
+        if not self._stages:
+            problems = "; ".join(info.problem for info in self._info.values())
+            raise BundleError(f"{name}: {uri} has no Bundle that can be loaded: {problems}")
+
+    def get(self, bundle_id: str) -> Stage | None:
+        """The stage of this Bundle; None where it is not loaded or has none."""
+        return self._stages.get(bundle_id)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All that are loaded."""
+        return [stage for stage in list(self._stages.values()) if stage is not None]
+
+    def hold(self, bundle_ids: Sequence[str]) -> dict[str, StageInfo]:
+        """Have these Bundles loaded, now or soon, and forget what nobody has asked for lately. The state of each.
+
+        One that failed is tried again when it is asked for after ``FORGET_S`` seconds without.
+        """
+        now = time.monotonic()
+        for bundle_id in bundle_ids:
+            self._held[bundle_id] = now
+            if bundle_id not in self._info:
+                self._info[bundle_id] = StageInfo(self._name, bundle_id, "loading")
+                threading.Thread(target=self._load, args=(bundle_id,), name=f"load-{bundle_id}", daemon=True).start()
+        for bundle_id in [each for each, held in self._held.items() if now - held > FORGET_S]:
+            if self._info[bundle_id].state != "loading":
+                self._stages.pop(bundle_id, None)
+                del self._held[bundle_id], self._info[bundle_id]
+        return {bundle_id: self._info[bundle_id] for bundle_id in bundle_ids}
+
+    def _load(self, bundle_id: str) -> None:
+        with self._loading:  # one at a time: two would need the memory of both
+            try:
+                stage = self._build(open_bundle(self._uri, bundle_id))
+            except Exception as error:  # noqa: BLE001 a Bundle that cannot be loaded takes no replica down
+                problem = f"{type(error).__name__}: {error}"
+                unexpected = None if isinstance(error, RecsysError) else error
+                _log.error("%s: Bundle %s cannot be loaded: %s", self._name, bundle_id, problem, exc_info=unexpected)
+                self._info[bundle_id] = StageInfo(self._name, bundle_id, "failed", problem=problem)
+            else:
+                self._stages[bundle_id] = stage
+                self._info[bundle_id] = StageInfo(self._name, bundle_id, "ready", present=stage is not None)
+
+
+def is_store(uri: str) -> bool:
+    """Whether ``uri`` is a store of Bundles, and not one Bundle."""
+    return not (Location.of(uri) / MANIFEST).exists()
+
+
+def wanted(uri: str) -> tuple[str, ...]:
+    """Bundles of ``uri`` that may be asked for, the current one first.
+
+    :raises BundleNotFoundError: when there is none.
+    """
+    if not is_store(uri):
+        return (Bundle.open(uri).bundle_id,)
+    store = BundleStore(uri)
+    pointer = store.current()
+    store.current_location()  # raises where the pointer was never set
+    assert pointer is not None
+    return pointer.wanted
+
+
+def open_bundle(uri: str, bundle_id: str) -> Bundle:
+    """This Bundle of ``uri``.
+
+    :raises BundleError: when it cannot be opened, or ``uri`` is another Bundle.
+    """
+    if is_store(uri):
+        return BundleStore(uri).open(bundle_id)
+    bundle = Bundle.open(uri)
+    if bundle.bundle_id != bundle_id:
+        raise BundleError(f"{uri} is Bundle {bundle.bundle_id}, not {bundle_id}")
+    return bundle

@@ -1,0 +1,464 @@
+"""One Bundle takes over from another: what answers when, what is refused, what is let go."""
+
+import asyncio
+import gc
+import time
+import weakref
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.store import app
+from recsys.bundle.store import BundleStore
+from recsys.errors import BundleError, StageError
+from recsys.events import SqliteEventStoreConfig
+from recsys.pipeline.requests import RecommendRequest
+from recsys.testing.tiny_bundle import make_bundle
+from serve import shelf as shelf_module
+from serve import switch as switch_module
+from serve.canary import CanaryConfig, Tally, worse
+from serve.config import OpenAccess, ServeConfig
+from serve.shelf import Shelf, StageInfo
+from serve.switch import Switch
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Three that differ; the second one's golden query is answered wrongly by it."""
+    folder = tmp_path_factory.mktemp("bundles")
+    return [make_bundle(folder, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path, bundles):
+    store = BundleStore(tmp_path / "store")
+    for bundle in bundles:
+        store.add(bundle)
+    store.activate(bundles[0].bundle_id, None)
+    return store
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(switch_module, "_LINGER_S", 0.0)
+    monkeypatch.setattr(switch_module, "_HOLD_EVERY_S", 0.0)
+    monkeypatch.setattr(switch_module, "_PAUSE_S", 0.0)
+
+
+@pytest.fixture
+async def opened(store, tmp_path):
+    """A switch with all stages in process, and its service."""
+    config = ServeConfig(
+        bundle_uri=str(store),
+        access=OpenAccess(),
+        topology="fused",
+        event_store=SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")),
+        canary=CanaryConfig(min_answers=20),
+    )
+    switch = Switch(config, config.event_store.open(), {})
+    service = await switch.start()
+    yield switch, service
+    service.close()
+
+
+def break_golden(store, bundle, monkeypatch):
+    """From now on this Bundle answers its golden query wrongly."""
+    real = switch_module.open_bundle
+
+    def opened(uri, bundle_id):
+        found = real(uri, bundle_id)
+        if bundle_id == bundle.bundle_id:
+            golden = found.golden
+            found._parts["golden.json"] = golden.model_copy(update={"scores": tuple(s + 1 for s in golden.scores)})
+        return found
+
+    monkeypatch.setattr(switch_module, "open_bundle", opened)
+
+
+async def test_the_pointer_is_followed(opened, store, bundles):
+    switch, service = opened
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    assert service.current.bundle_id == first
+    await switch.step(service)
+    assert service.current.bundle_id == first
+    store.activate(second, first)
+    await switch.step(service)
+    assert service.current.bundle_id == second
+    assert service.current.proven
+    assert (await service.recommend(RecommendRequest()))[0].bundle_id == second
+    store.rollback()
+    await switch.step(service)
+    assert service.current.bundle_id == first
+
+
+async def test_a_request_keeps_its_bundle_and_its_bundle_stays(opened, store, bundles, monkeypatch):
+    switch, service = opened
+    before = service.current
+    release = asyncio.Event()
+    arecommend = before.recommender.arecommend
+
+    async def held(request, **fields):
+        await release.wait()
+        return await arecommend(request, **fields)
+
+    monkeypatch.setattr(before.recommender, "arecommend", held)
+    waiting = asyncio.create_task(service.recommend(RecommendRequest()))
+    await asyncio.sleep(0)
+    store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
+    for _ in range(3):
+        await switch.step(service)
+    assert service.retired == [before]
+    assert (await service.recommend(RecommendRequest()))[0].bundle_id == bundles[1].bundle_id
+    release.set()
+    answer, generation = await waiting
+    assert answer.bundle_id == bundles[0].bundle_id
+    assert answer.degraded == ()
+    assert generation is before
+    for _ in range(2):
+        await switch.step(service)
+        await asyncio.sleep(0.01)
+    assert service.retired == []
+
+
+async def test_what_is_let_go_leaves_the_memory(opened, store, bundles):
+    switch, service = opened
+    gone = weakref.ref(service.current.recommender.runner.stages[0].stage)
+    store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
+    for _ in range(3):
+        await switch.step(service)
+        await asyncio.sleep(0.01)
+    gc.collect()
+    assert gone() is None
+
+
+async def test_a_bad_bundle_is_refused_and_the_old_one_stays(opened, store, bundles, monkeypatch, caplog):
+    switch, service = opened
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    break_golden(store, bundles[1], monkeypatch)
+    store.activate(second, first)
+    for _ in range(3):
+        await switch.step(service)
+    assert service.current.bundle_id == first
+    assert set(service.refused) == {second}
+    assert "golden query" in service.refused[second]
+    assert caplog.text.count(f"Bundle {second} is refused") == 1  # it is not tried every second
+    store.activate(third, second)
+    await switch.step(service)
+    assert service.current.bundle_id == third
+    assert service.refused == {}
+
+
+async def test_a_damaged_bundle_is_refused(opened, store, bundles):
+    switch, service = opened
+    (part,) = (store.root.local / "bundles" / bundles[1].bundle_id).rglob("items.arrow")
+    part.chmod(0o600)
+    part.write_bytes(b"x" + part.read_bytes()[1:])
+    store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
+    await switch.step(service)
+    assert service.current.bundle_id == bundles[0].bundle_id
+    assert "BundleCorruptError" in service.refused[bundles[1].bundle_id]
+
+
+async def test_what_was_refused_is_tried_again_when_the_pointer_moves(opened, store, bundles, monkeypatch):
+    switch, service = opened
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    with monkeypatch.context() as patch:
+        break_golden(store, bundles[1], patch)
+        store.activate(second, first)
+        await switch.step(service)
+    assert set(service.refused) == {second}
+    store.rollback()
+    store.activate(second, first)
+    await switch.step(service)
+    assert service.current.bundle_id == second
+
+
+async def test_a_gateway_that_starts_takes_the_bundle_before_where_the_current_one_is_bad(
+    store, bundles, monkeypatch, tmp_path
+):
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    store.activate(second, first)
+    break_golden(store, bundles[1], monkeypatch)
+    config = ServeConfig(
+        bundle_uri=str(store),
+        access=OpenAccess(),
+        topology="fused",
+        event_store=SqliteEventStoreConfig(path=str(tmp_path / "others.sqlite")),
+    )
+    service = await Switch(config, config.event_store.open(), {}).start()
+    assert service.current.bundle_id == first
+    assert set(service.refused) == {second}
+    service.close()
+    only = config.model_copy(update={"bundle_uri": str(bundles[1].path)})
+    with pytest.raises(BundleError, match="golden query"):
+        await Switch(only, config.event_store.open(), {}).start()
+
+
+async def test_following_survives_a_store_that_cannot_be_read(opened, store, bundles, caplog):
+    switch, service = opened
+    switch._config = switch._config.model_copy(update={"poll_s": 0.01})
+    following = asyncio.create_task(switch.follow(service))
+    damaged = store.root.local / "current" / "00000002.json"
+    damaged.write_text("{")
+    await asyncio.sleep(0.1)
+    assert "cannot be followed" in caplog.text
+    damaged.unlink()
+    store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
+    for _ in range(500):
+        await asyncio.sleep(0.01)
+        if service.current.bundle_id == bundles[1].bundle_id:
+            break
+    following.cancel()
+    assert service.current.bundle_id == bundles[1].bundle_id
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+async def ask_everybody(service, num_users=400):
+    """How many users each Bundle answers, and who is answered by which."""
+    answers = {f"u{user}": await service.recommend(RecommendRequest(user_id=f"u{user}")) for user in range(num_users)}
+    return {user: answer.bundle_id for user, (answer, _) in answers.items()}
+
+
+async def test_a_share_of_the_users_gets_the_bundle_on_trial(opened, store, bundles):
+    switch, service = opened
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    store.try_out(second, 0.25)
+    await switch.step(service)
+    by_user = await ask_everybody(service)
+    assert set(by_user.values()) == {first, second}
+    assert 0.15 < sum(each == second for each in by_user.values()) / len(by_user) < 0.35
+    assert await ask_everybody(service) == by_user  # always the same ones
+    assert (await service.recommend(RecommendRequest()))[0].bundle_id == first
+    store.promote()
+    await switch.step(service)
+    assert set((await ask_everybody(service, 20)).values()) == {second}
+    assert service.trial is None
+
+
+async def test_a_trial_can_be_ended(opened, store, bundles):
+    switch, service = opened
+    store.try_out(bundles[1].bundle_id, 1.0)
+    await switch.step(service)
+    assert set((await ask_everybody(service, 20)).values()) == {bundles[1].bundle_id}
+    store.withdraw(reason="changed my mind")
+    await switch.step(service)
+    assert set((await ask_everybody(service, 20)).values()) == {bundles[0].bundle_id}
+
+
+@pytest.mark.parametrize("how", ["raises", "is degraded"])
+async def test_a_bundle_on_trial_that_does_worse_is_taken_back(opened, store, bundles, monkeypatch, how):
+    switch, service = opened
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    store.try_out(second, 0.5)
+    await switch.step(service)
+
+    def broken(queries, candidates):
+        raise StageError("broken", stage="ranking")
+
+    if how == "raises":
+        monkeypatch.setattr(service.trial.generation.recommender, "arecommend", None)
+    else:
+        monkeypatch.setattr(service.trial.generation.recommender.runner.stages[1].stage, "run_batch", broken)
+    by_user = await ask_everybody(service, 100)
+    assert set(by_user.values()) == ({first} if how == "raises" else {first, second})  # nobody goes without
+    await switch.step(service)
+    assert service.trial is None
+    pointer = store.current()
+    assert pointer.canary is None
+    assert pointer.bundle_id == first
+    assert "of its answers" in pointer.reason
+    await switch.step(service)
+    assert service.trial is None
+
+
+def tally(num_answers, *, failed=0, degraded=0, took_ms=10.0):
+    made = Tally()
+    for place in range(num_answers):
+        if place < failed:
+            made.failed()
+        else:
+            made.answered(took_ms, degraded=place < failed + degraded)
+    return made
+
+
+def test_when_a_trial_is_worse():
+    limits = CanaryConfig(min_answers=100)
+    good = tally(100)
+    assert worse(tally(99, failed=99), good, limits) is None  # too few to tell
+    assert worse(tally(100), good, limits) is None
+    assert "fail" in worse(tally(100, failed=2), good, limits)
+    assert worse(tally(100, failed=2), tally(100, failed=2), limits) is None
+    assert "degraded" in worse(tally(100, degraded=3), good, limits)
+    assert "p95" in worse(tally(100, took_ms=50), tally(100, took_ms=30), limits)
+    assert worse(tally(100, took_ms=19), tally(100, took_ms=3), limits) is None  # fast enough for anybody
+    assert worse(tally(100, took_ms=50), tally(99, took_ms=30), limits) is None
+
+
+# --- stages in processes of their own ---------------------------------------------------------------------------------
+
+
+class Replica:
+    """A stage of one replica whose Bundles load when the test says so."""
+
+    def __init__(self, name, present=True):
+        self.name, self.present = name, present
+        self.ready, self.failed, self.held = set(), {}, []
+
+    def info(self, bundle_id):
+        if bundle_id in self.failed:
+            return StageInfo(self.name, bundle_id, "failed", problem=self.failed[bundle_id])
+        return StageInfo(self.name, bundle_id, "ready" if bundle_id in self.ready else "loading", self.present)
+
+
+class Pool:
+    def __init__(self, name, *replicas):
+        self.name, self.replicas, self.held = name, list(replicas), []
+
+    async def hold(self, bundle_ids):
+        self.held.append(tuple(bundle_ids))
+        return [{bundle_id: replica.info(bundle_id) for bundle_id in bundle_ids} for replica in self.replicas]
+
+    async def run(self, query, candidates):
+        raise StageError("not here", stage=self.name)
+
+
+async def test_a_gateway_turns_when_every_replica_has_the_bundle(opened, store, bundles, monkeypatch):
+    switch, service = opened
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    monkeypatch.setattr(switch_module.Generation, "prove", lambda self, timeout_s: asyncio.sleep(0))
+    slow, quick = Replica("ranking"), Replica("ranking")
+    pool = switch._remote["ranking"] = Pool("ranking", slow, quick)
+    quick.ready |= {first, second}
+    slow.ready.add(first)
+    store.activate(second, first)
+    turning = asyncio.create_task(switch.step(service))
+    await asyncio.sleep(0.1)
+    assert service.current.bundle_id == first
+    assert pool.held[-1] == (second, first)  # the old one must stay loaded meanwhile
+    slow.ready.add(second)
+    await turning
+    assert service.current.bundle_id == second
+    assert service.current.recommender.runner.stages[1] is pool
+    assert first in pool.held[-1]  # until its last request is answered
+    await asyncio.sleep(0.01)
+    await switch.step(service)
+    assert pool.held[-1] == (second,)
+
+
+async def test_a_replica_that_cannot_load_a_bundle_has_it_refused(opened, store, bundles):
+    switch, service = opened
+    replica = Replica("ranking")
+    replica.ready.add(bundles[0].bundle_id)
+    replica.failed[bundles[1].bundle_id] = "no such file"
+    switch._remote["ranking"] = Pool("ranking", replica)
+    store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
+    await switch.step(service)
+    assert service.current.bundle_id == bundles[0].bundle_id
+    assert "ranking: no such file" in service.refused[bundles[1].bundle_id]
+
+
+async def test_a_stage_that_a_bundle_lacks_is_left_out(opened, store, bundles, monkeypatch):
+    switch, service = opened
+    monkeypatch.setattr(switch_module.Generation, "prove", lambda self, timeout_s: asyncio.sleep(0))
+    replica = Replica("ranking", present=False)
+    replica.ready |= {bundle.bundle_id for bundle in bundles}
+    switch._remote["ranking"] = Pool("ranking", replica)
+    store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
+    await switch.step(service)
+    assert [stage.name for stage in service.current.recommender.runner.stages] == ["retrieval", "reranking"]
+
+
+def wait_for(what):
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_shelf_loads_what_is_named_and_forgets_what_is_not(store, bundles, monkeypatch):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    built = []
+
+    def build(bundle):
+        built.append(bundle.bundle_id)
+        if bundle.bundle_id == third:
+            raise BundleError("broken")
+        return bundle
+
+    clock = 1000.0
+    monkeypatch.setattr(shelf_module.time, "monotonic", lambda: clock)
+    shelf = Shelf("ranking", str(store), build)
+    assert built == [first]
+    assert shelf.hold([second])[second].state == "loading"
+    while shelf.hold([second])[second].state == "loading":
+        pass
+    assert shelf.get(second).bundle_id == second
+    assert [stage.bundle_id for stage in shelf.stages] == [first, second]
+    while shelf.hold([third])[third].state == "loading":
+        pass
+    info = shelf.hold([third])[third]
+    assert (info.state, info.problem) == ("failed", "BundleError: broken")
+    clock += 61
+    shelf.hold([second])
+    assert shelf.get(first) is None
+    assert built == [first, second, third]
+    shelf.hold([third])  # once more, for it was not asked for in between
+    clock += 1
+    while shelf.hold([third])[third].state == "loading":
+        pass
+    assert built == [first, second, third, third]
+
+
+def test_a_shelf_without_any_bundle_does_not_start(store):
+    def build(bundle):
+        raise BundleError("broken")
+
+    with pytest.raises(BundleError, match=r"no Bundle that can be loaded: BundleError: broken"):
+        Shelf("ranking", str(store), build)
+
+
+# --- the store's own part ---------------------------------------------------------------------------------------------
+
+
+def test_trials_in_the_pointer(store, bundles):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    with pytest.raises(BundleError, match="current already"):
+        store.try_out(first, 0.5)
+    with pytest.raises(BundleError, match="no Bundle is on trial"):
+        store.promote()
+    with pytest.raises(BundleError, match="no Bundle is on trial"):
+        store.withdraw()
+    pointer = store.try_out(second, 0.5)
+    assert pointer.wanted == (first, second)
+    with pytest.raises(BundleError, match="is on trial, not"):
+        store.withdraw(third)
+    assert store.collect(keep=1) in {(third,), ()}  # whichever is newest stays, and never one that is pointed to
+    pointer = store.promote(reason="better")
+    assert (pointer.bundle_id, pointer.previous, pointer.canary) == (second, first, None)
+    assert store.rollback().bundle_id == first
+
+
+def test_store_commands(store, bundles):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    where = ["--store", str(store)]
+
+    def run(*words):
+        return CliRunner().invoke(app, [*words, *where])
+
+    listed = run("list").stdout
+    assert all(bundle.bundle_id in listed for bundle in bundles)
+    assert listed.count("current") == 1
+    assert f"current is {second}" in run("activate", second[:12]).stdout
+    assert f"current is {first}" in run("rollback").stdout
+    assert f"{third} on trial with 20.0%" in run("try-out", third, "--share", "20").stdout
+    assert "on trial, 20.0%" in run("list").stdout
+    assert f"current is {first}\n" in run("withdraw", "--reason", "no").stdout
+    run("try-out", third)
+    assert f"current is {third}\n" in run("promote").stdout
+    failed = run("activate", "no such id")
+    assert failed.exit_code == 2
+    assert "0 Bundles have an id" in failed.stderr
+    assert run("promote").exit_code == 2
+    assert f"removed {second}" in run("collect", "--keep", "1").stdout or second in run("list").stdout
