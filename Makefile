@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit format bench-spine bench-quality bench-training bench-families peers wheel clean
+.PHONY: help demo test lint audit fuzz format bench-spine bench-quality bench-training bench-families peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ audit: .venv/.installed-dev  ## secrets in the tree, and known vulnerabilities o
 format: .venv/.installed-dev  ## let ruff mend what it can
 	ruff check --fix .
 	ruff format .
+
+fuzz: .venv/.installed-dev  ## thousands of requests of every kind to a running server, judged by its OpenAPI
+	python -m pytest -m slow -s tests/integration/test_live_api.py
 
 bench-spine: .venv/.installed-dev  ## measure the figures of tests/benchmarks/results/spine.json
 	python tests/benchmarks/spine.py

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -148,17 +147,10 @@ def http_app(
     """
     observer = observer or Observer(service, config, Meters(no_sink))
     executor = ThreadPoolExecutor(config.event_threads, thread_name_prefix="events")
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        yield
-        executor.shutdown(wait=True)
-
     app = FastAPI(
         title="recsys",
         description=_DESCRIPTION,
         version=service.version,
-        lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
@@ -184,7 +176,7 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> 
         "/v1/recommend",
         tags=["recommendations"],
         summary="Recommend items to a user",
-        responses=_ok(wire.RecommendAnswer),
+        responses=_ok(wire.RecommendAnswer) | _BODY_PROBLEMS,
         **needs("read"),
     )
     async def recommend(body: wire.RecommendBody, request: Request) -> Response:
@@ -200,7 +192,7 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> 
         "/v1/similar",
         tags=["recommendations"],
         summary="Items like one item",
-        responses=_ok(wire.RecommendAnswer) | _problems(404),
+        responses=_ok(wire.RecommendAnswer) | _problems(404) | _BODY_PROBLEMS,
         **needs("read"),
     )
     async def similar(body: wire.SimilarBody, request: Request) -> Response:
@@ -220,7 +212,7 @@ def _add_events(
         "/v1/events",
         tags=["events"],
         summary="Record what users did",
-        responses=_ok(wire.EventsAnswer),
+        responses=_ok(wire.EventsAnswer) | _BODY_PROBLEMS,
         **needs("write"),
     )
     async def events(body: wire.EventsBody) -> Response:
@@ -350,7 +342,7 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
     async def refused(request: Request, error: RequestError) -> Response:
         name = error.details.get("field")
         if "row" in error.details:
-            name = f"events.{error.details['row']}.{name}"
+            name = f"events.{error.details['row']}.{_WIRE_NAMES.get(str(name), name)}"
         errors = None if name is None else [{"field": f"body.{name}", "message": printable(error.message)}]
         return problem(422, error.message, _request_id(request), errors=errors)
 
@@ -363,6 +355,10 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         headers = None if error.headers is None else dict(error.headers)
         return problem(error.status_code, str(error.detail), _request_id(request), headers=headers)
+
+
+_WIRE_NAMES = {"timestamp_ms": "timestamp", "slate_position": "position"}
+"""fields that callers know by another name than the event store"""
 
 
 def _request_id(request: Request) -> str:
@@ -384,15 +380,21 @@ def _ok(model: type) -> Answers:
 
 def _problems(*statuses: int) -> Answers:
     texts = {
+        400: "The body is not JSON",
         401: "No valid API key; `Authorization: Bearer KEY`",
         403: "The API key lacks the scope",
         404: "Nothing of that name",
-        422: "The request is well-formed JSON but not usable; malformed JSON is answered 400, a large body 413",
+        413: "The body is too large",
+        415: "The body is not announced as JSON",
+        422: "The request is well-formed but not usable",
         429: "Too many requests with this API key; `Retry-After` says when to come again",
         503: "Too much load or not ready; `Retry-After` says when to come again",
     }
     schema = {PROBLEM_JSON: {"schema": wire.Problem.model_json_schema()}}
     return {status: {"description": texts[status], "content": schema} for status in statuses}
+
+
+_BODY_PROBLEMS = _problems(400, 413, 415)
 
 
 def _event(body: wire.EventBody) -> Event:
