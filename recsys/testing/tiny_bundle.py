@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from recsys.data.dataset import DatasetInfo
 from recsys.data.features import ItemFeatures
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
+from recsys.index.base import IndexConfig
 from recsys.index.flat import FlatIndex
 from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, RankerNetwork, project
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
@@ -26,55 +28,78 @@ from recsys.pipeline.id_map import fingerprint_ids
 from recsys.pipeline.recommender import Recommender
 from recsys.training.runtime import Runtime
 
-NUM_ITEMS, NUM_USERS, DIM = 300, 40, 16
 START_MS = 1_700_000_000_000
 
 
-def make_bundle(
-    parent: Path, pipeline: PipelineConfig | None = None, *, retriever: RetrieverConfig | None = None, seed: int = 0
-) -> Bundle:
-    """``parent/<bundle_id>``: users ``u0`` to ``u39`` with 3 to 12 ratings each of items ``i0`` to ``i299``.
+@dataclass(frozen=True)
+class Size:
+    """How large a Bundle of random data is."""
 
-    ``retriever`` None is a sequence model.
+    num_items: int = 300
+    num_users: int = 40
+    shortest: int = 3
+    """interactions of the least active user"""
+    longest: int = 12
+    dim: int = 16
+    ranker_dim: int = 16
+    ranker_history: int = 8
+
+
+TINY = Size()
+NUM_ITEMS, NUM_USERS, DIM = TINY.num_items, TINY.num_users, TINY.dim
+
+
+def make_bundle(
+    parent: Path,
+    pipeline: PipelineConfig | None = None,
+    *,
+    retriever: RetrieverConfig | None = None,
+    size: Size = TINY,
+    index: IndexConfig | None = None,
+    seed: int = 0,
+) -> Bundle:
+    """``parent/<bundle_id>``: users ``u0``, ``u1``, ... with ratings of items ``i0``, ``i1``, ...
+
+    ``retriever`` None is a sequence model, ``index`` None an exact one.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     items = pa.table(
         {
-            "item_id": [f"i{row}" for row in range(NUM_ITEMS)],
-            "title": [f"Item {row}" for row in range(NUM_ITEMS)],
-            "description": pa.nulls(NUM_ITEMS, pa.string()),
-            "categories": [["even" if row % 2 == 0 else "odd"] for row in range(NUM_ITEMS)],
-            "creator": [f"creator {row % 7}" for row in range(NUM_ITEMS)],
-            "price": [float(row) for row in range(NUM_ITEMS)],
-            "created_at": pa.nulls(NUM_ITEMS, schema.TIMESTAMP_TYPE),
-            "available": [row != 13 for row in range(NUM_ITEMS)],
-            "image": pa.nulls(NUM_ITEMS, pa.string()),
+            "item_id": [f"i{row}" for row in range(size.num_items)],
+            "title": [f"Item {row}" for row in range(size.num_items)],
+            "description": pa.nulls(size.num_items, pa.string()),
+            "categories": [["even" if row % 2 == 0 else "odd"] for row in range(size.num_items)],
+            "creator": [f"creator {row % 7}" for row in range(size.num_items)],
+            "price": [float(row) for row in range(size.num_items)],
+            "created_at": pa.nulls(size.num_items, schema.TIMESTAMP_TYPE),
+            "available": [row != 13 for row in range(size.num_items)],
+            "image": pa.nulls(size.num_items, pa.string()),
         }
     ).cast(schema.ITEMS)
-    lengths = generator.integers(3, 13, NUM_USERS)
-    histories = [generator.choice(NUM_ITEMS, length, replace=False).tolist() for length in lengths]
+    lengths = generator.integers(size.shortest, size.longest + 1, size.num_users)
+    histories = [generator.choice(size.num_items, length, replace=False).tolist() for length in lengths]
     times = [[START_MS + 60_000 * place for place in range(length)] for length in lengths]
-    counts = np.bincount(np.concatenate(histories), minlength=NUM_ITEMS).astype(np.float32)
+    counts = np.bincount(np.concatenate(histories), minlength=size.num_items).astype(np.float32)
     info = DatasetInfo(
         name="tiny",
         fingerprint="tiny",
         id_map_fingerprint=fingerprint_ids(items["item_id"]),
         has_time=True,
         protocol="rolling_next_item",
-        num_users=NUM_USERS,
-        num_items=NUM_ITEMS,
+        num_users=size.num_users,
+        num_items=size.num_items,
         num_interactions=int(lengths.sum()),
         num_positives=int(lengths.sum()),
         num_quarantined=0,
         counts_by_split={"train": int(lengths.sum())},
     )
-    text = generator.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
+    text = generator.normal(size=(size.num_items, size.dim)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     log = Histories.from_lists(histories, times)
     settings = retriever or ESASRec.parse(
-        {"dim": DIM, "num_blocks": 1, "hidden_dim": 16, "train": {"epochs": 1}}, where="tiny bundle"
+        {"dim": size.dim, "num_blocks": 1, "hidden_dim": size.dim, "train": {"epochs": 1}}, where="tiny bundle"
     )
     with tempfile.TemporaryDirectory() as checkpoints:
         fitted = settings.fit(
@@ -84,14 +109,15 @@ def make_bundle(
     vectors = fitted.item_vectors() if isinstance(fitted, VectorRetriever) else None
     embedding_dim = 0 if vectors is None else vectors.shape[1]
     features = ItemFeatures(
-        generator.normal(size=(NUM_ITEMS, 7)).astype(np.float32),
-        np.eye(2, dtype=np.float32)[np.arange(NUM_ITEMS) % 2],
-        (np.arange(NUM_ITEMS) % 7).astype(np.int32),
-        np.full(NUM_ITEMS, START_MS),
+        generator.normal(size=(size.num_items, 7)).astype(np.float32),
+        np.eye(2, dtype=np.float32)[np.arange(size.num_items) % 2],
+        (np.arange(size.num_items) % 7).astype(np.int32),
+        np.full(size.num_items, START_MS),
     )
-    ranker_config = AttentionRankerConfig.parse(
-        {"dim": 16, "num_heads": 2, "hidden": 32, "max_history": 8}, where="tiny"
-    )
+    shape = {
+        "dim": size.ranker_dim, "num_heads": 2, "hidden": 2 * size.ranker_dim, "max_history": size.ranker_history
+    }  # fmt: skip
+    ranker_config = AttentionRankerConfig.parse(shape, where="tiny")
     network = RankerNetwork(ranker_config, 2)
     content = item_content(None, features)
     ranker = AttentionRanker(
@@ -105,12 +131,12 @@ def make_bundle(
         Catalogue.build(items).save(writer.part("items"))
         fitted.save(writer.part("retriever"))
         if vectors is not None:
-            FlatIndex().build(vectors).save(writer.part("index"))
+            (index or FlatIndex()).build(vectors).save(writer.part("index"))
         ranker.save(writer.part("ranker"))
         best = np.argsort(-counts, kind="stable").astype(np.int32)
         writer.add_popular(best, counts[best])
         columns = [
-            [f"u{user}" for user in range(NUM_USERS)],
+            [f"u{user}" for user in range(size.num_users)],
             [[f"i{item}" for item in history] for history in histories],
             times,
             [["rating"] * length for length in lengths],

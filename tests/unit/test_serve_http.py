@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +23,7 @@ from recsys.testing.tiny_bundle import START_MS, make_bundle
 from serve import run, wire
 from serve.access import Access
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
+from serve.fastpath import fast_path
 from serve.gateway import QuickBody, http_app, needs
 from serve.middleware import PROBLEM_JSON
 from serve.service import Service
@@ -458,3 +461,15 @@ def test_serve_files_are_valid_and_stay_on_loopback(name):
     config = ServeConfig.parse(application.args, where=name)
     assert config.topology == name
     assert config.access.kind == "keys"
+
+
+def test_the_fast_path_can_be_set_in_a_shell(tmp_path):
+    program = f'eval "$({sys.executable} -m serve.fastpath --folder {tmp_path})" && env'
+    printed = subprocess.run(["sh", "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    found = dict(line.split("=", 1) for line in printed.splitlines() if "=" in line)
+    wanted = fast_path(tmp_path)
+    assert {name for name in wanted if name in found} == set(wanted)
+    ports = {"RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"}  # free ones, others each time
+    assert {name: found[name] for name in wanted.keys() - ports} == {
+        name: wanted[name] for name in wanted.keys() - ports
+    }

@@ -41,7 +41,6 @@ def store(tmp_path, bundles):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(switch_module, "_LINGER_S", 0.0)
-    monkeypatch.setattr(switch_module, "_HOLD_EVERY_S", 0.0)
     monkeypatch.setattr(switch_module, "_PAUSE_S", 0.0)
 
 
@@ -341,9 +340,12 @@ async def test_a_gateway_turns_when_every_replica_has_the_bundle(opened, store, 
     await turning
     assert service.current.bundle_id == second
     assert service.current.recommender.runner.stages[1] is pool
-    assert first in pool.held[-1]  # until its last request is answered
-    await asyncio.sleep(0.01)
-    await switch.step(service)
+    await switch._hold(service)
+    assert set(pool.held[-1]) == {first, second}  # until its last request is answered
+    for _ in range(2):
+        await switch.step(service)
+        await asyncio.sleep(0.01)
+    await switch._hold(service)
     assert pool.held[-1] == (second,)
 
 

@@ -1,0 +1,430 @@
+"""Serving under load, written to ``results/serving.json``: ``make bench-serve``, or one figure with ``--only``.
+
+Run it on a quiet machine: it times things.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rows import RESULTS, write_row
+
+from recsys.bundle import Bundle
+from recsys.files import write_json
+from recsys.testing.tiny_bundle import Size, make_bundle
+
+COMMAND = "make bench-serve"
+HERE = Path(__file__).parent
+THREADS = 1
+ML1M = Size(
+    num_items=3416, num_users=6040, shortest=20, longest=310, dim=64, ranker_dim=64, ranker_history=50
+)  # fmt: skip
+"""as many items and users as MovieLens-1M, and as long histories: 165 on average"""
+FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
+"""of the rate at which the plain reference is saturated"""
+WINDOW_S = 8.0
+ROUNDS = 3
+CALLERS = 16
+
+
+def bundle_of(workdir: Path, name: str, size: Size, **settings: Any) -> Bundle:
+    """Made once and kept."""
+    folder = workdir / name
+    made = list(folder.glob("*/manifest.json"))
+    return Bundle.open(made[0].parent) if made else make_bundle(folder, size=size, **settings)
+
+
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+class System:
+    """A server that is up: where it is, and the processes that do its work."""
+
+    def __init__(self, name: str, url: str, processes: Callable[[], list[int]]) -> None:
+        self.name, self.url, self.processes = name, url, processes
+
+    def cpu_s(self) -> float:
+        """Processor seconds of all of its processes so far."""
+        return sum(map(cpu_s_of, self.processes()))
+
+
+def cpu_s_of(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def load(system: System, bodies: Path, **options: Any) -> dict[str, Any]:
+    """What the generator measured, and the processor seconds of the system meanwhile."""
+    command = [sys.executable, str(HERE / "load.py"), "--url", system.url, "--bodies", str(bodies)]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    before = system.cpu_s()
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found | {"server_cpu_s": system.cpu_s() - before}
+
+
+@contextmanager
+def plain(bundle: Bundle, folder: Path, port: int) -> Iterator[System]:
+    """The reference behind uvicorn."""
+    import httpx
+
+    command = [sys.executable, str(HERE / "plain_app.py"), str(bundle.path), str(folder / "plain.sqlite"), str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(Path.cwd())])}
+    process = subprocess.Popen(command, env=environment)
+    url = f"http://127.0.0.1:{port}/v1/recommend"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                httpx.post(url, json={}).raise_for_status()
+                break
+            except httpx.TransportError:
+                assert process.poll() is None and time.monotonic() < deadline, "the plain reference does not start"
+                time.sleep(0.2)
+        yield System("plain", url, lambda: [process.pid])
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextmanager
+def graph_and_fused(bundle: Bundle, folder: Path, port: int) -> Iterator[list[System]]:
+    """Both topologies in one Ray, each with one replica of everything."""
+    from recsys.events import SqliteEventStoreConfig
+    from serve.config import ServeConfig
+    from serve.run import processes_of_session, serving
+
+    one = {"min_replicas": 1, "max_replicas": 1, "num_cpus": 0.1, "threads": THREADS}
+    configs = {
+        topology: ServeConfig.parse(
+            {
+                "bundle_uri": str(bundle.path),
+                "access": {"kind": "open"},
+                "topology": topology,
+                "event_store": SqliteEventStoreConfig(path=str(folder / f"{topology}.sqlite")).model_dump(),
+                **dict.fromkeys(("gateway", "retrieval", "ranking", "reranking"), one),
+            },
+            where="bench",
+        )
+        for topology in ("graph", "fused")
+    }
+    with serving(configs["graph"], port=port) as url:
+        from ray import serve
+
+        from serve.app import build
+
+        serve.run(build(configs["fused"].model_dump(mode="json")), name="fused", route_prefix="/fused")
+        yield [
+            System("graph", f"{url}/v1/recommend", processes_of_session),
+            System("fused", f"{url}/fused/v1/recommend", processes_of_session),
+        ]
+
+
+def stages_cpu_ms(bundle: Bundle, users: list[str]) -> float:
+    """Processor milliseconds per request of the stages in this process, state and composing the answer included."""
+    import torch
+
+    from recsys.pipeline.recommender import Recommender
+
+    torch.set_num_threads(THREADS)
+    with Recommender.load(bundle.path, inline=True) as recommender:
+        for user_id in users[:100]:
+            recommender.recommend(user_id=user_id)
+        started = time.process_time()
+        for user_id in users:
+            recommender.recommend(user_id=user_id)
+        return (time.process_time() - started) * 1e3 / len(users)
+
+
+def traffic(workdir: Path) -> None:
+    """Throughput against latency, processor time per request, and what happens past saturation."""
+    bundle = bundle_of(workdir, "ml1m", ML1M)
+    generator = np.random.default_rng(0)
+    users = [f"u{user}" for user in generator.integers(0, ML1M.num_users, 2000)]
+    bodies = workdir / "bodies.jsonl"
+    bodies.write_text("".join(json.dumps({"user_id": user}) + "\n" for user in users))
+    windows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
+        folder = Path(name)
+        with plain(bundle, folder, 8021) as reference, graph_and_fused(bundle, folder, 8022) as ours:
+            systems = [reference, *ours]
+            for system in systems:
+                load(system, bodies, callers=CALLERS, seconds=WINDOW_S)  # warms up
+            top = {system.name: [] for system in systems}
+            stages: list[float] = []
+            for _ in range(ROUNDS):
+                for system in systems:
+                    found = load(system, bodies, callers=CALLERS, seconds=WINDOW_S)
+                    top[system.name].append(sum(status == 200 for status in found["status"]) / found["seconds"])
+                stages.append(stages_cpu_ms(bundle, users))
+            saturation = {name: float(np.median(rates)) for name, rates in top.items()}
+            print("saturation, requests/s:", {name: round(rate, 1) for name, rate in saturation.items()}, flush=True)
+            for turn in range(ROUNDS):
+                for fraction in FRACTIONS:
+                    for system in systems:
+                        rate = fraction * saturation["plain"]
+                        found = load(system, bodies, rate=rate, seconds=WINDOW_S, seed=turn)
+                        windows.append(found | {"system": system.name, "fraction": fraction})
+            for system in systems:  # the goodput of each at twice its own
+                found = load(system, bodies, rate=2 * saturation[system.name], seconds=WINDOW_S)
+                windows.append(found | {"system": system.name, "fraction": 0.0})
+    report(windows, saturation, float(np.median(stages)))
+
+
+def summary(windows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of several windows of one system at one rate, medians."""
+    rows: list[dict[str, float]] = []
+    for each in windows:
+        latency, status = np.array(each["latency_ms"]), np.array(each["status"])
+        answered = latency[status == 200]
+        percentiles = np.percentile(answered, [50, 95, 99, 99.9]) if len(answered) else np.full(4, np.nan)
+        rows.append(
+            {
+                **dict(zip(("p50", "p95", "p99", "p99.9"), percentiles.tolist(), strict=True)),
+                "rate": each["rate"],
+                "goodput": len(answered) / each["seconds"],
+                "refused": float(np.mean(status == 503)),
+                "failed": float(np.mean((status != 200) & (status != 503))),
+                "cpu_ms": 1e3 * each["server_cpu_s"] / max(1, len(answered)),
+                "client_cpu_ms": 1e3 * each["cpu_s"] / max(1, len(status)),
+                **{f"{name}_ms": value for name, value in each["timings_ms"].items()},
+            }
+        )
+    return {name: float(np.median([row.get(name, np.nan) for row in rows])) for name in rows[0]}
+
+
+def report(windows: list[dict[str, Any]], saturation: dict[str, float], stages_ms: float) -> None:
+    """Rows, a table and a plot."""
+    names = list(saturation)
+    by = {
+        (name, fraction): summary([w for w in windows if (w["system"], w["fraction"]) == (name, fraction)])
+        for name in names
+        for fraction in (*FRACTIONS, 0.0)
+    }
+    folder = RESULTS / "serving"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = table_of(by)
+    print(table)
+    (folder / "traffic.md").write_text(table)
+    write_json(
+        folder / "traffic.json",
+        {
+            "saturation": saturation,
+            "stages_cpu_ms": stages_ms,
+            "windows": [{"system": name, "fraction": fraction, **row} for (name, fraction), row in by.items()],
+        },
+    )
+    plot(by, folder / "traffic.svg")
+    protocol = (
+        f"Bundle of random data of the size of MovieLens-1M, 200 candidates ranked, {THREADS} thread, one replica "
+        "each; open loop, Poisson arrivals, latency from the moment a request was due, medians of "
+        f"{ROUNDS} windows of {WINDOW_S:g} s, in turns with the same stages behind plain FastAPI and uvicorn; "
+        "generator in a process of its own on the same cores"
+    )
+    details = {"saturation_per_s": saturation, "stages_cpu_ms": stages_ms}
+    for name, limit in (("graph", 5.0), ("fused", 0.8)):
+        # The slope over rates: what Ray's processes do when nobody asks is no part of a request.
+        rows = [by[name, fraction] for fraction in FRACTIONS if fraction <= 0.8]
+        per_s = [row["cpu_ms"] * row["goodput"] for row in rows]
+        slope_ms = float(np.polyfit([row["goodput"] for row in rows], per_s, 1)[0])
+        overhead = slope_ms - stages_ms
+        write_row(
+            "serving", f"{name}_cpu_overhead_ms", overhead, unit="ms", bar=f"<= {limit:g}", passes=overhead <= limit,
+            protocol=protocol + "; slope of processor time over rate, less that of the stages in process",
+            command=COMMAND, seeds=[0],
+            details=details | {f"cpu_ms_at_{f:g}": by[name, f]["cpu_ms"] for f in FRACTIONS},
+        )  # fmt: skip
+    for name, limit in (("graph", 2.5), ("fused", 1.3)):
+        ratio = by[name, 0.4]["p99"] / by["plain", 0.4]["p99"]
+        write_row(
+            "serving", f"{name}_p99_ratio", ratio, unit="x", bar=f"<= {limit:g}", passes=ratio <= limit,
+            protocol=protocol + "; at 0.4 of the reference's saturation", command=COMMAND, seeds=[0],
+            details={each: by[each, 0.4]["p99"] for each in names},
+        )  # fmt: skip
+    ratio = saturation["fused"] / saturation["plain"]
+    write_row(
+        "serving", "fused_saturation_ratio", ratio, unit="x", bar=">= 0.9", passes=ratio >= 0.9,
+        protocol=protocol + f"; closed loop of {CALLERS} callers", command=COMMAND, seeds=[0], details=saturation,
+    )  # fmt: skip
+    goodput = {name: by[name, 0.0]["goodput"] / saturation[name] for name in ("graph", "fused")}
+    worst = min(goodput.values())
+    write_row(
+        "serving", "goodput_past_saturation", worst, unit="x", bar=">= 0.8", passes=worst >= 0.8,
+        protocol=protocol + "; the worse topology at twice its own saturation, over its saturation",
+        command=COMMAND, seeds=[0], details=goodput,
+    )  # fmt: skip
+
+
+def table_of(by: dict[tuple[str, float], dict[str, float]]) -> str:
+    """Markdown."""
+    columns = ["p50", "p95", "p99", "p99.9", "goodput", "refused", "failed", "cpu_ms", "client_cpu_ms"]
+    columns += ["state_ms", "retrieval_ms", "ranking_ms", "reranking_ms", "total_ms"]
+    lines = [f"| system | rate | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for (name, fraction), row in by.items():
+        label = f"{row['rate']:.0f}" + ("" if fraction else " (twice its own)")
+        lines.append(f"| {name} | {label} | {' | '.join(f'{row.get(c, np.nan):.3g}' for c in columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(by: dict[tuple[str, float], dict[str, float]], path: Path) -> None:
+    """Latency over throughput."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4), sharey=True)
+    for axis, percentile in zip(axes, ("p50", "p95", "p99", "p99.9"), strict=True):
+        for name in dict.fromkeys(name for name, _ in by):
+            rows = [by[name, fraction] for fraction in FRACTIONS]
+            axis.plot([row["goodput"] for row in rows], [row[percentile] for row in rows], "o-", label=name)
+        axis.set(title=percentile, xlabel="answers per second", yscale="log")
+    axes[0].set_ylabel("ms")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+# --- a catalogue of a million -----------------------------------------------------------------------------------------
+
+
+def retrieval(workdir: Path) -> None:
+    """Milliseconds per query among a million items, alone and in batches, at a recall@200 of .97 or more."""
+    import faiss
+
+    from recsys.index.flat import FlatIndex
+    from recsys.index.ivf import IvfIndex
+
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(2000, 64)).astype(np.float32)
+    items = centres[generator.integers(0, 2000, 1_000_000)] + 0.5 * generator.normal(size=(1_000_000, 64))
+    items = (items / np.linalg.norm(items, axis=1, keepdims=True)).astype(np.float32)
+    users = items[generator.integers(0, len(items), 2000)] + 0.3 * generator.normal(size=(2000, 64)).astype(np.float32)
+    users = users.astype(np.float32)
+    exact = FlatIndex().build(items).search(users, 200)[1]
+    index = IvfIndex().build(items)
+    found = index.search(users, 200)[1]
+    recall = float(np.mean([len(np.intersect1d(a, b)) / 200 for a, b in zip(exact, found, strict=True)]))
+
+    def ms(batch: int) -> float:
+        started = time.perf_counter()
+        for first in range(0, 1024, batch):
+            index.search(users[first : first + batch], 200)
+        return (time.perf_counter() - started) * 1e3 / 1024
+
+    ms(64)
+    batched = float(np.median([ms(64) for _ in range(5)]))
+    single = float(np.median([ms(1) for _ in range(5)]))
+    for name, value, limit in (("batch", batched, 0.4), ("single", single, 1.5)):
+        write_row(
+            "serving", f"retrieval_1m_ms_{name}", value, unit="ms", bar=f"<= {limit:g}, recall@200 >= .97",
+            passes=value <= limit and recall >= 0.97, command=COMMAND, seeds=[0],
+            protocol="1,000,000 random clustered vectors of 64 dimensions, index kind ivf with its defaults, top 200, "
+            f"{os.cpu_count()} threads, {'64 queries at once' if name == 'batch' else 'one query at a time'}, "
+            "median of 5",
+            details={"recall@200": recall},
+        )  # fmt: skip
+
+
+# --- swaps ------------------------------------------------------------------------------------------------------------
+
+
+def swaps(workdir: Path) -> None:
+    """Twenty changes of the Bundle under load: failures, degraded answers, the longest stall."""
+    from recsys.bundle.store import BundleStore
+    from recsys.events import SqliteEventStoreConfig
+    from serve.config import ServeConfig
+    from serve.run import processes_of_session, serving
+
+    bundles = [bundle_of(workdir, f"ml1m-{seed}", ML1M, seed=seed) for seed in range(2)]
+    bodies = workdir / "bodies.jsonl"
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
+        store = BundleStore(Path(name) / "bundles")
+        for bundle in bundles:
+            store.add(bundle)
+        ids = [bundle.bundle_id for bundle in bundles]
+        store.activate(ids[0], None)
+        config = ServeConfig.parse(
+            {
+                "bundle_uri": str(store),
+                "access": {"kind": "open"},
+                "topology": "graph",
+                "event_store": SqliteEventStoreConfig(path=f"{name}/events.sqlite").model_dump(),
+            },
+            where="bench",
+        )
+        with serving(config, port=8023) as url:
+            import httpx
+
+            system = System("graph", f"{url}/v1/recommend", processes_of_session)
+            load(system, bodies, callers=4, seconds=WINDOW_S)
+            still = load(system, bodies, rate=20, seconds=WINDOW_S)
+            done = threading.Event()
+            found: dict[str, Any] = {}
+
+            def ask() -> None:
+                parts = []
+                while not done.is_set():
+                    parts.append(load(system, bodies, rate=20, seconds=WINDOW_S))
+                found["latency_ms"] = [value for part in parts for value in part["latency_ms"]]
+                found["status"] = [value for part in parts for value in part["status"]]
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            for turn in range(1, 21):
+                store.activate(ids[turn % 2], ids[(turn - 1) % 2])
+                while httpx.get(f"{url}/v1/bundle").json()["bundle_id"] != ids[turn % 2]:
+                    time.sleep(0.1)
+            done.set()
+            asking.join()
+    longest, failed = max(found["latency_ms"]), sum(status != 200 for status in found["status"])
+    write_row(
+        "serving", "swap_longest_ms", longest, unit="ms", bar="<= 250, none fails",
+        passes=longest <= 250 and not failed, command=COMMAND, seeds=[0],
+        protocol="20 changes between two Bundles of the size of MovieLens-1M at 20 requests/s, topology graph; the "
+        "longest time from the moment a request was due to its answer",
+        details={
+            "num_requests": len(found["status"]),
+            "num_failed": failed,
+            "p99_ms": float(np.percentile(found["latency_ms"], 99)),
+            "p99_ms_without_changes": float(np.percentile(still["latency_ms"], 99)),
+            "longest_ms_without_changes": max(still["latency_ms"]),
+        },
+    )  # fmt: skip
+
+
+FIGURES = {"traffic": traffic, "retrieval": retrieval, "swaps": swaps}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"figures to measure: {', '.join(FIGURES)}")] = None,
+    workdir: Annotated[Path, typer.Option(help="where Bundles are kept")] = Path("runs/bench-serve"),
+) -> None:
+    """Measure how serving stands up to load."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name in only or FIGURES:
+        print(f"== {name}", flush=True)
+        if len(only or FIGURES) > 1:
+            # Ray must not have been imported before the fast path's environment is set.
+            subprocess.run([sys.executable, __file__, "--only", name, "--workdir", str(workdir)], check=True)
+            continue
+        FIGURES[name](workdir)
+
+
+if __name__ == "__main__":
+    typer.run(main)
