@@ -5,6 +5,7 @@ Run it on a quiet machine: it times things.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -44,6 +45,18 @@ def bundle_of(workdir: Path, name: str, size: Size, **settings: Any) -> Bundle:
     folder = workdir / name
     made = list(folder.glob("*/manifest.json"))
     return Bundle.open(made[0].parent) if made else make_bundle(folder, size=size, **settings)
+
+
+def some_users() -> list[str]:
+    """Two thousand, drawn at random."""
+    return [f"u{user}" for user in np.random.default_rng(0).integers(0, ML1M.num_users, 2000)]
+
+
+def bodies_of(workdir: Path) -> Path:
+    """A file with a request for each of :func:`some_users`."""
+    path = workdir / "bodies.jsonl"
+    path.write_text("".join(json.dumps({"user_id": user}) + "\n" for user in some_users()))
+    return path
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------
@@ -153,10 +166,8 @@ def stages_cpu_ms(bundle: Bundle, users: list[str]) -> float:
 def traffic(workdir: Path) -> None:
     """Throughput against latency, processor time per request, and what happens past saturation."""
     bundle = bundle_of(workdir, "ml1m", ML1M)
-    generator = np.random.default_rng(0)
-    users = [f"u{user}" for user in generator.integers(0, ML1M.num_users, 2000)]
-    bodies = workdir / "bodies.jsonl"
-    bodies.write_text("".join(json.dumps({"user_id": user}) + "\n" for user in users))
+    users = some_users()
+    bodies = bodies_of(workdir)
     windows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
         folder = Path(name)
@@ -352,7 +363,7 @@ def swaps(workdir: Path) -> None:
     from serve.run import processes_of_session, serving
 
     bundles = [bundle_of(workdir, f"ml1m-{seed}", ML1M, seed=seed) for seed in range(2)]
-    bodies = workdir / "bodies.jsonl"
+    bodies = bodies_of(workdir)
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
         store = BundleStore(Path(name) / "bundles")
         for bundle in bundles:
@@ -408,7 +419,153 @@ def swaps(workdir: Path) -> None:
     )  # fmt: skip
 
 
-FIGURES = {"traffic": traffic, "retrieval": retrieval, "swaps": swaps}
+# --- stages that fail -------------------------------------------------------------------------------------------------
+
+
+def ladder(workdir: Path) -> None:
+    """How late an answer is at most while one stage is slow, hangs or raises."""
+    from recsys.pipeline.recommender import Recommender
+    from recsys.pipeline.requests import RecommendRequest
+    from recsys.pipeline.runner import LocalStage
+
+    bundle = bundle_of(workdir, "ml1m", ML1M)
+    deadline_ms, rate, seconds = 500.0, 50.0, 10.0
+    release = threading.Event()
+
+    def raises(*_: Any) -> Any:
+        raise RuntimeError("broken")
+
+    failures: dict[str, Callable[..., Any]] = {
+        "takes 10 s": lambda *_: release.wait(10),
+        "hangs": lambda *_: release.wait(),
+        "raises": raises,
+    }
+    late: dict[str, float] = {}
+    for place, stage_name in enumerate(("retrieval", "ranking", "reranking")):
+        for how, failure in failures.items():
+            recommender = Recommender.load(bundle.path)
+            stage = recommender.runner.stages[place]
+            assert isinstance(stage, LocalStage)
+            stage.stage.run_batch = failure  # type: ignore[method-assign]
+            took_ms: list[float] = []
+
+            async def one(
+                user: int, due: float, recommender: Recommender = recommender, took_ms: list[float] = took_ms
+            ) -> None:
+                answer = await recommender.arecommend(RecommendRequest(user_id=f"u{user}", deadline_ms=deadline_ms))
+                took_ms.append((time.perf_counter() - due) * 1e3)
+                assert len(answer.items) == 10 and answer.degraded
+
+            async def all_of_them(one: Callable[[int, float], Any] = one) -> None:
+                start = time.perf_counter()
+                tasks = []
+                for number in range(int(rate * seconds)):
+                    due = start + number / rate
+                    await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                    tasks.append(asyncio.create_task(one(number % ML1M.num_users, due)))
+                await asyncio.gather(*tasks)
+
+            asyncio.run(all_of_them())
+            late[f"{stage_name} {how}"] = float(np.percentile(took_ms, 99)) - deadline_ms
+            print(f"{stage_name} {how}: p99 {np.percentile(took_ms, 99):.1f} ms", flush=True)
+            recommender.close()
+    release.set()
+    worst = max(late.values())
+    write_row(
+        "serving", "ladder_p99_beyond_deadline_ms", worst, unit="ms", bar="<= 20", passes=worst <= 20,
+        command=COMMAND, seeds=[0],
+        protocol=f"{rate:g} requests/s for {seconds:g} s, a deadline of {deadline_ms:g} ms, stages on threads of the "
+        "gateway's process, one of them slowed to 10 s, hanging or raising at each call; p99 less the deadline, the "
+        "worst case",
+        details=late,
+    )  # fmt: skip
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+
+def ramp(workdir: Path) -> None:
+    """Replicas follow the load up and down, and no request fails on the way."""
+    from recsys.events import SqliteEventStoreConfig
+    from serve.config import ServeConfig
+    from serve.run import processes_of_session, serving
+
+    bundle = bundle_of(workdir, "ml1m", ML1M)
+    bodies = bodies_of(workdir)
+    steps = [(5, 20.0), (40, 40.0), (80, 40.0), (40, 30.0), (5, 60.0)]
+    scaling = {
+        "min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 1, "upscale_delay_s": 2,
+        "downscale_delay_s": 15, "num_cpus": 0.1, "threads": THREADS,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
+        config = ServeConfig.parse(
+            {
+                "bundle_uri": str(bundle.path),
+                "access": {"kind": "open"},
+                "topology": "fused",
+                "event_store": SqliteEventStoreConfig(path=f"{name}/events.sqlite").model_dump(),
+                "gateway": scaling,
+            },
+            where="bench",
+        )
+        with serving(config, port=8025) as url:
+            from ray import serve
+
+            started, done = time.monotonic(), threading.Event()
+            replicas: list[tuple[float, int]] = []
+
+            def watch() -> None:
+                while not done.wait(1.0):
+                    states = serve.status().applications["recsys"].deployments["gateway"].replica_states
+                    running = sum(number for state, number in states.items() if state == "RUNNING")
+                    replicas.append((time.monotonic() - started, running))
+
+            watching = threading.Thread(target=watch)
+            watching.start()
+            system = System("fused", f"{url}/v1/recommend", processes_of_session)
+            windows: list[tuple[float, float, dict[str, Any]]] = []
+            for rate, seconds in steps:
+                begun = time.monotonic() - started
+                windows.append((begun, rate, load(system, bodies, rate=rate, seconds=seconds)))
+            done.set()
+            watching.join()
+    status = np.concatenate([found["status"] for _, _, found in windows])
+    failed = int(np.sum((status != 200) & (status != 503)))
+    most, last = max(number for _, number in replicas), replicas[-1][1]
+    plot_ramp(replicas, windows, RESULTS / "serving" / "ramp.svg")
+    write_row(
+        "serving", "ramp_failed_requests", failed, unit="requests", bar="0, replicas rise and return",
+        passes=not failed and most > 1 and last == 1, command=COMMAND, seeds=[0],
+        protocol=f"topology fused, Bundle of the size of MovieLens-1M, requests/s and seconds {steps}, 1 to 4 replicas",
+        details={"most_replicas": most, "replicas_at_end": last, "refused": int(np.sum(status == 503))},
+    )  # fmt: skip
+
+
+def plot_ramp(
+    replicas: list[tuple[float, int]], windows: list[tuple[float, float, dict[str, Any]]], path: Path
+) -> None:
+    """Load, replicas and latency over time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 5), sharex=True)
+    top.step([moment for moment, _, _ in windows], [rate for _, rate, _ in windows], where="post", label="requests/s")
+    top.legend(loc="upper left")
+    count = top.twinx()
+    count.step(*zip(*replicas, strict=True), where="post", color="tab:orange", label="replicas")
+    count.legend(loc="upper right")
+    first = min(min(found["at"]) for _, _, found in windows) - windows[0][0]
+    for _, _, found in windows:
+        bottom.plot(np.array(found["at"]) - first, found["latency_ms"], ".", color="tab:blue", markersize=2)
+    bottom.set(xlabel="seconds", ylabel="ms", yscale="log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+FIGURES = {"traffic": traffic, "retrieval": retrieval, "swaps": swaps, "ladder": ladder, "ramp": ramp}
 
 
 def main(
