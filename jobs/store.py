@@ -32,8 +32,9 @@ def show(store: Store) -> None:
             table.add_row(
                 manifest.bundle_id, made_at, f"{manifest.num_items:,}", size, _role(manifest.bundle_id, pointer)
             )
+        why = "" if pointer is None or pointer.reason is None else f"\nlast move: {pointer.reason}"
     # Ids must stay whole where the output is no terminal: they are copied from here.
-    Console(width=None if Console().is_terminal else 200).print(table)
+    Console(width=None if Console().is_terminal else 200).print(table, why)
 
 
 @app.command()

@@ -16,6 +16,7 @@ import os
 import struct
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ SCOPES_OF_CALLER = "recsys.scopes"
 """where the ASGI scope says what the caller may do"""
 _CHALLENGE = 'Bearer realm="recsys", Basic realm="recsys"'
 _MAX_KEY_LENGTH = 512
+_MAX_OPEN = 256
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,9 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # there is no route for WebSockets
+            await send({"type": "websocket.close", "code": 1008})
             return
         if self._keys is None or self._rates is None or scope["path"] in self._open_paths:
             scope[SCOPES_OF_CALLER] = frozenset(SCOPES)
@@ -70,7 +75,7 @@ class Access:
             return
         name = "nobody" if key is None else f"{key.name} ({key.key_id})"
         about = {"request_id": request_id, "key": name, "status": answer.status_code}
-        _log.info("request %s of %s: refused, %d", request_id, name, answer.status_code, extra=about)
+        _log.debug("request %s of %s: refused, %d", request_id, name, answer.status_code, extra=about)
         await answer(scope, receive, send)
 
 
@@ -102,21 +107,22 @@ class Rates:
 
         :raises ConfigError: when ``folder`` is somebody else's.
         """
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise ConfigError(f"{folder} belongs to somebody else: remove it, or set TMPDIR to a folder of your own")
         self._folder = folder
         self._clock = clock
-        self._files: dict[str, int] = {}
+        self._files: OrderedDict[str, int] = OrderedDict()
+        if folder.exists():
+            self._refuse_foreign()
 
     def wait_s(self, key: ApiKey) -> float:
         """0 where a request of ``key`` may come in, which counts it; else seconds until one may."""
         if key.requests_per_s is None:
             return 0.0
-        file = self._files.get(key.key_id)
-        if file is None:
-            file = os.open(self._folder / key.key_id, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._files[key.key_id] = file
+        try:
+            file = self._file(key.key_id)
+        except OSError as error:
+            # Better a caller too many than nobody at all.
+            _log.error("the rate of API key %s is not kept: %s", key.key_id, error)
+            return 0.0
         interval_s = 1 / key.requests_per_s
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
@@ -132,6 +138,25 @@ class Rates:
             return 0.0
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _file(self, key_id: str) -> int:
+        """The open file of a key; those not used for longest are closed."""
+        file = self._files.get(key_id)
+        if file is None:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._refuse_foreign()
+            file = os.open(self._folder / key_id, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._files[key_id] = file
+        self._files.move_to_end(key_id)
+        while len(self._files) > _MAX_OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def _refuse_foreign(self) -> None:
+        if self._folder.lstat().st_uid != os.getuid():
+            raise ConfigError(
+                f"{self._folder} belongs to somebody else: remove it, or set TMPDIR to a folder of your own"
+            )
 
 
 def _rates_folder(file: str) -> Path:

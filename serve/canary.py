@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -23,47 +24,52 @@ class CanaryConfig(StrictConfig):
     min_latency_ms: float = Field(default=20.0, ge=0, le=60_000, description="a p95 up to this is never too slow (ms)")
 
 
+_NUM_KEPT = 2000
+_STANDARD_ERRORS = 3.0
+"""a difference of shares must be so many of them, or it may be chance: gateways judge every second"""
+
+
 @dataclass
 class Tally:
-    """How one Bundle has answered lately."""
+    """How one Bundle has answered known users lately."""
 
-    num_answers: int = 0
-    """those that failed included"""
-    num_failed: int = 0
-    num_degraded: int = 0
-    took_ms: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    answers: deque[tuple[bool, bool, float]] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
+    """failed, degraded, milliseconds"""
 
     def answered(self, took_ms: float, *, degraded: bool) -> None:
-        self.num_answers += 1
-        self.num_degraded += degraded
-        self.took_ms.append(took_ms)
+        self.answers.append((False, degraded, took_ms))
 
     def failed(self) -> None:
-        self.num_answers += 1
-        self.num_failed += 1
+        self.answers.append((True, False, 0.0))
 
-    @property
-    def failed_share(self) -> float:
-        return self.num_failed / max(1, self.num_answers)
+    def __len__(self) -> int:
+        return len(self.answers)
 
-    @property
-    def degraded_share(self) -> float:
-        return self.num_degraded / max(1, self.num_answers)
+    def share(self, column: int) -> float:
+        """Of the answers, 0 failed or 1 degraded."""
+        return sum(answer[column] for answer in self.answers) / max(1, len(self))
 
     @property
     def p95_ms(self) -> float:
-        return float(np.percentile(self.took_ms, 95)) if self.took_ms else 0.0
+        """Of the answers that did not fail; 0 without any."""
+        took_ms = [took_ms for failed, _, took_ms in self.answers if not failed]
+        return float(np.percentile(took_ms, 95)) if took_ms else 0.0
 
 
 def worse(trial: Tally, current: Tally, limits: CanaryConfig) -> str | None:
     """Why ``trial`` is worse than ``current``, in words; None where it is not, or too little is known yet."""
-    if trial.num_answers < limits.min_answers:
+    if len(trial) < limits.min_answers:
         return None
-    if trial.failed_share > current.failed_share + limits.max_failed_share:
-        return f"{trial.failed_share:.1%} of its answers fail, {current.failed_share:.1%} otherwise"
-    if trial.degraded_share > current.degraded_share + limits.max_degraded_share:
-        return f"{trial.degraded_share:.1%} of its answers are degraded, {current.degraded_share:.1%} otherwise"
-    if len(current.took_ms) >= limits.min_answers:
+    for column, allowed, words in (
+        (0, limits.max_failed_share, "fail"),
+        (1, limits.max_degraded_share, "are degraded"),
+    ):
+        mine, others = trial.share(column), current.share(column)
+        pooled = (mine * len(trial) + others * len(current)) / (len(trial) + len(current))
+        error = math.sqrt(pooled * (1 - pooled) * (1 / len(trial) + 1 / max(1, len(current))))
+        if mine > others + max(allowed, _STANDARD_ERRORS * error):
+            return f"{mine:.1%} of its answers {words}, {others:.1%} otherwise"
+    if len(current) >= limits.min_answers:
         allowed_ms = max(limits.min_latency_ms, limits.max_latency_ratio * current.p95_ms)
         if trial.p95_ms > allowed_ms:
             return f"its p95 is {trial.p95_ms:.1f} ms, {current.p95_ms:.1f} ms otherwise"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -75,19 +76,21 @@ class StageDeployment:
             return [answer for call in calls for answer in self._compute([call])]
 
     def _run_batch(self, calls: list[Frame]) -> list[Frame]:
-        self._meters.observe("recsys_batch_size", len(calls), self._name)
-        started = time.perf_counter()
-        queries, candidates = zip(*map(unpack_call, calls), strict=True)
-        bundle_ids = {query.bundle_id for query in queries}
-        if len(bundle_ids) > 1:  # while one Bundle takes over from another
-            raise StageError(f"{self._name}: a batch of several Bundles", stage=self._name)
-        (bundle_id,) = bundle_ids
-        stage = self._shelf.get(bundle_id)
-        if stage is None:
-            raise StageError(f"{self._name} does not serve Bundle {bundle_id}", stage=self._name)
-        results = stage.run_batch(queries, candidates)
-        busy_ms = (time.perf_counter() - started) * 1e3
-        return [pack_output(StageOutput(result, bundle_id, busy_ms)) for result in results]
+        asked = [unpack_call(call) for call in calls]
+        answers: dict[int, Frame] = {}
+        # Several Bundles at once while one takes over from another, or is on trial.
+        for bundle_id in dict.fromkeys(query.bundle_id for query, _ in asked):
+            rows = [row for row, (query, _) in enumerate(asked) if query.bundle_id == bundle_id]
+            started = time.perf_counter()
+            stage = self._shelf.get(bundle_id)
+            if stage is None:
+                raise StageError(f"{self._name} does not serve Bundle {bundle_id}", stage=self._name)
+            self._meters.observe("recsys_batch_size", len(rows), self._name)
+            results = stage.run_batch([asked[row][0] for row in rows], [asked[row][1] for row in rows])
+            busy_ms = (time.perf_counter() - started) * 1e3
+            for row, result in zip(rows, results, strict=True):
+                answers[row] = pack_output(StageOutput(result, bundle_id, busy_ms))
+        return [answers[row] for row in range(len(calls))]
 
 
 class RemoteStage:
@@ -109,9 +112,21 @@ class RemoteStage:
             raise StageError(f"{self.name}: {type(error).__name__}: {error}", stage=self.name) from error
 
     async def hold(self, bundle_ids: Sequence[str]) -> list[dict[str, StageInfo]]:
-        """Have these Bundles loaded in every replica, and how far each of them is; empty while none runs."""
-        answers = await self._handle.broadcast("hold", list(bundle_ids)).results_async(return_exceptions=True)
-        return [answer for answer in answers if isinstance(answer, dict)]
+        """Have these Bundles loaded in every replica, and how far each of them is. A replica that does not answer is
+        still loading, for all one knows; empty while none runs.
+        """
+        try:
+            async with asyncio.timeout(_HOLD_TIMEOUT_S):
+                answers = await self._handle.broadcast("hold", list(bundle_ids)).results_async(return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError) as error:
+            _log.info("%s: no replica says what it has loaded: %s: %s", self.name, type(error).__name__, error)
+            return []
+        unknown = {each: StageInfo(self.name, each, "loading") for each in bundle_ids}
+        return [answer if isinstance(answer, dict) else unknown for answer in answers]
+
+
+_HOLD_TIMEOUT_S = 30.0
+_log = logging.getLogger(__name__)
 
 
 @serve.ingress()  # pyright: ignore[reportUntypedClassDecorator]
@@ -141,10 +156,10 @@ class Gateway:
         """The trace of a request that this replica answered, or None."""
         return self._observer.trace(request_id)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces a replica whose event store cannot be read. It asks often, so the metrics leave with it."""
-        self._service.store.watermark()
         self._meters.flush()
+        await asyncio.to_thread(self._service.store.watermark)
 
 
 async def _ask_all_gateways(request_id: str) -> dict[str, Any] | None:

@@ -197,7 +197,7 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> 
     )
     async def similar(body: wire.SimilarBody, request: Request) -> Response:
         """Items whose vectors are nearest to those of `item_id`, best first, without the item itself."""
-        with service.current.pinned() as generation:
+        with service.knowing(body.item_id).pinned() as generation:
             recommender = generation.recommender
             if recommender.item(body.item_id) is None:
                 return _missing(request, f"no item {body.item_id!r} in the catalogue")
@@ -251,7 +251,7 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
     )
     async def item(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
         """The item as the Bundle has it."""
-        row = service.current.recommender.item(item_id)
+        row = service.knowing(item_id).recommender.item(item_id)
         return _missing(request, f"no item {item_id!r} in the catalogue") if row is None else _json(row)
 
     @app.get(

@@ -2,7 +2,7 @@
 
 A key reads ``rk_ID_SECRET``. The id names its entry; of the secret, 32 random bytes, the file holds the SHA-256 alone.
 A slow hash would protect passwords that can be guessed, and nobody guesses 256 bits. Gateways read the file again when
-it changes, so a key that is revoked is refused within :data:`CHECK_EVERY_S` seconds, without a restart.
+it changes, so a key that is revoked is refused :data:`CHECK_EVERY_S` seconds after they see it, without a restart.
 """
 
 from __future__ import annotations
@@ -140,9 +140,10 @@ def _editing(path: Path, *, create: bool = False) -> Generator[list[ApiKey]]:
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         keys = [] if create and not path.exists() else list(KeyFile.read(path).keys)
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600  # another user's gateway may have to read it
         yield keys
         write_json(path, KeyFile(keys=tuple(keys)).model_dump(mode="json"))
-        path.chmod(0o600)
+        path.chmod(mode)
 
 
 def add_key(path: str | Path, name: str, scopes: Sequence[Scope], **settings: Any) -> str:
@@ -157,7 +158,8 @@ def add_key(path: str | Path, name: str, scopes: Sequence[Scope], **settings: An
 
 
 def rotate_keys(path: str | Path, name: str, grace: timedelta) -> str:
-    """A new key with the scopes and rate of the newest one called ``name``; those before it expire after ``grace``.
+    """A new key with the scopes, rate and lifetime of the newest one called ``name``; those before it expire after
+    ``grace``.
 
     :raises ConfigError: when no key has this name.
     """
@@ -166,8 +168,11 @@ def rotate_keys(path: str | Path, name: str, grace: timedelta) -> str:
         former = [key for key in keys if key.name == name and key.valid(now)]
         if not former:
             raise ConfigError(f"{path}: no valid key is called {name!r}")
-        kept = former[-1].model_dump(include={"requests_per_s", "burst"})
-        entry, key = _new(name, former[-1].scopes, kept)
+        newest = former[-1]
+        kept = newest.model_dump(include={"requests_per_s", "burst"})
+        if newest.expires_at is not None:
+            kept["expires_at"] = now + (newest.expires_at - newest.created_at)
+        entry, key = _new(name, newest.scopes, kept)
         end = now + grace
         for place, old in enumerate(keys):
             if old in former and (old.expires_at is None or old.expires_at > end):

@@ -7,6 +7,7 @@ number of series is bounded. ``cluster/monitoring/grafana.json`` shows all of it
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from recsys.pipeline.cache import Cache
 _MS = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 70.0, 100.0, 150.0, 200.0, 300.0, 500.0, 1e3, 3e3, 1e4)
 _SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3.6e3, 1e4, 8.64e4, 6e5, 3e6)
 _SIZES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,14 @@ class Meters:
         self.watch(count)
 
     def flush(self) -> None:
-        """Hand everything on, to be called every few seconds."""
+        """Hand everything on, to be called every few seconds. What cannot be looked at is logged: nothing that is
+        measured may harm what it measures.
+        """
         for look in self._watched:
-            look()
+            try:
+                look()
+            except Exception:  # noqa: BLE001 see above
+                _log.exception("a metric cannot be read")
         with self._lock:
             counts, self._counts = self._counts, defaultdict(float)
         for (name, labels), amount in counts.items():

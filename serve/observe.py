@@ -15,6 +15,7 @@ from recsys.pipeline.recommender import STATE
 from recsys.pipeline.requests import Recommendation
 from recsys.pipeline.runner import LocalStage
 from recsys.pipeline.stage import Stage
+from recsys.pipeline.stages import STAGES
 from recsys.pipeline.stages.retrieval import RetrievalStage
 from recsys.pipeline.types import Int32Array
 from serve.config import GatewayConfig
@@ -122,16 +123,20 @@ class Shown:
 
     def show(self, item_idx: Int32Array) -> int:
         """These are; how many of them are popular."""
-        if time.monotonic() - self._turned > _COVERAGE_S:
-            self._before, self._now = self._now, np.zeros_like(self._now)
-            self._turned = time.monotonic()
+        self._turn()
         self._now[item_idx] = True
         return int(np.count_nonzero(self._head[item_idx]))
 
     @property
     def coverage(self) -> float:
         """Share of the catalogue that was shown, 0 to 1."""
+        self._turn()
         return float(np.mean(self._now | self._before))
+
+    def _turn(self) -> None:
+        while time.monotonic() - self._turned > _COVERAGE_S:
+            self._before, self._now = self._now, np.zeros_like(self._now)
+            self._turned += _COVERAGE_S
 
 
 def watch_stages(meters: Meters, service: Service) -> None:
@@ -142,11 +147,17 @@ def watch_stages(meters: Meters, service: Service) -> None:
         return [stage for stage in stages if isinstance(stage, LocalStage)]
 
     def look() -> None:
-        for stage in service.current.recommender.runner.stages:
-            if isinstance(stage, LocalStage):
-                meters.gauge("recsys_queue", stage.num_in_flight, stage.name)
-        for stage, breaker in service.current.recommender.runner.breakers.items():
-            meters.gauge("recsys_breaker_open", float(breaker.open), stage)
+        # All stages each time: one that the next Bundle lacks must not stay as it was.
+        queued: dict[str, int] = dict.fromkeys(STAGES, 0)
+        opened: dict[str, int] = dict.fromkeys(STAGES, 0)
+        for stage in local():
+            queued[stage.name] += stage.num_in_flight
+        for each in service.generations:
+            for stage, breaker in each.recommender.runner.breakers.items():
+                opened[stage] |= breaker.open
+        for stage in STAGES:
+            meters.gauge("recsys_queue", queued[stage], stage)
+            meters.gauge("recsys_breaker_open", opened[stage], stage)
 
     meters.watch(look)
     meters.watch_caches("profiles", lambda: [each.recommender.profiles.cache for each in service.generations])

@@ -18,7 +18,7 @@ from recsys.bundle import Bundle
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
 from recsys.pipeline.catalogue import Catalogue
-from recsys.pipeline.recommender import Recommender, golden_request, warm_up
+from recsys.pipeline.recommender import STATE, Recommender, golden_request, warm_up
 from recsys.pipeline.requests import Recommendation, RecommendRequest
 from recsys.pipeline.runner import LocalStage
 from recsys.pipeline.stage import AsyncStage, Stage
@@ -46,12 +46,11 @@ class Generation:
     def open(
         cls, bundle: Bundle, store: EventStore, remote: Mapping[str, AsyncStage], absent: Sequence[str] = ()
     ) -> Self:
-        """Seed the event store from ``bundle``, and build the stages that are not ``remote``.
+        """Build the stages of ``bundle`` that are not ``remote``, over the users of ``store``.
 
         ``absent`` names stages that were looked for elsewhere and that the Bundle does not have.
 
         :raises BundleError: when the Bundle is not usable.
-        :raises EventStoreError: when the store refuses.
         """
         settings = bundle.pipeline_config
         stages: list[AsyncStage] = []
@@ -66,9 +65,15 @@ class Generation:
                 )
         if not remote:
             warm_up(local)
-        if bundle.has("histories.parquet"):
-            store.seed(bundle.bundle_id, bundle.histories(), bundle.manifest.events_watermark)
         return cls(bundle, Recommender.of(bundle, stages, store))
+
+    def seed(self, store: EventStore) -> None:
+        """Make the histories of this Bundle what user states start from: for one that is proven, and that all get.
+
+        :raises EventStoreError: when the store refuses.
+        """
+        if self.bundle.has("histories.parquet"):
+            store.seed(self.bundle_id, self.bundle.histories(), self.bundle.manifest.events_watermark)
 
     @property
     def bundle_id(self) -> str:
@@ -134,6 +139,8 @@ class Trial:
     generation: Generation
     share: float
     """of the users, above 0, up to 1"""
+    token: str
+    """of the trial in the store"""
 
     def concerns(self, user_id: str | None) -> bool:
         """Whether this user is one of them; always the same ones for one Bundle. A stranger is not."""
@@ -162,7 +169,9 @@ class Service:
         """
         bundle = Bundle.open(config.bundle_uri)
         store = config.event_store.open()
-        return cls(store, Generation.open(bundle, store, remote, absent))
+        generation = Generation.open(bundle, store, remote, absent)
+        generation.seed(store)
+        return cls(store, generation)
 
     @property
     def version(self) -> str:
@@ -175,11 +184,15 @@ class Service:
     @property
     def generations(self) -> list[Generation]:
         """All that are open, the one that answers first."""
-        return [self.current, *([] if self.trial is None else [self.trial.generation]), *self.retired]
+        trial = self.trial
+        return [self.current, *([] if trial is None else [trial.generation]), *self.retired]
 
-    def generation(self, bundle_id: str) -> Generation:
-        """The one of this Bundle, which must be open."""
-        return next(each for each in self.generations if each.bundle_id == bundle_id)
+    def knowing(self, item_id: str) -> Generation:
+        """The one that answers, or where only the one on trial has the item, that one."""
+        trial = self.trial
+        if trial is not None and self.current.recommender.item(item_id) is None:
+            return trial.generation
+        return self.current
 
     async def recommend(self, request: RecommendRequest) -> tuple[Recommendation, Generation]:
         """Answer from one Bundle. Where the one on trial cannot, the current one does.
@@ -208,7 +221,10 @@ class Service:
             except Exception:
                 generation.tally.failed()
                 raise
-        generation.tally.answered((time.perf_counter() - started) * 1e3, degraded=bool(answer.degraded))
+        # Strangers are never on trial, and a deadline of the caller's own is the caller's own fault.
+        if request.user_id is not None and request.deadline_ms is None:
+            degraded = bool(set(answer.degraded) - {STATE})
+            generation.tally.answered((time.perf_counter() - started) * 1e3, degraded=degraded)
         return answer
 
     def close(self) -> None:

@@ -20,6 +20,8 @@ from recsys.errors import BundleError, RecsysError
 from recsys.pipeline.stage import Stage
 
 FORGET_S = 60.0
+RETRY_S = 30.0
+"""how long after a failure a Bundle that is still asked for is loaded once more"""
 _log = logging.getLogger(__name__)
 
 
@@ -49,18 +51,32 @@ class Shelf:
         self._stages: dict[str, Stage | None] = {}
         self._info: dict[str, StageInfo] = {}
         self._held: dict[str, float] = {}
+        self._failed_at: dict[str, float] = {}
         self._loading = threading.Lock()
-        first = wanted(uri)
-        for bundle_id in first:
-            self._held[bundle_id] = time.monotonic()
-            self._load(bundle_id)
+        # Loading takes a while, and the pointer may move meanwhile.
+        while missing := [each for each in wanted(uri) if each not in self._info]:
+            for bundle_id in missing:
+                self._first(bundle_id)
+        # Where the newest are no good, gateways answer from one before.
+        for bundle_id in fallbacks(uri):
+            if self._stages:
+                break
+            self._first(bundle_id)
         if not self._stages:
             problems = "; ".join(info.problem for info in self._info.values())
             raise BundleError(f"{name}: {uri} has no Bundle that can be loaded: {problems}")
 
+    def _first(self, bundle_id: str) -> None:
+        if bundle_id not in self._info:
+            self._held[bundle_id] = time.monotonic()
+            self._load(bundle_id)
+
     def get(self, bundle_id: str) -> Stage | None:
-        """The stage of this Bundle; None where it is not loaded or has none."""
-        return self._stages.get(bundle_id)
+        """The stage of this Bundle; None where it has none or is not loaded, and then it will be soon."""
+        stage = self._stages.get(bundle_id)
+        if stage is None:
+            self.hold([bundle_id])
+        return stage
 
     @property
     def stages(self) -> list[Stage]:
@@ -70,17 +86,19 @@ class Shelf:
     def hold(self, bundle_ids: Sequence[str]) -> dict[str, StageInfo]:
         """Have these Bundles loaded, now or soon, and forget what nobody has asked for lately. The state of each.
 
-        One that failed is tried again when it is asked for after ``FORGET_S`` seconds without.
+        One that failed is loaded once more when it is asked for after ``RETRY_S`` seconds.
         """
         now = time.monotonic()
         for bundle_id in bundle_ids:
             self._held[bundle_id] = now
-            if bundle_id not in self._info:
+            if bundle_id not in self._info or now - self._failed_at.get(bundle_id, now) > RETRY_S:
+                self._failed_at.pop(bundle_id, None)
                 self._info[bundle_id] = StageInfo(self._name, bundle_id, "loading")
                 threading.Thread(target=self._load, args=(bundle_id,), name=f"load-{bundle_id}", daemon=True).start()
         for bundle_id in [each for each, held in self._held.items() if now - held > FORGET_S]:
             if self._info[bundle_id].state != "loading":
                 self._stages.pop(bundle_id, None)
+                self._failed_at.pop(bundle_id, None)
                 del self._held[bundle_id], self._info[bundle_id]
         return {bundle_id: self._info[bundle_id] for bundle_id in bundle_ids}
 
@@ -92,6 +110,7 @@ class Shelf:
                 problem = f"{type(error).__name__}: {error}"
                 unexpected = None if isinstance(error, RecsysError) else error
                 _log.error("%s: Bundle %s cannot be loaded: %s", self._name, bundle_id, problem, exc_info=unexpected)
+                self._failed_at[bundle_id] = time.monotonic()
                 self._info[bundle_id] = StageInfo(self._name, bundle_id, "failed", problem=problem)
             else:
                 self._stages[bundle_id] = stage
@@ -115,6 +134,15 @@ def wanted(uri: str) -> tuple[str, ...]:
     store.current_location()  # raises where the pointer was never set
     assert pointer is not None
     return pointer.wanted
+
+
+def fallbacks(uri: str) -> list[str]:
+    """Bundles of ``uri`` that were current once and that it still holds, the latest first."""
+    if not is_store(uri):
+        return []
+    store = BundleStore(uri)
+    held = {manifest.bundle_id for manifest in store.list()}
+    return [bundle_id for bundle_id in store.past() if bundle_id in held]
 
 
 def open_bundle(uri: str, bundle_id: str) -> Bundle:

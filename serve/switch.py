@@ -8,20 +8,19 @@ loaded or proven is refused, and the old one stays.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from recsys.bundle.store import BundleStore, Pointer
-from recsys.errors import BundleError, PointerConflictError, RecsysError
+from recsys.errors import BundleError, PointerConflictError
 from recsys.events import EventStore
 from recsys.pipeline.stage import AsyncStage
 from serve.canary import Tally, worse
 from serve.config import ServeConfig
 from serve.service import Generation, Service, Trial
-from serve.shelf import StageInfo, is_store, open_bundle, wanted
+from serve.shelf import StageInfo, fallbacks, is_store, open_bundle, wanted
 
 _PAUSE_S = 0.2
 _HOLD_EVERY_S = 5.0
@@ -48,25 +47,30 @@ class Switch:
         self._remote = remote
         self._follows = is_store(config.bundle_uri)
         self._refused_at: dict[str, float] = {}
+        self._problems: dict[str, str] = {}
         self._number = 0
         self._idle_since: dict[str, float] = {}
 
     async def start(self) -> Service:
-        """The service with what the store points to; where that is no good, with what it pointed to before.
+        """The service with what the store points to; where that is no good, with the newest before it that is.
 
         :raises BundleError: when nothing is.
         """
-        first: RecsysError | None = None
-        for bundle_id in await asyncio.to_thread(wanted, self._config.bundle_uri):
+        first: Exception | None = None
+        uri = self._config.bundle_uri
+        bundle_ids = [*await asyncio.to_thread(wanted, uri), *await asyncio.to_thread(fallbacks, uri)]
+        if self._follows and (pointer := await asyncio.to_thread(BundleStore(uri).current)) is not None:
+            self._number = pointer.number
+        for bundle_id in dict.fromkeys(bundle_ids):
             try:
-                service = Service(self._store, await self._prepare(bundle_id))
-            except RecsysError as error:
-                _log.exception("Bundle %s is refused", bundle_id)
-                self._refused_at[bundle_id] = time.monotonic()
+                generation = await self._prepare(bundle_id)
+                await asyncio.to_thread(generation.seed, self._store)
+            except Exception as error:  # noqa: BLE001 whatever is wrong with it, one before may answer
+                self._refuse(bundle_id, error)
                 first = first or error
             else:
-                if first is not None:
-                    service.refused = dict.fromkeys(self._refused_at, "see the log of this gateway")
+                service = Service(self._store, generation)
+                service.refused = dict(self._problems)
                 return service
         assert first is not None, "a store points to something"
         raise first
@@ -74,9 +78,11 @@ class Switch:
     async def follow(self, service: Service) -> None:
         """Look at the store again and again, until cancelled. A Bundle that is fixed needs no look."""
         if self._follows:
-            # Apart from each other: while a large Bundle is opened here, stages must not forget the one that answers.
+            # Apart from each other: a large Bundle takes its time to open.
             await asyncio.gather(
-                self._again(self.step, service, self._config.poll_s), self._again(self._hold, service, _HOLD_EVERY_S)
+                self._again(self.step, service, self._config.poll_s),
+                self._again(self.tidy, service, self._config.poll_s),
+                self._again(self.hold, service, _HOLD_EVERY_S),
             )
 
     async def _again(
@@ -92,82 +98,124 @@ class Switch:
     async def step(self, service: Service) -> None:
         """One look at the store, and all that follows from it."""
         pointer = await asyncio.to_thread(BundleStore(self._config.bundle_uri).current)
-        if pointer is not None:
-            if pointer.number != self._number:
-                self._refused_at.clear()  # somebody wants something: what was refused may be tried once more
-                self._number = pointer.number
-            await self._turn_to(service, pointer)
-            await self._try_out(service, pointer)
-            asked = {pointer.bundle_id, pointer.canary and pointer.canary.bundle_id}
-            service.refused = {each: why for each, why in service.refused.items() if each in asked}
-        await self._judge(service)
+        if pointer is None:
+            return
+        if pointer.number != self._number:
+            # Somebody wants something: what was refused may be tried once more.
+            self._refused_at.clear()
+            self._problems.clear()
+            self._number = pointer.number
+        self._end_trial(service, pointer)
+        await self._turn_to(service, pointer)
+        await self._try_out(service, pointer)
+        asked = {pointer.bundle_id, pointer.canary and pointer.canary.bundle_id}
+        service.refused = {each: why for each, why in self._problems.items() if each in asked}
+
+    async def tidy(self, service: Service) -> None:
+        """End a trial that goes badly, and let go of what answers no more."""
         self._let_go(service)
+        trial = service.trial
+        reason = trial and worse(trial.generation.tally, service.current.tally, self._config.canary)
+        if trial is None or reason is None:
+            return
+        bundle_id = trial.generation.bundle_id
+        _log.error("Bundle %s is taken back: %s", bundle_id, reason)
+        self._retire(service, trial)
+        self._refuse(bundle_id, BundleError(reason), log=False)
+        await asyncio.to_thread(self._withdraw, trial, reason)
+
+    async def hold(self, service: Service) -> None:
+        """Stages forget what no gateway names."""
+        bundle_ids = [each.bundle_id for each in service.generations]
+        await asyncio.gather(*(stage.hold(bundle_ids) for stage in self._remote.values()))
 
     async def _turn_to(self, service: Service, pointer: Pointer) -> None:
         if pointer.bundle_id == service.current.bundle_id:
             return
         generation = await self._made(service, pointer.bundle_id)
-        if generation is None:
+        if generation is None or not await self._still(service, generation, pointer):
+            return
+        try:
+            await asyncio.to_thread(generation.seed, self._store)
+        except Exception as error:  # noqa: BLE001 without its histories it does not answer
+            self._refuse(generation.bundle_id, error)
+            self._put_aside(service, generation)
             return
         before, service.current = service.current, generation
         self._bring_back(service, generation)
         service.retired.append(before)
         if service.trial is not None and service.trial.generation is generation:
             service.trial = None
-        gc.freeze()  # what is loaded stays, see settle_memory
         _log.info("Bundle %s answers, after %s", generation.bundle_id, before.bundle_id)
 
-    async def _try_out(self, service: Service, pointer: Pointer) -> None:
-        wished, trial = pointer.canary, service.trial
-        if trial is not None and (wished is None or wished.bundle_id != trial.generation.bundle_id):
-            service.trial = None
-            service.retired.append(trial.generation)
+    def _end_trial(self, service: Service, pointer: Pointer) -> None:
+        trial, wished = service.trial, pointer.canary
+        if trial is None or trial.generation.bundle_id == pointer.bundle_id:
+            return  # none, or the one that becomes the current one
+        if wished is None or wished.token != trial.token:
+            self._retire(service, trial)
             _log.info("Bundle %s is on trial no more: %s", trial.generation.bundle_id, pointer.reason)
-        if wished is None or wished.bundle_id == service.current.bundle_id:
-            return
-        if service.trial is None and (generation := await self._made(service, wished.bundle_id)) is not None:
-            self._bring_back(service, generation)
-            generation.tally, service.current.tally = Tally(), Tally()
-            service.trial = Trial(generation, wished.share)
-            _log.info("Bundle %s is on trial with %g of the users", wished.bundle_id, wished.share)
-        if service.trial is not None:
-            service.trial.share = wished.share
 
-    async def _judge(self, service: Service) -> None:
-        trial = service.trial
-        if trial is None:
+    async def _try_out(self, service: Service, pointer: Pointer) -> None:
+        wished = pointer.canary
+        if wished is None or service.trial is not None or wished.bundle_id == service.current.bundle_id:
             return
-        reason = worse(trial.generation.tally, service.current.tally, self._config.canary)
-        if reason is None:
+        generation = await self._made(service, wished.bundle_id)
+        if generation is None or not await self._still(service, generation, pointer):
             return
-        bundle_id = trial.generation.bundle_id
-        _log.error("Bundle %s is taken back: %s", bundle_id, reason)
-        service.trial = None
-        service.retired.append(trial.generation)
-        service.refused[bundle_id] = reason
-        self._refused_at[bundle_id] = float("inf")
-        try:
-            await asyncio.to_thread(BundleStore(self._config.bundle_uri).withdraw, bundle_id, reason=reason)
-        except (PointerConflictError, BundleError) as error:  # another gateway was first
-            _log.info("Bundle %s was taken back already: %s", bundle_id, error)
+        self._bring_back(service, generation)
+        generation.tally, service.current.tally = Tally(), Tally()
+        service.trial = Trial(generation, wished.share, wished.token)
+        _log.info("Bundle %s is on trial with %g of the users", wished.bundle_id, wished.share)
+
+    async def _still(self, service: Service, generation: Generation, pointer: Pointer) -> bool:
+        """Whether the pointer is as it was before the Bundle was opened, which takes a while; else it is put aside."""
+        now = await asyncio.to_thread(BundleStore(self._config.bundle_uri).current)
+        if now == pointer:
+            return True
+        self._put_aside(service, generation)
+        return False
+
+    def _withdraw(self, trial: Trial, reason: str) -> None:
+        """End the trial in the store, unless somebody has done so."""
+        store = BundleStore(self._config.bundle_uri)
+        while (pointer := store.current()) and pointer.canary is not None and pointer.canary.token == trial.token:
+            try:
+                store.withdraw(trial.generation.bundle_id, reason=reason)
+            except PointerConflictError:
+                continue  # somebody moved it at the same time, perhaps for another reason
+            except BundleError:
+                return  # somebody has ended it at the same time
 
     async def _made(self, service: Service, bundle_id: str) -> Generation | None:
         """The generation of a Bundle, open or opened now; None where it is refused."""
+        if time.monotonic() < self._refused_at.get(bundle_id, -_RETRY_S) + _RETRY_S:
+            return None
         for generation in service.generations:
             if generation.bundle_id == bundle_id:
                 return generation
-        if time.monotonic() < self._refused_at.get(bundle_id, -_RETRY_S) + _RETRY_S:
-            return None
         try:
             generation = await self._prepare(bundle_id, [each.bundle_id for each in service.generations])
         except Exception as error:  # noqa: BLE001 whatever is wrong with it, the old one stays
-            service.refused[bundle_id] = f"{type(error).__name__}: {error}"
-            self._refused_at[bundle_id] = time.monotonic()
-            _log.error("Bundle %s is refused: %s", bundle_id, error, exc_info=error)
+            self._refuse(bundle_id, error)
             return None
         self._refused_at.pop(bundle_id, None)
-        service.refused.pop(bundle_id, None)
+        self._problems.pop(bundle_id, None)
         return generation
+
+    def _refuse(self, bundle_id: str, error: Exception, *, log: bool = True) -> None:
+        self._refused_at[bundle_id] = time.monotonic()
+        self._problems[bundle_id] = f"{type(error).__name__}: {error}"
+        if log:
+            _log.error("Bundle %s is refused: %s", bundle_id, error, exc_info=error)
+
+    def _retire(self, service: Service, trial: Trial) -> None:
+        service.trial = None
+        self._put_aside(service, trial.generation)
+
+    def _put_aside(self, service: Service, generation: Generation) -> None:
+        if generation not in service.generations:
+            service.retired.append(generation)
 
     async def _prepare(self, bundle_id: str, beside: Sequence[str] = ()) -> Generation:
         """Open a Bundle here and in every stage, and prove it."""
@@ -207,11 +255,6 @@ class Switch:
                 service.retired.remove(generation)
                 del self._idle_since[generation.bundle_id]
                 generation.recommender.close()
-
-    async def _hold(self, service: Service) -> None:
-        """Stages forget what no gateway names."""
-        bundle_ids = [each.bundle_id for each in service.generations]
-        await asyncio.gather(*(stage.hold(bundle_ids) for stage in self._remote.values()))
 
 
 async def _loaded(stage: HeldStage, bundle_id: str, beside: Sequence[str]) -> StageInfo:

@@ -35,6 +35,8 @@ class Canary(StrictConfig):
 
     bundle_id: str
     share: float = Field(gt=0, le=1, description="of the users who get it")
+    token: str
+    """unique to the trial"""
 
 
 class Pointer(StrictConfig):
@@ -126,7 +128,8 @@ class BundleStore:
         (target / MANIFEST).create(bundle.manifest.to_bytes())
 
     def activate(self, bundle_id: str, expected: str | None) -> Pointer:
-        """Make ``bundle_id``, which is in the store, the current one; ``expected`` must be current until then.
+        """Make ``bundle_id``, which is in the store, the current one; ``expected`` must be current until then. A trial
+        ends with it.
 
         :raises BundleNotFoundError: when the store does not hold it.
         :raises PointerConflictError: when something else is current.
@@ -134,7 +137,13 @@ class BundleStore:
         read_manifest(self._folder(bundle_id))
         pointer = self.current()
         self._expect(pointer, expected)
-        return self._move(pointer, bundle_id, previous=expected)
+        reason = None
+        if pointer is not None and pointer.canary is not None and pointer.canary.bundle_id != bundle_id:
+            reason = f"the trial of {pointer.canary.bundle_id} ended when {bundle_id} was activated"
+        # What is current already is asked for once more; a rollback still returns to what was before it.
+        if pointer is not None and pointer.bundle_id == bundle_id:
+            expected = pointer.previous
+        return self._move(pointer, bundle_id, previous=expected, reason=reason)
 
     def rollback(self) -> Pointer:
         """Return to the Bundle that was current before; once more returns to the one before that.
@@ -163,7 +172,7 @@ class BundleStore:
         pointer = self._pointer()
         if pointer.bundle_id == bundle_id:
             raise BundleError(f"{self.root}: Bundle {bundle_id} is current already, there is nothing to try out")
-        canary = Canary.parse({"bundle_id": bundle_id, "share": share}, where="canary")
+        canary = Canary.parse({"bundle_id": bundle_id, "share": share, "token": uuid.uuid4().hex}, where="canary")
         return self._move(pointer, pointer.bundle_id, previous=pointer.previous, canary=canary, reason=reason)
 
     def promote(self, *, reason: str | None = None) -> Pointer:
@@ -186,6 +195,10 @@ class BundleStore:
             raise BundleError(f"{self.root}: Bundle {canary.bundle_id} is on trial, not {bundle_id}")
         return self._move(pointer, pointer.bundle_id, previous=pointer.previous, reason=reason)
 
+    def past(self) -> list[str]:
+        """Ids of all Bundles that are or were current, the latest first; some may have been collected."""
+        return list(dict.fromkeys(pointer.bundle_id for pointer in self._log()))
+
     def list(self) -> list[Manifest]:
         """Manifests of the complete Bundles in the store, newest first."""
         names = [name for name in (self.root / "bundles").names() if not name.startswith(".")]
@@ -193,7 +206,8 @@ class BundleStore:
         return sorted(found, key=lambda manifest: (manifest.created_at, manifest.bundle_id), reverse=True)
 
     def collect(self, keep: int) -> tuple[str, ...]:
-        """Remove all but the ``keep`` newest Bundles, the current one, the one on trial and the one before.
+        """Remove all but the ``keep`` newest Bundles, the one on trial, the one a rollback returns to, and the ``keep``
+        that were current last: where the newest of them are no good, gateways still answer from one before.
 
         Returns the ids of those removed. Readers that have a remote Bundle open are not disturbed (they hold a copy),
         nor are local ones (their files are mapped).
@@ -204,7 +218,7 @@ class BundleStore:
         manifests = self.list()
         kept = {manifest.bundle_id for manifest in manifests[:keep]}
         if pointer is not None:
-            kept |= set(pointer.wanted)
+            kept |= {*pointer.wanted, *self.past()[:keep]}
         removed = tuple(manifest.bundle_id for manifest in manifests if manifest.bundle_id not in kept)
         for bundle_id in removed:
             (self._folder(bundle_id) / MANIFEST).remove()  # from here on it is no Bundle, even if what follows fails

@@ -8,14 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from recsys.errors import StageError
+from recsys.pipeline.stages import build_stage
 from recsys.pipeline.types import Candidates
 from recsys.testing.pipeline import make_query
 from recsys.testing.tiny_bundle import make_bundle
 from serve.config import StageConfig
-from serve.deployments import StageDeployment
+from serve.deployments import RemoteStage, StageDeployment
 from serve.frames import pack_call, unpack_output
+from serve.shelf import StageInfo
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,57 @@ def test_a_batch_answers_each_call_as_it_would_alone(bundle, retrieval):
     for ours, theirs in zip(together, alone, strict=True):
         np.testing.assert_array_equal(ours.candidates.item_idx, theirs.candidates.item_idx)
         assert ours.bundle_id == bundle.bundle_id
+
+
+def test_calls_for_several_bundles_share_a_batch(bundle, retrieval, tmp_path):
+    other = make_bundle(tmp_path, seed=1)
+    retrieval._shelf._stages[other.bundle_id] = build_stage(other, "retrieval")
+    sizes = []
+    for stage in retrieval._shelf.stages:
+        stage.run_batch = counted(stage.run_batch, sizes)
+    queries = [make_query(bundle_id=each.bundle_id) for each in (bundle, other, bundle, bundle, other)]
+    answers = [unpack_output(frame) for frame in ask(retrieval, *queries)]
+    assert [answer.bundle_id for answer in answers] == [query.bundle_id for query in queries]
+    assert sorted(sizes) == [2, 3]
+
+
+def counted(run_batch, sizes):
+    def run(queries, candidates):
+        sizes.append(len(queries))
+        return run_batch(queries, candidates)
+
+    return run
+
+
+class Handle:
+    """A handle of Ray whose replicas answer ``answers``, or that has none."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def options(self, **_):
+        return self
+
+    def broadcast(self, *_):
+        return self
+
+    async def results_async(self, *, return_exceptions):
+        assert return_exceptions
+        if isinstance(self.answers, Exception):
+            raise self.answers
+        return self.answers
+
+
+@pytest.mark.parametrize(
+    ("answers", "states"),
+    [
+        (DeploymentUnavailableError(None), []),
+        ([{"b": StageInfo("ranking", "b", "ready")}, RayActorError()], ["ready", "loading"]),
+    ],
+)
+def test_replicas_that_do_not_answer_are_not_ready(answers, states):
+    found = asyncio.run(RemoteStage("ranking", Handle(answers)).hold(["b"]))
+    assert [info["b"].state for info in found] == states
 
 
 def test_a_call_that_cannot_be_answered_takes_no_other_with_it(bundle, retrieval):

@@ -2,13 +2,10 @@
 
 import asyncio
 import gc
-import time
 import weakref
 
 import pytest
-from typer.testing import CliRunner
 
-from jobs.store import app
 from recsys.bundle.store import BundleStore
 from recsys.errors import BundleError, StageError
 from recsys.events import SqliteEventStoreConfig
@@ -74,6 +71,14 @@ def break_golden(store, bundle, monkeypatch):
     monkeypatch.setattr(switch_module, "open_bundle", opened)
 
 
+async def turn(switch, service, times=1):
+    """What a gateway does every second."""
+    for _ in range(times):
+        await switch.step(service)
+        await switch.tidy(service)
+        await asyncio.sleep(0.01)
+
+
 async def test_the_pointer_is_followed(opened, store, bundles):
     switch, service = opened
     first, second, _ = (bundle.bundle_id for bundle in bundles)
@@ -104,8 +109,7 @@ async def test_a_request_keeps_its_bundle_and_its_bundle_stays(opened, store, bu
     waiting = asyncio.create_task(service.recommend(RecommendRequest()))
     await asyncio.sleep(0)
     store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
-    for _ in range(3):
-        await switch.step(service)
+    await turn(switch, service, 3)
     assert service.retired == [before]
     assert (await service.recommend(RecommendRequest()))[0].bundle_id == bundles[1].bundle_id
     release.set()
@@ -113,9 +117,7 @@ async def test_a_request_keeps_its_bundle_and_its_bundle_stays(opened, store, bu
     assert answer.bundle_id == bundles[0].bundle_id
     assert answer.degraded == ()
     assert generation is before
-    for _ in range(2):
-        await switch.step(service)
-        await asyncio.sleep(0.01)
+    await turn(switch, service, 2)
     assert service.retired == []
 
 
@@ -123,11 +125,12 @@ async def test_what_is_let_go_leaves_the_memory(opened, store, bundles):
     switch, service = opened
     gone = weakref.ref(service.current.recommender.runner.stages[0].stage)
     store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
-    for _ in range(3):
-        await switch.step(service)
-        await asyncio.sleep(0.01)
-    gc.collect()
-    assert gone() is None
+    gc.disable()  # what is in a circle would stay until somebody looks for it
+    try:
+        await turn(switch, service, 3)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_bad_bundle_is_refused_and_the_old_one_stays(opened, store, bundles, monkeypatch, caplog):
@@ -262,7 +265,7 @@ async def test_a_bundle_on_trial_that_does_worse_is_taken_back(opened, store, bu
         monkeypatch.setattr(service.trial.generation.recommender.runner.stages[1].stage, "run_batch", broken)
     by_user = await ask_everybody(service, 100)
     assert set(by_user.values()) == ({first} if how == "raises" else {first, second})  # nobody goes without
-    await switch.step(service)
+    await switch.tidy(service)
     assert service.trial is None
     pointer = store.current()
     assert pointer.canary is None
@@ -284,15 +287,153 @@ def tally(num_answers, *, failed=0, degraded=0, took_ms=10.0):
 
 def test_when_a_trial_is_worse():
     limits = CanaryConfig(min_answers=100)
-    good = tally(100)
+    good = tally(1000)
     assert worse(tally(99, failed=99), good, limits) is None  # too few to tell
     assert worse(tally(100), good, limits) is None
-    assert "fail" in worse(tally(100, failed=2), good, limits)
-    assert worse(tally(100, failed=2), tally(100, failed=2), limits) is None
-    assert "degraded" in worse(tally(100, degraded=3), good, limits)
+    assert worse(tally(100, failed=1), tally(100), limits) is None  # one in a hundred may be chance
+    assert "fail" in worse(tally(100, failed=5), good, limits)
+    assert worse(tally(100, failed=5), tally(100, failed=5), limits) is None
+    assert "degraded" in worse(tally(100, degraded=5), good, limits)
     assert "p95" in worse(tally(100, took_ms=50), tally(100, took_ms=30), limits)
     assert worse(tally(100, took_ms=19), tally(100, took_ms=3), limits) is None  # fast enough for anybody
     assert worse(tally(100, took_ms=50), tally(99, took_ms=30), limits) is None
+    old = tally(100, failed=100)
+    for _ in range(2000):
+        old.answered(10.0, degraded=False)
+    assert worse(old, good, limits) is None  # only what was lately
+
+
+async def test_what_says_nothing_of_a_bundle_does_not_count(opened, store, bundles):
+    switch, service = opened
+    store.try_out(bundles[1].bundle_id, 1.0)
+    await switch.step(service)
+    for _ in range(30):
+        await service.recommend(RecommendRequest())  # a stranger
+        answer, _ = await service.recommend(RecommendRequest(user_id="u1", deadline_ms=1.0))  # too little time
+        assert answer.bundle_id == bundles[1].bundle_id
+    assert len(service.current.tally) == len(service.trial.generation.tally) == 0
+
+
+async def test_a_trial_that_is_begun_anew_is_judged_anew(opened, store, bundles):
+    switch, service = opened
+    store.try_out(bundles[1].bundle_id, 0.5)
+    await switch.step(service)
+    before = service.trial
+    for _ in range(100):
+        before.generation.tally.failed()
+    store.withdraw()
+    store.try_out(bundles[1].bundle_id, 0.5)
+    await switch.step(service)
+    assert service.trial is not before
+    await switch.tidy(service)
+    assert service.trial is not None
+
+
+async def test_an_item_that_only_the_bundle_on_trial_has_is_found(opened, store, bundles, monkeypatch):
+    switch, service = opened
+    store.try_out(bundles[1].bundle_id, 0.5)
+    await switch.step(service)
+    assert service.knowing("i1") is service.current
+    monkeypatch.setattr(service.current.recommender, "item", lambda item_id: None)
+    assert service.knowing("i1") is service.trial.generation
+
+
+# --- the order of things ----------------------------------------------------------------------------------------------
+
+
+async def test_user_states_start_from_a_bundle_only_once_it_answers(opened, store, bundles, monkeypatch):
+    switch, service = opened
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    seeded = []
+    monkeypatch.setattr(service.store, "seed", lambda bundle_id, *_: seeded.append(bundle_id))
+    with monkeypatch.context() as patch:
+        break_golden(store, bundles[1], patch)
+        store.activate(second, first)
+        await switch.step(service)
+    assert seeded == []
+    store.rollback()
+    store.try_out(third, 0.5)
+    await switch.step(service)
+    assert service.trial is not None
+    assert seeded == []
+    store.promote()
+    await switch.step(service)
+    assert seeded == [third]
+
+
+async def test_a_pointer_that_moved_meanwhile_is_not_followed_to_where_it_was(opened, store, bundles, monkeypatch):
+    switch, service = opened
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    store.activate(second, first)
+    prepare = switch._prepare
+
+    async def slowly(*arguments):
+        generation = await prepare(*arguments)
+        store.rollback()
+        return generation
+
+    monkeypatch.setattr(switch, "_prepare", slowly)
+    await switch.step(service)
+    assert service.current.bundle_id == first
+    await turn(switch, service, 2)
+    assert service.current.bundle_id == first
+    assert service.retired == []
+
+
+async def test_after_two_bad_bundles_a_new_gateway_answers_from_the_last_good_one(
+    store, bundles, monkeypatch, tmp_path
+):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    store.activate(second, first)
+    store.activate(third, second)
+    real = switch_module.Generation.open
+
+    def opened(bundle, *rest):
+        if bundle.bundle_id == second:
+            raise KeyError("nobody expected that")
+        return real(bundle, *rest)
+
+    monkeypatch.setattr(switch_module.Generation, "open", opened)
+    break_golden(store, bundles[2], monkeypatch)
+    config = ServeConfig(
+        bundle_uri=str(store),
+        access=OpenAccess(),
+        topology="fused",
+        event_store=SqliteEventStoreConfig(path=str(tmp_path / "others.sqlite")),
+    )
+    switch = Switch(config, config.event_store.open(), {})
+    service = await switch.start()
+    assert service.current.bundle_id == first
+    assert set(service.refused) == {second, third}
+    await switch.step(service)
+    assert set(service.refused) == {third}  # and not tried again at once
+    assert store.collect(keep=3) == ()
+    service.close()
+
+
+def test_a_stage_that_starts_where_the_newest_are_bad_has_the_last_good_one(store, bundles):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    store.activate(second, first)
+    store.activate(third, second)
+
+    def build(bundle):
+        if bundle.bundle_id != first:
+            raise BundleError("broken")
+        return bundle
+
+    assert Shelf("ranking", str(store), build).get(first).bundle_id == first
+
+
+def test_a_pointer_that_moves_while_a_stage_starts_is_seen(store, bundles):
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+
+    def build(bundle):
+        if bundle.bundle_id == first:
+            store.activate(second, first)
+        return bundle
+
+    shelf = Shelf("ranking", str(store), build)
+    assert [stage.bundle_id for stage in shelf.stages] == [first, second]
 
 
 # --- stages in processes of their own ---------------------------------------------------------------------------------
@@ -303,7 +444,7 @@ class Replica:
 
     def __init__(self, name, present=True):
         self.name, self.present = name, present
-        self.ready, self.failed, self.held = set(), {}, []
+        self.ready, self.failed = set(), {}
 
     def info(self, bundle_id):
         if bundle_id in self.failed:
@@ -340,12 +481,10 @@ async def test_a_gateway_turns_when_every_replica_has_the_bundle(opened, store, 
     await turning
     assert service.current.bundle_id == second
     assert service.current.recommender.runner.stages[1] is pool
-    await switch._hold(service)
+    await switch.hold(service)
     assert set(pool.held[-1]) == {first, second}  # until its last request is answered
-    for _ in range(2):
-        await switch.step(service)
-        await asyncio.sleep(0.01)
-    await switch._hold(service)
+    await turn(switch, service, 2)
+    await switch.hold(service)
     assert pool.held[-1] == (second,)
 
 
@@ -372,13 +511,6 @@ async def test_a_stage_that_a_bundle_lacks_is_left_out(opened, store, bundles, m
     assert [stage.name for stage in service.current.recommender.runner.stages] == ["retrieval", "reranking"]
 
 
-def wait_for(what):
-    deadline = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_a_shelf_loads_what_is_named_and_forgets_what_is_not(store, bundles, monkeypatch):
     first, second, third = (bundle.bundle_id for bundle in bundles)
     built = []
@@ -403,14 +535,15 @@ def test_a_shelf_loads_what_is_named_and_forgets_what_is_not(store, bundles, mon
     info = shelf.hold([third])[third]
     assert (info.state, info.problem) == ("failed", "BundleError: broken")
     clock += 61
-    shelf.hold([second])
-    assert shelf.get(first) is None
-    assert built == [first, second, third]
-    shelf.hold([third])  # once more, for it was not asked for in between
-    clock += 1
+    assert shelf.hold([second, third])[third].state == "loading"  # once more, after a while
     while shelf.hold([third])[third].state == "loading":
         pass
     assert built == [first, second, third, third]
+    assert [stage.bundle_id for stage in shelf.stages] == [second]
+    assert shelf.get(first) is None  # but now it is on its way
+    while shelf.hold([first])[first].state == "loading":
+        pass
+    assert shelf.get(first).bundle_id == first
 
 
 def test_a_shelf_without_any_bundle_does_not_start(store):
@@ -419,48 +552,3 @@ def test_a_shelf_without_any_bundle_does_not_start(store):
 
     with pytest.raises(BundleError, match=r"no Bundle that can be loaded: BundleError: broken"):
         Shelf("ranking", str(store), build)
-
-
-# --- the store's own part ---------------------------------------------------------------------------------------------
-
-
-def test_trials_in_the_pointer(store, bundles):
-    first, second, third = (bundle.bundle_id for bundle in bundles)
-    with pytest.raises(BundleError, match="current already"):
-        store.try_out(first, 0.5)
-    with pytest.raises(BundleError, match="no Bundle is on trial"):
-        store.promote()
-    with pytest.raises(BundleError, match="no Bundle is on trial"):
-        store.withdraw()
-    pointer = store.try_out(second, 0.5)
-    assert pointer.wanted == (first, second)
-    with pytest.raises(BundleError, match="is on trial, not"):
-        store.withdraw(third)
-    assert store.collect(keep=1) in {(third,), ()}  # whichever is newest stays, and never one that is pointed to
-    pointer = store.promote(reason="better")
-    assert (pointer.bundle_id, pointer.previous, pointer.canary) == (second, first, None)
-    assert store.rollback().bundle_id == first
-
-
-def test_store_commands(store, bundles):
-    first, second, third = (bundle.bundle_id for bundle in bundles)
-    where = ["--store", str(store)]
-
-    def run(*words):
-        return CliRunner().invoke(app, [*words, *where])
-
-    listed = run("list").stdout
-    assert all(bundle.bundle_id in listed for bundle in bundles)
-    assert listed.count("current") == 1
-    assert f"current is {second}" in run("activate", second[:12]).stdout
-    assert f"current is {first}" in run("rollback").stdout
-    assert f"{third} on trial with 20.0%" in run("try-out", third, "--share", "20").stdout
-    assert "on trial, 20.0%" in run("list").stdout
-    assert f"current is {first}\n" in run("withdraw", "--reason", "no").stdout
-    run("try-out", third)
-    assert f"current is {third}\n" in run("promote").stdout
-    failed = run("activate", "no such id")
-    assert failed.exit_code == 2
-    assert "0 Bundles have an id" in failed.stderr
-    assert run("promote").exit_code == 2
-    assert f"removed {second}" in run("collect", "--keep", "1").stdout or second in run("list").stdout

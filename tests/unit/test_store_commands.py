@@ -1,0 +1,83 @@
+"""Trials in the pointer of a store, and the commands that move it."""
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.store import app
+from recsys.bundle.store import BundleStore
+from recsys.errors import BundleError
+from recsys.testing.tiny_bundle import make_bundle
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return [make_bundle(folder, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path, bundles):
+    store = BundleStore(tmp_path / "store")
+    for bundle in bundles:
+        store.add(bundle)
+    store.activate(bundles[0].bundle_id, None)
+    return store
+
+
+def test_trials_in_the_pointer(store, bundles):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    with pytest.raises(BundleError, match="current already"):
+        store.try_out(first, 0.5)
+    with pytest.raises(BundleError, match="no Bundle is on trial"):
+        store.promote()
+    with pytest.raises(BundleError, match="no Bundle is on trial"):
+        store.withdraw()
+    pointer = store.try_out(second, 0.5)
+    assert pointer.wanted == (first, second)
+    with pytest.raises(BundleError, match="is on trial, not"):
+        store.withdraw(third)
+    assert set(store.collect(keep=1)) <= {third}  # whichever is newest stays, and never one that is pointed to
+    pointer = store.promote(reason="better")
+    assert (pointer.bundle_id, pointer.previous, pointer.canary) == (second, first, None)
+    assert store.rollback().bundle_id == first
+
+
+def test_what_is_activated_again_keeps_what_was_before_it(store, bundles):
+    first, second, _ = (bundle.bundle_id for bundle in bundles)
+    store.activate(second, first)
+    assert store.activate(second, second).previous == first
+    assert store.rollback().bundle_id == first
+
+
+def test_activating_ends_a_trial_and_says_so(store, bundles):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    store.try_out(second, 0.1)
+    pointer = store.activate(third, first)
+    assert pointer.canary is None
+    assert pointer.reason == f"the trial of {second} ended when {third} was activated"
+
+
+def test_store_commands(store, bundles):
+    first, second, third = (bundle.bundle_id for bundle in bundles)
+    where = ["--store", str(store)]
+
+    def run(*words):
+        return CliRunner().invoke(app, [*words, *where])
+
+    listed = run("list").stdout
+    assert all(bundle.bundle_id in listed for bundle in bundles)
+    assert listed.count("current") == 1
+    assert f"current is {second}" in run("activate", second[:12]).stdout
+    assert f"current is {first}" in run("rollback").stdout
+    assert f"{third} on trial with 20.0%" in run("try-out", third, "--share", "20").stdout
+    assert "on trial, 20.0%" in run("list").stdout
+    assert f"current is {first}\n" in run("withdraw", "--reason", "no").stdout
+    run("try-out", third)
+    assert f"current is {third}\n" in run("promote").stdout
+    failed = run("activate", "no such id")
+    assert failed.exit_code == 2
+    assert "0 Bundles have an id" in failed.stderr
+    assert run("promote").exit_code == 2
+    assert store.past() == [third, first, second]
+    kept = store.list()[0].bundle_id == second  # whichever is newest stays
+    assert run("collect", "--keep", "1").stdout == ("" if kept else f"removed {second}\n")
