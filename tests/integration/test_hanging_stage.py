@@ -12,6 +12,7 @@ from ray.serve.exceptions import RayServeException
 
 from serve.batching import Batcher
 from serve.deployments import StageDeployment
+from serve.metrics import Meters, no_sink
 
 
 @pytest.mark.timeout(300)
@@ -24,6 +25,7 @@ def test_a_replica_whose_stage_hangs_is_replaced(local_ray):
                 return [os.getpid() for _ in calls]
 
             self._batcher = Batcher(compute, 4)
+            self._meters = Meters(no_sink)
 
     application = serve.deployment(
         Hanging,
