@@ -37,10 +37,15 @@ class ALS(RetrieverConfig):
             random_state=data.seed,
             num_threads=1,
         )
-        confidence_UN = matrix_UN.copy()
+        # What nobody met and who met nothing would enter the first alternation by their random factors alone.
+        popularity = popularity_of(matrix_UN)
+        known = np.diff(matrix_UN.tocsc().indptr) > 0
+        confidence_UN = matrix_UN[np.diff(matrix_UN.indptr) > 0][:, known]
         confidence_UN.data = 1 + self.alpha * confidence_UN.data
         model.fit(confidence_UN, show_progress=False)
-        return self._retriever(np.asarray(model.item_factors, np.float32), popularity_of(matrix_UN))
+        factors_ND = np.zeros((len(known), self.dim), np.float32)
+        factors_ND[known] = model.item_factors
+        return self._retriever(factors_ND, popularity)
 
     def load(self, folder: Path) -> FactorRetriever:
         """Read saved factors."""
