@@ -7,6 +7,7 @@ The log keeps every event for good; the current seed and the watermark decide wh
 
 from __future__ import annotations
 
+import os
 import platform
 import queue
 import sqlite3
@@ -128,9 +129,10 @@ class SqliteEventStore(EventStore):
         self._closed = False
         with self._errors("cannot be opened"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            connection = self._connect()
+            connection = self._connect(create=True)
             try:
                 self._log_id = self._prepare(connection)
+                self._file = self._file_id()
             finally:
                 connection.close()
 
@@ -268,6 +270,7 @@ class SqliteEventStore(EventStore):
             for request in requests:
                 accepted = max(0, connection.executemany(_INSERT_EVENT, request.rows).rowcount)
                 results.append(AppendResult(accepted, len(request.rows) - accepted))
+            self._refuse_lost()
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -275,9 +278,11 @@ class SqliteEventStore(EventStore):
             raise
         return results
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, *, create: bool = False) -> sqlite3.Connection:
+        # A file that is gone for a moment must not be followed by an empty one.
+        uri = f"{self.path.as_uri()}?mode={'rwc' if create else 'rw'}"
         connection = sqlite3.connect(
-            self.path, timeout=self.config.busy_timeout_s, isolation_level=None, check_same_thread=False
+            uri, timeout=self.config.busy_timeout_s, isolation_level=None, check_same_thread=False, uri=True
         )
         connection.execute("PRAGMA synchronous = FULL")
         return connection
@@ -344,6 +349,18 @@ class SqliteEventStore(EventStore):
             raise EventStoreError(
                 f"{self.path}: this file system cannot share memory between processes, so the embedded event store "
                 "cannot be kept there; use a local disk",
+                path=str(self.path),
+            )
+
+    def _file_id(self) -> tuple[int, int]:
+        found = os.stat(self.path)
+        return found.st_dev, found.st_ino
+
+    def _refuse_lost(self) -> None:
+        """SQLite goes on writing to a file that was removed, where nobody would find the events again."""
+        if self._file_id() != self._file:
+            raise EventStoreError(
+                f"the file {self.path} was replaced by another since it was opened: restart what uses it",
                 path=str(self.path),
             )
 

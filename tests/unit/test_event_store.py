@@ -242,6 +242,30 @@ def test_a_writer_that_holds_the_file_too_long_is_reported_and_survived(config):
         assert store.append([event("1")]).accepted == 1
 
 
+def test_nothing_is_acknowledged_while_the_file_is_gone(tmp_path):
+    """SQLite alone would write on, into a file that has no name any more."""
+    here, away = tmp_path / "here", tmp_path / "away"
+    with SqliteEventStoreConfig(path=str(here / "events.sqlite")).open() as store:
+        store.append([event("1")])
+        here.rename(away)
+        with pytest.raises(EventStoreError, match="did not keep the events"):
+            store.append([event("2")])
+        assert not here.exists()  # and no empty file is made where it was
+        away.rename(here)
+        assert store.append([event("2", "b")]).accepted == 1
+        assert store.user("u").item_ids == ("a", "b")
+
+
+def test_nothing_is_acknowledged_once_another_file_took_the_place(tmp_path):
+    here = tmp_path / "here"
+    with SqliteEventStoreConfig(path=str(here / "events.sqlite")).open() as store:
+        store.append([event("1")])
+        here.rename(tmp_path / "away")
+        SqliteEventStoreConfig(path=str(here / "events.sqlite")).open().close()
+        with pytest.raises(EventStoreError, match="replaced by another"):
+            store.append([event("2")])
+
+
 def test_concurrent_appends_share_commits_and_all_count(config, monkeypatch):
     commits = []
     commit = sqlite_module.SqliteEventStore._commit
