@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,13 +35,19 @@ _END_S = 10.0
 
 @contextmanager
 def serving(
-    config: ServeConfig, *, port: int = 8000, num_cpus: int | None = None, address: str | None = None
+    config: ServeConfig,
+    *,
+    port: int = 8000,
+    num_cpus: int | None = None,
+    address: str | None = None,
+    proxy_location: Literal["EveryNode", "HeadOnly"] = "EveryNode",
 ) -> Generator[str, None, None]:
     """Inside, ``config`` is served at the URL that is yielded, on the loopback interface.
 
     A Ray is started with ``num_cpus`` (None: those of the machine) and ended with everything it started; with
     ``address`` a running one is joined, which must have been started with the variables of
-    :func:`serve.fastpath.fast_path`, and only the application is taken down. Ray must not have been imported before.
+    :func:`serve.fastpath.fast_path`, and only the application is taken down. Otherwise Ray must not have been imported
+    before. ``proxy_location`` HeadOnly is for nodes that share an IP address, and with it the port.
     """
     _refuse_taken(port)
     folder = Path(tempfile.mkdtemp(prefix="recsys-", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108 a socket's path is short
@@ -69,7 +75,7 @@ def serving(
             )
         else:
             ray.init(address=address, log_to_driver=False)
-        serve.start(proxy_location="EveryNode", http_options=http_options)
+        serve.start(proxy_location=proxy_location, http_options=http_options)
         try:
             serve.run(build(config.model_dump(mode="json")), name=APP_NAME, route_prefix="/")
             url = f"http://{fastpath.LOOPBACK}:{port}"
@@ -179,7 +185,7 @@ def _wait_until_ready(url: str, timeout_s: float) -> None:
 def _end_processes(session: str) -> None:
     """End what still lives of this session: an HAProxy outlives the actor that started it when that is killed."""
     deadline = time.monotonic() + _END_S
-    while left := _processes(session):
+    while left := processes_marked(_SESSION, session):
         number = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
         for pid in left:
             try:
@@ -191,11 +197,12 @@ def _end_processes(session: str) -> None:
 
 def processes_of_session() -> list[int]:
     """Every process that works for what is served, but this one; inside :func:`serving`."""
-    return _processes(os.environ[_SESSION])
+    return processes_marked(_SESSION, os.environ[_SESSION])
 
 
-def _processes(session: str) -> list[int]:
-    mark = f"{_SESSION}={session}".encode()
+def processes_marked(variable: str, value: str) -> list[int]:
+    """Every process but this one that was started with this in its environment."""
+    mark = f"{variable}={value}".encode()
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

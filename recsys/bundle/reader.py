@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 CACHE_VARIABLE = "RECSYS_CACHE"
 """Environment variable that names the folder for copies of remote Bundles; ``~/.cache/recsys`` without it."""
+CACHED_BUNDLES = 8
+"""so many copies stay in the cache, those that were opened last; a gateway uses four at most"""
 
 HISTORIES_SCHEMA = pa.schema(
     [
@@ -305,6 +307,7 @@ def _cached(location: Location, manifest: Manifest, cache: Path) -> Path:
                 target.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
         else:
+            os.utime(target)
             return target
     temporary = cache / f".{manifest.checksum}.{uuid.uuid4().hex}.tmp"
     try:
@@ -323,4 +326,19 @@ def _cached(location: Location, manifest: Manifest, cache: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _trim(cache, keep=target)
     return target
+
+
+def _trim(cache: Path, *, keep: Path) -> None:
+    """Remove the copies that were opened longest ago; what somebody has mapped stays readable to them."""
+    opened: list[tuple[float, Path]] = []
+    for path in cache.glob("[!.]*"):
+        with suppress(FileNotFoundError):  # another process trims as well
+            opened.append((path.stat().st_mtime, path))
+    for _, path in sorted(opened, reverse=True)[CACHED_BUNDLES:]:
+        if path != keep:
+            aside = cache / f".{path.name}.{uuid.uuid4().hex}.old"  # in one step it is no copy any more
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)

@@ -7,7 +7,6 @@ The log keeps every event for good; the current seed and the watermark decide wh
 
 from __future__ import annotations
 
-import os
 import platform
 import queue
 import sqlite3
@@ -353,7 +352,7 @@ class SqliteEventStore(EventStore):
             )
 
     def _file_id(self) -> tuple[int, int]:
-        found = os.stat(self.path)
+        found = self.path.stat()
         return found.st_dev, found.st_ino
 
     def _refuse_lost(self) -> None:

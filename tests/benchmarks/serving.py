@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,38 +25,62 @@ from rows import RESULTS, write_row
 
 from recsys.bundle import Bundle
 from recsys.files import write_json
-from recsys.testing.tiny_bundle import Size, make_bundle
+from recsys.index.ivf import IvfIndex
+from recsys.models.esasrec import ESASRec
+from recsys.testing.tiny_bundle import TINY, Size, make_bundle
 
 COMMAND = "make bench-serve"
 HERE = Path(__file__).parent
 THREADS = 1
+CONFIG = Path("configs/movielens_1m.yaml")
 ML1M = Size(
     num_items=3416, num_users=6040, shortest=20, longest=310, dim=64, ranker_dim=64, ranker_history=50
 )  # fmt: skip
 """as many items and users as MovieLens-1M, and as long histories: 165 on average"""
+MILLION = Size(num_items=1_000_000, num_users=500, shortest=20, longest=310, dim=64, ranker_dim=64, ranker_history=50)
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
 """of the rate at which the plain reference is saturated"""
 WINDOW_S = 8.0
-ROUNDS = 3
 CALLERS = 16
 
 
+def trained(workdir: Path) -> Bundle:
+    """MovieLens-1M as the jobs publish it, its retriever after two passes: how good it is does not matter here."""
+    home = workdir / "trained"
+    store = home / "movielens_1m" / "bundles"
+    if not store.exists():
+        short = {"workdir": home, "retriever.train.epochs": 2, "ranking.model.epochs": 1, "compute.num_workers": 0}
+        command = [sys.executable, "-m", "jobs.pipeline", "--config", str(CONFIG)]
+        command += [word for name, value in short.items() for word in ("--set", f"{name}={value}")]
+        subprocess.run(command, check=True)
+    return Bundle.open(store)
+
+
 def bundle_of(workdir: Path, name: str, size: Size, **settings: Any) -> Bundle:
-    """Made once and kept."""
+    """One of random data, made once and kept."""
     folder = workdir / name
     made = list(folder.glob("*/manifest.json"))
     return Bundle.open(made[0].parent) if made else make_bundle(folder, size=size, **settings)
 
 
-def some_users() -> list[str]:
+def million(workdir: Path) -> Bundle:
+    """A million items behind an approximate index."""
+    retriever = ESASRec.parse(
+        {"dim": 64, "num_blocks": 1, "hidden_dim": 128, "num_negatives": 256, "train": {"epochs": 1}}, where="bench"
+    )
+    return bundle_of(workdir, "million", MILLION, retriever=retriever, index=IvfIndex())
+
+
+def some_users(bundle: Bundle) -> list[str]:
     """Two thousand, drawn at random."""
-    return [f"u{user}" for user in np.random.default_rng(0).integers(0, ML1M.num_users, 2000)]
+    users = bundle.histories()["user_id"]
+    return users.take(np.random.default_rng(0).integers(0, len(users), 2000)).to_pylist()
 
 
-def bodies_of(workdir: Path) -> Path:
+def bodies_of(bundle: Bundle, workdir: Path) -> Path:
     """A file with a request for each of :func:`some_users`."""
-    path = workdir / "bodies.jsonl"
-    path.write_text("".join(json.dumps({"user_id": user}) + "\n" for user in some_users()))
+    path = workdir / f"bodies-{bundle.bundle_id}.jsonl"
+    path.write_text("".join(json.dumps({"user_id": user}) + "\n" for user in some_users(bundle)))
     return path
 
 
@@ -165,9 +190,18 @@ def stages_cpu_ms(bundle: Bundle, users: list[str]) -> float:
 
 def traffic(workdir: Path) -> None:
     """Throughput against latency, processor time per request, and what happens past saturation."""
-    bundle = bundle_of(workdir, "ml1m", ML1M)
-    users = some_users()
-    bodies = bodies_of(workdir)
+    _traffic(trained(workdir), workdir, "", "Bundle trained on MovieLens-1M", rounds=3)
+
+
+def traffic_1m(workdir: Path) -> None:
+    """The same among a million items."""
+    about = "Bundle of 1,000,000 random items, inverted lists"
+    _traffic(million(workdir), workdir, "_1m", about, rounds=1)
+
+
+def _traffic(bundle: Bundle, workdir: Path, suffix: str, about: str, rounds: int) -> None:
+    users = some_users(bundle)
+    bodies = bodies_of(bundle, workdir)
     windows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
         folder = Path(name)
@@ -177,14 +211,14 @@ def traffic(workdir: Path) -> None:
                 load(system, bodies, callers=CALLERS, seconds=WINDOW_S)  # warms up
             top = {system.name: [] for system in systems}
             stages: list[float] = []
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for system in systems:
                     found = load(system, bodies, callers=CALLERS, seconds=WINDOW_S)
                     top[system.name].append(sum(status == 200 for status in found["status"]) / found["seconds"])
                 stages.append(stages_cpu_ms(bundle, users))
             saturation = {name: float(np.median(rates)) for name, rates in top.items()}
             print("saturation, requests/s:", {name: round(rate, 1) for name, rate in saturation.items()}, flush=True)
-            for turn in range(ROUNDS):
+            for turn in range(rounds):
                 for fraction in FRACTIONS:
                     for system in systems:
                         rate = fraction * saturation["plain"]
@@ -193,7 +227,7 @@ def traffic(workdir: Path) -> None:
             for system in systems:  # the goodput of each at twice its own
                 found = load(system, bodies, rate=2 * saturation[system.name], seconds=WINDOW_S)
                 windows.append(found | {"system": system.name, "fraction": 0.0})
-    report(windows, saturation, float(np.median(stages)))
+    report(windows, saturation, float(np.median(stages)), suffix, about, rounds)
 
 
 def summary(windows: list[dict[str, Any]]) -> dict[str, float]:
@@ -218,7 +252,9 @@ def summary(windows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: float(np.median([row.get(name, np.nan) for row in rows])) for name in rows[0]}
 
 
-def report(windows: list[dict[str, Any]], saturation: dict[str, float], stages_ms: float) -> None:
+def report(
+    windows: list[dict[str, Any]], saturation: dict[str, float], stages_ms: float, suffix: str, about: str, rounds: int
+) -> None:
     """Rows, a table and a plot."""
     names = list(saturation)
     by = {
@@ -230,20 +266,20 @@ def report(windows: list[dict[str, Any]], saturation: dict[str, float], stages_m
     folder.mkdir(parents=True, exist_ok=True)
     table = table_of(by)
     print(table)
-    (folder / "traffic.md").write_text(table)
+    (folder / f"traffic{suffix}.md").write_text(table)
     write_json(
-        folder / "traffic.json",
+        folder / f"traffic{suffix}.json",
         {
             "saturation": saturation,
             "stages_cpu_ms": stages_ms,
             "windows": [{"system": name, "fraction": fraction, **row} for (name, fraction), row in by.items()],
         },
     )
-    plot(by, folder / "traffic.svg")
+    plot(by, folder / f"traffic{suffix}.svg")
     protocol = (
-        f"Bundle of random data of the size of MovieLens-1M, 200 candidates ranked, {THREADS} thread, one replica "
-        "each; open loop, Poisson arrivals, latency from the moment a request was due, medians of "
-        f"{ROUNDS} windows of {WINDOW_S:g} s, in turns with the same stages behind plain FastAPI and uvicorn; "
+        f"{about}, 200 candidates ranked, {THREADS} thread, one replica each; open loop, Poisson arrivals, latency "
+        f"from the moment a request was due, medians of {rounds} windows of {WINDOW_S:g} s, in turns with the same "
+        "stages behind plain FastAPI and uvicorn; "
         "generator in a process of its own on the same cores"
     )
     details = {"saturation_per_s": saturation, "stages_cpu_ms": stages_ms}
@@ -254,7 +290,8 @@ def report(windows: list[dict[str, Any]], saturation: dict[str, float], stages_m
         slope_ms = float(np.polyfit([row["goodput"] for row in rows], per_s, 1)[0])
         overhead = slope_ms - stages_ms
         write_row(
-            "serving", f"{name}_cpu_overhead_ms", overhead, unit="ms", bar=f"<= {limit:g}", passes=overhead <= limit,
+            "serving", f"{name}_cpu_overhead_ms{suffix}", overhead, unit="ms", bar=f"<= {limit:g}",
+            passes=overhead <= limit,
             protocol=protocol + "; slope of processor time over rate, less that of the stages in process",
             command=COMMAND, seeds=[0],
             details=details | {f"cpu_ms_at_{f:g}": by[name, f]["cpu_ms"] for f in FRACTIONS},
@@ -262,19 +299,19 @@ def report(windows: list[dict[str, Any]], saturation: dict[str, float], stages_m
     for name, limit in (("graph", 2.5), ("fused", 1.3)):
         ratio = by[name, 0.4]["p99"] / by["plain", 0.4]["p99"]
         write_row(
-            "serving", f"{name}_p99_ratio", ratio, unit="x", bar=f"<= {limit:g}", passes=ratio <= limit,
+            "serving", f"{name}_p99_ratio{suffix}", ratio, unit="x", bar=f"<= {limit:g}", passes=ratio <= limit,
             protocol=protocol + "; at 0.4 of the reference's saturation", command=COMMAND, seeds=[0],
             details={each: by[each, 0.4]["p99"] for each in names},
         )  # fmt: skip
     ratio = saturation["fused"] / saturation["plain"]
     write_row(
-        "serving", "fused_saturation_ratio", ratio, unit="x", bar=">= 0.9", passes=ratio >= 0.9,
+        "serving", f"fused_saturation_ratio{suffix}", ratio, unit="x", bar=">= 0.9", passes=ratio >= 0.9,
         protocol=protocol + f"; closed loop of {CALLERS} callers", command=COMMAND, seeds=[0], details=saturation,
     )  # fmt: skip
     goodput = {name: by[name, 0.0]["goodput"] / saturation[name] for name in ("graph", "fused")}
     worst = min(goodput.values())
     write_row(
-        "serving", "goodput_past_saturation", worst, unit="x", bar=">= 0.8", passes=worst >= 0.8,
+        "serving", f"goodput_past_saturation{suffix}", worst, unit="x", bar=">= 0.8", passes=worst >= 0.8,
         protocol=protocol + "; the worse topology at twice its own saturation, over its saturation",
         command=COMMAND, seeds=[0], details=goodput,
     )  # fmt: skip
@@ -363,7 +400,7 @@ def swaps(workdir: Path) -> None:
     from serve.run import processes_of_session, serving
 
     bundles = [bundle_of(workdir, f"ml1m-{seed}", ML1M, seed=seed) for seed in range(2)]
-    bodies = bodies_of(workdir)
+    bodies = bodies_of(bundles[0], workdir)
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
         store = BundleStore(Path(name) / "bundles")
         for bundle in bundles:
@@ -428,7 +465,8 @@ def ladder(workdir: Path) -> None:
     from recsys.pipeline.requests import RecommendRequest
     from recsys.pipeline.runner import LocalStage
 
-    bundle = bundle_of(workdir, "ml1m", ML1M)
+    bundle = trained(workdir)
+    users = some_users(bundle)
     deadline_ms, rate, seconds = 500.0, 50.0, 10.0
     release = threading.Event()
 
@@ -450,19 +488,19 @@ def ladder(workdir: Path) -> None:
             took_ms: list[float] = []
 
             async def one(
-                user: int, due: float, recommender: Recommender = recommender, took_ms: list[float] = took_ms
+                user_id: str, due: float, recommender: Recommender = recommender, took_ms: list[float] = took_ms
             ) -> None:
-                answer = await recommender.arecommend(RecommendRequest(user_id=f"u{user}", deadline_ms=deadline_ms))
+                answer = await recommender.arecommend(RecommendRequest(user_id=user_id, deadline_ms=deadline_ms))
                 took_ms.append((time.perf_counter() - due) * 1e3)
                 assert len(answer.items) == 10 and answer.degraded
 
-            async def all_of_them(one: Callable[[int, float], Any] = one) -> None:
+            async def all_of_them(one: Callable[[str, float], Any] = one) -> None:
                 start = time.perf_counter()
                 tasks = []
                 for number in range(int(rate * seconds)):
                     due = start + number / rate
                     await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                    tasks.append(asyncio.create_task(one(number % ML1M.num_users, due)))
+                    tasks.append(asyncio.create_task(one(users[number % len(users)], due)))
                 await asyncio.gather(*tasks)
 
             asyncio.run(all_of_them())
@@ -490,8 +528,8 @@ def ramp(workdir: Path) -> None:
     from serve.config import ServeConfig
     from serve.run import processes_of_session, serving
 
-    bundle = bundle_of(workdir, "ml1m", ML1M)
-    bodies = bodies_of(workdir)
+    bundle = trained(workdir)
+    bodies = bodies_of(bundle, workdir)
     steps = [(5, 20.0), (40, 40.0), (80, 40.0), (40, 30.0), (5, 60.0)]
     scaling = {
         "min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 1, "upscale_delay_s": 2,
@@ -536,7 +574,7 @@ def ramp(workdir: Path) -> None:
     write_row(
         "serving", "ramp_failed_requests", failed, unit="requests", bar="0, replicas rise and return",
         passes=not failed and most > 1 and last == 1, command=COMMAND, seeds=[0],
-        protocol=f"topology fused, Bundle of the size of MovieLens-1M, requests/s and seconds {steps}, 1 to 4 replicas",
+        protocol=f"topology fused, Bundle trained on MovieLens-1M, requests/s and seconds {steps}, 1 to 4 replicas",
         details={"most_replicas": most, "replicas_at_end": last, "refused": int(np.sum(status == 503))},
     )  # fmt: skip
 
@@ -565,15 +603,87 @@ def plot_ramp(
     figure.savefig(path)
 
 
-FIGURES = {"traffic": traffic, "retrieval": retrieval, "swaps": swaps, "ladder": ladder, "ramp": ramp}
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(workdir: Path) -> None:
+    """What one more replica costs, of a Bundle of a million items and of one of next to none."""
+    big, small = million(workdir), bundle_of(workdir, "tiny", TINY)
+    added: dict[str, int] = {}
+    for name, bundle in (("million", big), ("tiny", small)):
+        one, two = (_resident_bytes(bundle, workdir, number) for number in (1, 2))
+        added[name] = two - one
+        print(f"{name}: {one / 1e6:.0f} MB in one replica, {two / 1e6:.0f} MB in two", flush=True)
+    num_bytes = big.manifest.num_bytes
+    share = (added["million"] - added["tiny"]) / num_bytes
+    write_row(
+        "serving", "replica_mapped_share", share, unit="", bar="<= 0.1", passes=share <= 0.1, command=COMMAND,
+        seeds=[0],
+        protocol="topology fused, after 300 requests; proportional set size of all replicas, of two less of one, for a "
+        "Bundle of 1,000,000 random items less that for one of 300, over the bytes of the first on disk",
+        details={"bundle_bytes": num_bytes, "added_bytes": added},
+    )  # fmt: skip
+
+
+def _resident_bytes(bundle: Bundle, workdir: Path, num_replicas: int) -> int:
+    """Of all gateways together, what they share counted once; served from a process of its own."""
+    command = [sys.executable, __file__, "--resident", str(bundle.path), "--replicas", str(num_replicas)]
+    said = subprocess.run([*command, "--workdir", str(workdir)], check=True, capture_output=True, text=True).stdout
+    return int(said.split()[-1])
+
+
+def resident(bundle: Bundle, workdir: Path, num_replicas: int) -> None:
+    """Print :func:`_resident_bytes`."""
+    from recsys.events import SqliteEventStoreConfig
+    from serve.config import ServeConfig
+    from serve.run import processes_of_session, serving
+
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
+        config = ServeConfig.parse(
+            {
+                "bundle_uri": str(bundle.path),
+                "access": {"kind": "open"},
+                "topology": "fused",
+                "event_store": SqliteEventStoreConfig(path=f"{name}/events.sqlite").model_dump(),
+                "gateway": {"min_replicas": num_replicas, "max_replicas": num_replicas, "num_cpus": 0.1},
+            },
+            where="bench",
+        )
+        with serving(config, port=8026) as url:
+            system = System("fused", f"{url}/v1/recommend", processes_of_session)
+            load(system, bodies_of(bundle, workdir), rate=30, seconds=10 * num_replicas)
+            rollups = [
+                Path(f"/proc/{pid}/smaps_rollup").read_text()
+                for pid in processes_of_session()
+                if b"gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ]
+    assert len(rollups) == num_replicas, f"{len(rollups)} gateways, not {num_replicas}"
+    kib = [int(re.findall(r"^Pss: *([0-9]+) kB", each, re.MULTILINE)[0]) for each in rollups]
+    sys.stdout.write(f"{1024 * sum(kib)}\n")
+
+
+FIGURES = {
+    "traffic": traffic,
+    "traffic_1m": traffic_1m,
+    "retrieval": retrieval,
+    "memory": memory,
+    "swaps": swaps,
+    "ladder": ladder,
+    "ramp": ramp,
+}
 
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"figures to measure: {', '.join(FIGURES)}")] = None,
     workdir: Annotated[Path, typer.Option(help="where Bundles are kept")] = Path("runs/bench-serve"),
+    bundle: Annotated[Path | None, typer.Option("--resident", help="print what replicas of this Bundle take")] = None,
+    replicas: int = 1,
 ) -> None:
     """Measure how serving stands up to load."""
     workdir.mkdir(parents=True, exist_ok=True)
+    if bundle is not None:
+        resident(Bundle.open(bundle), workdir, replicas)
+        return
     for name in only or FIGURES:
         print(f"== {name}", flush=True)
         if len(only or FIGURES) > 1:

@@ -19,6 +19,7 @@ import pytest
 
 from recsys import schema
 from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery, Manifest
+from recsys.bundle import reader as reader_module
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, content_id, git_revision, list_files
 from recsys.data.dataset import DatasetInfo
@@ -405,6 +406,22 @@ def test_a_remote_bundle_is_copied_once_and_checked(bundle: Bundle, memory: str,
     upload(bundle, memory)
     Bundle.open(memory, cache=cache)
     assert [path.name for path in cache.iterdir()] == [bundle.manifest.checksum]
+
+
+def test_copies_that_were_opened_longest_ago_are_removed(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "CACHED_BUNDLES", 2)
+    cache, uris = tmp_path / "cache", []
+    for salt in range(3):
+        uris.append(f"{memory}/{salt}")
+        upload(write(tmp_path / "out", parts={"salt": salt}), uris[-1])
+    first, second = (Bundle.open(uri, cache=cache) for uri in uris[:2])
+    vectors = second.index()
+    assert Bundle.open(uris[0], cache=cache).path == first.path  # now the second is the one that waits longest
+    third = Bundle.open(uris[2], cache=cache)
+    assert {path.name for path in cache.iterdir()} == {first.path.name, third.path.name}
+    assert vectors.num_items == NUM_ITEMS and vectors.search(np.zeros((1, DIM), np.float32), 3)[0].shape == (1, 3)
 
 
 def test_a_remote_bundle_that_was_changed_is_not_cached(bundle: Bundle, memory: str, tmp_path: Path) -> None:

@@ -4,24 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.store import app
-from recsys.bundle.store import BundleStore
 from recsys.errors import BundleError
-from recsys.testing.tiny_bundle import make_bundle
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bundles")
-    return [make_bundle(folder, seed=seed) for seed in range(3)]
-
-
-@pytest.fixture
-def store(tmp_path, bundles):
-    store = BundleStore(tmp_path / "store")
-    for bundle in bundles:
-        store.add(bundle)
-    store.activate(bundles[0].bundle_id, None)
-    return store
 
 
 def test_trials_in_the_pointer(store, bundles):

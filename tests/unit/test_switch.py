@@ -6,33 +6,15 @@ import weakref
 
 import pytest
 
-from recsys.bundle.store import BundleStore
 from recsys.errors import BundleError, StageError
 from recsys.events import SqliteEventStoreConfig
 from recsys.pipeline.requests import RecommendRequest
-from recsys.testing.tiny_bundle import make_bundle
 from serve import shelf as shelf_module
 from serve import switch as switch_module
 from serve.canary import CanaryConfig, Tally, worse
 from serve.config import OpenAccess, ServeConfig
 from serve.shelf import Shelf, StageInfo
 from serve.switch import Switch
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
-    """Three that differ; the second one's golden query is answered wrongly by it."""
-    folder = tmp_path_factory.mktemp("bundles")
-    return [make_bundle(folder, seed=seed) for seed in range(3)]
-
-
-@pytest.fixture
-def store(tmp_path, bundles):
-    store = BundleStore(tmp_path / "store")
-    for bundle in bundles:
-        store.add(bundle)
-    store.activate(bundles[0].bundle_id, None)
-    return store
 
 
 @pytest.fixture(autouse=True)
