@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rows import RESULTS, write_row
-from serving import HERE, some_users, trained
+from served import HERE, some_users, trained
 
 from recsys.bundle import Bundle
 
