@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -31,23 +31,27 @@ from recsys.errors import EventStoreError
 from recsys.events.base import AppendResult, Event, EventStore, EventStoreConfig, UserState, check_events
 
 pc: Any = pyarrow.compute  # its functions are made at import, out of a type checker's sight
-FORMAT = 1
+FORMAT = 2
 _SEPARATOR = "\0"
 _GENERATION_BITS = 40
 _POSITION_MASK = (1 << _GENERATION_BITS) - 1
 _COMMIT_EVENTS = 10_000
-_SEED_ROWS = 16_384
+_SEED_ROWS = 512
+_SEED_PAUSE_S = 0.005
+"""between the transactions of a seed, so that events are written meanwhile"""
+_SEED_TIMEOUT_S = 3600.0
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE seeds (
-    generation INTEGER PRIMARY KEY AUTOINCREMENT,
+    generation INTEGER PRIMARY KEY,
     bundle_id TEXT NOT NULL UNIQUE,
     log_position INTEGER NOT NULL
 );
 CREATE TABLE histories (
-    user_id TEXT PRIMARY KEY, item_ids TEXT NOT NULL, timestamps_ms BLOB NOT NULL, events TEXT NOT NULL,
-    vals BLOB NOT NULL
+    generation INTEGER NOT NULL, user_id TEXT NOT NULL, item_ids TEXT NOT NULL, timestamps_ms BLOB NOT NULL,
+    events TEXT NOT NULL, vals BLOB NOT NULL,
+    PRIMARY KEY (generation, user_id)
 );
 CREATE TABLE events (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -64,7 +68,10 @@ INSERT INTO events
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING
 """
 _SELECT_SEED = "SELECT generation, log_position FROM seeds ORDER BY generation DESC LIMIT 1"
-_SELECT_HISTORY = "SELECT item_ids, timestamps_ms, events, vals FROM histories WHERE user_id = ?"
+_SELECT_HISTORY = "SELECT item_ids, timestamps_ms, events, vals FROM histories WHERE generation = ? AND user_id = ?"
+_DELETE_HISTORIES = """
+DELETE FROM histories WHERE rowid IN (SELECT rowid FROM histories WHERE generation <> ? LIMIT ?)
+"""
 _SELECT_LAST = """
 SELECT max(position) FROM events INDEXED BY events_by_arrival WHERE in_state = 1 AND user_id = ?
 """
@@ -176,7 +183,7 @@ class SqliteEventStore(EventStore):
                     rows.sort(key=itemgetter(2))
                 else:
                     (last,) = connection.execute(_SELECT_LAST, (user_id,)).fetchone()
-                    history = connection.execute(_SELECT_HISTORY, (user_id,)).fetchone()
+                    history = connection.execute(_SELECT_HISTORY, (generation, user_id)).fetchone()
                     if history is None and (last or 0) <= log_position:
                         return None
                     state = _seeded(user_id, history)
@@ -196,28 +203,45 @@ class SqliteEventStore(EventStore):
         log_id, _, position = (watermark or "").rpartition(":")
         log_position = int(position) if log_id == self._log_id else 0
         self._refuse_closed()
-        with self._errors("cannot be seeded"):
-            connection = self._connect()
+        with self._errors("cannot be seeded"), self._seeding() as connection:
+            if connection.execute("SELECT 1 FROM seeds WHERE bundle_id = ?", (bundle_id,)).fetchone():
+                return False
+            (current,) = connection.execute("SELECT coalesce(max(generation), 0) FROM seeds").fetchone()
+            self._drop_histories(connection, current)  # of a seed that came to no end
+            generation = current + 1
+            insert = "INSERT INTO histories VALUES (?, ?, ?, ?, ?, ?)"
             try:
-                connection.execute("PRAGMA cache_size = -65536")
-                connection.execute("BEGIN IMMEDIATE")
-                if connection.execute("SELECT 1 FROM seeds WHERE bundle_id = ?", (bundle_id,)).fetchone():
-                    return False
-                connection.execute("DELETE FROM histories")
-                insert = "INSERT INTO histories VALUES (?, ?, ?, ?, ?)"
                 for batch in histories.to_batches(_SEED_ROWS):
-                    connection.executemany(insert, _history_rows(batch, self.config.max_history))
-                connection.execute(
-                    "INSERT INTO seeds (bundle_id, log_position) VALUES (?, ?)", (bundle_id, log_position)
-                )
-                connection.execute("COMMIT")
+                    rows = [(generation, *row) for row in _history_rows(batch, self.config.max_history)]
+                    with _transaction(connection):
+                        connection.executemany(insert, rows)
+                    time.sleep(_SEED_PAUSE_S)
+                with _transaction(connection):
+                    seed = (generation, bundle_id, log_position)
+                    connection.execute("INSERT INTO seeds (generation, bundle_id, log_position) VALUES (?, ?, ?)", seed)
             except sqlite3.IntegrityError as error:
                 raise EventStoreError(
                     f"the histories of Bundle {bundle_id} name a user twice or not at all: {error}", bundle_id=bundle_id
                 ) from error
-            finally:
-                connection.close()  # rolls back what was not committed
+            self._drop_histories(connection, generation)
         return True
+
+    @contextmanager
+    def _seeding(self) -> Generator[sqlite3.Connection, None, None]:
+        """One at a time, whichever process it is in: the lock is one on a file of its own, so that it keeps no event
+        waiting.
+        """
+        path = self.path.with_name(f"{self.path.name}-seeding")
+        with closing(sqlite3.connect(path, timeout=_SEED_TIMEOUT_S, isolation_level=None)) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            with closing(self._connect()) as connection:
+                yield connection
+
+    @staticmethod
+    def _drop_histories(connection: sqlite3.Connection, kept: int) -> None:
+        """Remove all histories but those of the generation ``kept``."""
+        while connection.execute(_DELETE_HISTORIES, (kept, _SEED_ROWS)).rowcount:
+            time.sleep(_SEED_PAUSE_S)
 
     def watermark(self) -> str:
         with self._errors("cannot be read"), self._reader() as connection:
@@ -263,18 +287,12 @@ class SqliteEventStore(EventStore):
             connection.close()
 
     def _commit(self, connection: sqlite3.Connection, requests: list[_Append]) -> list[AppendResult]:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            results: list[AppendResult] = []
+        results: list[AppendResult] = []
+        with _transaction(connection):
             for request in requests:
                 accepted = max(0, connection.executemany(_INSERT_EVENT, request.rows).rowcount)
                 results.append(AppendResult(accepted, len(request.rows) - accepted))
             self._refuse_lost()
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
         return results
 
     def _connect(self, *, create: bool = False) -> sqlite3.Connection:
@@ -373,6 +391,19 @@ class SqliteEventStore(EventStore):
             yield
         except (sqlite3.Error, OSError) as error:
             raise EventStoreError(f"the event store {self.path} {what}: {error}", path=str(self.path)) from error
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Generator[None, None, None]:
+    """All of it is kept, or nothing."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 def _seeded(user_id: str, history: tuple[str, bytes, str, bytes] | None) -> UserState:

@@ -162,6 +162,44 @@ def test_a_seed_that_fails_changes_nothing(store):
     assert store.seed("bad", histories(u=[("b", 1)])) is True
 
 
+def test_events_are_written_and_states_read_while_a_seed_is_written(store, monkeypatch):
+    store.seed("first", histories(u=[("old", 1)]))
+    started, go_on = threading.Event(), threading.Event()
+    rows_of = sqlite_module._history_rows
+
+    def slow(batch, max_history):
+        yield from rows_of(batch, max_history)
+        started.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(sqlite_module, "_history_rows", slow)
+    monkeypatch.setattr(sqlite_module, "_SEED_ROWS", 1)
+    with ThreadPoolExecutor(2) as pool:
+        seeds = [pool.submit(store.seed, "second", histories(u=[("new", 1)], v=[("x", 1)])) for _ in range(2)]
+        assert started.wait(30)
+        assert store.append([event("1", "a")]).accepted == 1
+        assert store.user("u").item_ids == ("old", "a") and store.user("v") is None
+        go_on.set()
+        assert sorted(seed.result() for seed in seeds) == [False, True]  # whoever waited finds it done
+    assert store.user("u").item_ids == ("new", "a") and store.user("v").item_ids == ("x",)
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("SELECT count(*) FROM histories").fetchone() == (2,)
+    connection.close()
+
+
+def test_what_a_seed_left_that_was_killed_is_removed_by_the_next(store, monkeypatch):
+    def killed(seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_module.time, "sleep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.seed("first", histories(u=[("lost", 1)], w=[("lost", 1)]))
+    assert store.user("u") is None
+    assert store.seed("second", histories(u=[("kept", 1)])) is True
+    assert store.user("u").item_ids == ("kept",) and store.user("w") is None
+
+
 def test_sliced_and_chunked_histories_keep_their_rows(store, monkeypatch):
     monkeypatch.setattr(sqlite_module, "_SEED_ROWS", 3)
     table = histories(**{f"u{i}": [(f"{i}-{j}", j) for j in range(i % 4)] for i in range(20)})
