@@ -235,7 +235,7 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
     )
     async def user(user_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
         """The newest interactions, those of the Bundle and those that came as events, oldest first."""
-        state = service.store.user(user_id)
+        state = await asyncio.to_thread(service.store.user, user_id)
         return (
             _missing(request, f"nothing is known of user {user_id!r}")
             if state is None

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from recsys.config import union
 from recsys.events.base import AppendResult, Event, EventStore, EventStoreConfig, UserState
+from recsys.events.redis import RedisEventStoreConfig
 from recsys.events.sqlite import SqliteEventStoreConfig
 
-KINDS = (SqliteEventStoreConfig,)
+KINDS = (SqliteEventStoreConfig, RedisEventStoreConfig)
 
 if TYPE_CHECKING:
     AnyEventStore = EventStoreConfig
@@ -22,6 +23,7 @@ __all__ = [
     "Event",
     "EventStore",
     "EventStoreConfig",
+    "RedisEventStoreConfig",
     "SqliteEventStoreConfig",
     "UserState",
 ]

@@ -77,6 +77,9 @@ class UserState:
 class EventStore(ABC):
     """Safe to use from many threads. Errors are :class:`~recsys.errors.EventStoreError`."""
 
+    is_remote = False
+    """whether a read waits for another machine, and so must not be made in an event loop"""
+
     @abstractmethod
     def append(self, events: Sequence[Event]) -> AppendResult:
         """Add events to the log, all or none; durable on disk before it returns.

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -22,19 +22,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from pydantic import Field
 
 from recsys.errors import EventStoreError
 from recsys.events.base import AppendResult, Event, EventStore, EventStoreConfig, UserState, check_events
+from recsys.events.state import GENERATION_BITS, POSITION_MASK, history_rows, merged, seeded
 
-pc: Any = pyarrow.compute  # its functions are made at import, out of a type checker's sight
 FORMAT = 2
-_SEPARATOR = "\0"
-_GENERATION_BITS = 40
-_POSITION_MASK = (1 << _GENERATION_BITS) - 1
 _COMMIT_EVENTS = 10_000
 _SEED_ROWS = 512
 _SEED_PAUSE_S = 0.005
@@ -174,8 +170,8 @@ class SqliteEventStore(EventStore):
             connection.execute("BEGIN")  # all reads see the same state of the file
             try:
                 generation, log_position = connection.execute(_SELECT_SEED).fetchone() or (0, 0)
-                if cached is not None and cached.version >> _GENERATION_BITS == generation:
-                    last = cached.version & _POSITION_MASK
+                if cached is not None and cached.version >> GENERATION_BITS == generation:
+                    last = cached.version & POSITION_MASK
                     rows = connection.execute(_SELECT_ARRIVED, (user_id, last)).fetchall()
                     if not rows:
                         return cached
@@ -186,12 +182,12 @@ class SqliteEventStore(EventStore):
                     history = connection.execute(_SELECT_HISTORY, (generation, user_id)).fetchone()
                     if history is None and (last or 0) <= log_position:
                         return None
-                    state = _seeded(user_id, history)
+                    state = seeded(user_id, history)
                     limit = self.config.max_history
                     rows = connection.execute(_SELECT_NEWEST, (user_id, log_position, limit)).fetchall()[::-1]
             finally:
                 connection.execute("COMMIT")
-        state = _extended(state, rows, generation << _GENERATION_BITS | (last or 0), self.config.max_history)
+        state = merged(state, rows, generation << GENERATION_BITS | (last or 0), self.config.max_history)
         with self._lock:
             self._states.pop(user_id, None)
             self._states[user_id] = state
@@ -212,7 +208,7 @@ class SqliteEventStore(EventStore):
             insert = "INSERT INTO histories VALUES (?, ?, ?, ?, ?, ?)"
             try:
                 for batch in histories.to_batches(_SEED_ROWS):
-                    rows = [(generation, *row) for row in _history_rows(batch, self.config.max_history)]
+                    rows = [(generation, *row) for row in history_rows(batch, self.config.max_history)]
                     with _transaction(connection):
                         connection.executemany(insert, rows)
                     time.sleep(_SEED_PAUSE_S)
@@ -404,67 +400,6 @@ def _transaction(connection: sqlite3.Connection) -> Generator[None, None, None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-
-
-def _seeded(user_id: str, history: tuple[str, bytes, str, bytes] | None) -> UserState:
-    if history is None or not history[1]:
-        return UserState(user_id, 0, (), np.zeros(0, np.int64), (), np.zeros(0, np.float32))
-    items, times, events, values = history
-    return UserState(
-        user_id,
-        0,
-        tuple(items.split(_SEPARATOR)),
-        np.frombuffer(times, np.int64),
-        tuple(events.split(_SEPARATOR)),
-        np.frombuffer(values, np.float32),
-    )
-
-
-def _extended(state: UserState, rows: Sequence[tuple[Any, ...]], version: int, max_history: int) -> UserState:
-    """``state`` with the ``rows`` (sorted by time, then arrival) that came after it, in order of time."""
-    _, new_items, new_times, new_events, new_values = zip(*rows, strict=True) if rows else ((),) * 5
-    items = state.item_ids + new_items
-    events = state.events + new_events
-    times = np.concatenate([state.timestamps_ms, np.array(new_times, np.int64)])
-    values = np.concatenate([state.values, np.array(new_values, np.float32)])  # None becomes NaN
-    num_old = len(state)
-    if rows and num_old and times[num_old] < times[num_old - 1]:
-        order = np.argsort(times, kind="stable")
-        items, events = tuple(items[i] for i in order), tuple(events[i] for i in order)
-        times, values = times[order], values[order]
-    times.flags.writeable = values.flags.writeable = False  # the state is shared by all who read it
-    return UserState(
-        state.user_id, version, items[-max_history:], times[-max_history:], events[-max_history:], values[-max_history:]
-    )
-
-
-def _history_rows(batch: pa.RecordBatch, max_history: int) -> Iterator[tuple[Any, ...]]:
-    """One compact row per user of ``batch``, cut to the newest ``max_history`` entries."""
-    lengths = pc.fill_null(pc.list_value_length(batch["item_ids"]), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    kept = np.minimum(lengths, max_history)
-    kept_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
-    rows = np.repeat(offsets[1:] - kept - kept_offsets[:-1], kept) + np.arange(kept_offsets[-1])
-
-    def flat(name: str, type_: pa.DataType, default: Any) -> pa.Array:
-        values = pc.list_flatten(batch[name])
-        if len(values) != offsets[-1]:
-            raise EventStoreError(f"histories: column {name} has {len(values)} entries, item_ids {offsets[-1]}")
-        return pc.fill_null(values.take(pa.array(rows)).cast(type_), default)
-
-    def joined(name: str) -> list[str]:
-        texts = flat(name, pa.string(), "")
-        if pc.any(pc.match_substring(texts, _SEPARATOR)).as_py():
-            raise EventStoreError(f"histories: column {name} holds a NUL character, which is no text")
-        lists = pa.ListArray.from_arrays(pa.array(kept_offsets, pa.int32()), texts)
-        return pc.binary_join(lists, _SEPARATOR).to_pylist()
-
-    times = flat("timestamps_ms", pa.int64(), 0).to_numpy(zero_copy_only=False).tobytes()
-    values = flat("values", pa.float32(), float("nan")).to_numpy(zero_copy_only=False).tobytes()
-    bounds = kept_offsets[:-1].tolist(), kept_offsets[1:].tolist()
-    columns = zip(batch["user_id"].to_pylist(), joined("item_ids"), joined("events"), strict=True)
-    for (user_id, items, events), start, stop in zip(columns, *bounds, strict=True):
-        yield user_id, items, times[8 * start : 8 * stop], events, values[4 * start : 4 * stop]
 
 
 def _machine() -> str:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from recsys.config import StrictConfig
-from recsys.models.libraries import library
+from recsys.libraries import library
 
 _FOLDER = "adapter"
 Task = Literal["FEATURE_EXTRACTION", "CAUSAL_LM"]

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from recsys.libraries import library
 from recsys.models.base import FitData, RetrieverConfig
-from recsys.models.libraries import library
 from recsys.models.matrices import FactorRetriever, interaction_matrix, load_factors, popularity_of
 from recsys.training.runtime import Runtime
 

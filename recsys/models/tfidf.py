@@ -19,8 +19,8 @@ from pydantic import Field
 
 from recsys.data.histories import Histories
 from recsys.errors import ConfigError
+from recsys.libraries import library
 from recsys.models.base import FitData, Retriever, RetrieverConfig
-from recsys.models.libraries import library
 from recsys.models.matrices import (
     Sparse,
     history_matrix,

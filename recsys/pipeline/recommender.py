@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 STATE = "state"
+_READERS = 16
+"""reads of a remote event store that wait at the same time"""
 _MAX_REASONS = 2
 _MIN_COSINE = 0.1
 """below this two items have too little in common to name one as the reason for the other"""
@@ -85,6 +88,7 @@ class Recommender:
         )
         self._loop: _LoopThread | None = None
         self._lock = threading.Lock()
+        self._readers: ThreadPoolExecutor | None = None
 
     @classmethod
     def of(
@@ -167,7 +171,7 @@ class Recommender:
         request_id = request.request_id or uuid.uuid4().hex
         degraded: tuple[str, ...] = ()
         try:
-            profile = self.profiles.of(self._state(request.user_id))
+            profile = self.profiles.of(await self._state_in_time(request.user_id))
         except EventStoreError as error:
             extra = {"request_id": request_id, "stage": STATE}
             _log.warning("request %s: nothing is known of its user: %s", request_id, error, extra=extra)
@@ -254,6 +258,9 @@ class Recommender:
             if self._loop is not None:
                 self._loop.close()
                 self._loop = None
+            if self._readers is not None:
+                self._readers.shutdown(wait=False, cancel_futures=True)
+                self._readers = None
         for stage in self.runner.stages:
             if isinstance(stage, LocalStage):
                 stage.close()
@@ -266,6 +273,20 @@ class Recommender:
 
     def _state(self, user_id: str | None) -> UserState | None:
         return None if user_id is None or self.users is None else self.users.user(user_id)
+
+    async def _state_in_time(self, user_id: str | None) -> UserState | None:
+        if user_id is None or self.users is None or not self.users.is_remote:
+            return self._state(user_id)
+        with self._lock:
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="state")
+            reading = asyncio.get_running_loop().run_in_executor(self._readers, self._state, user_id)
+        budget_ms = self.config.budgets_ms.state
+        try:
+            async with asyncio.timeout(budget_ms / 1e3):
+                return await reading
+        except TimeoutError as error:
+            raise EventStoreError(f"the event store did not answer within {budget_ms:g} ms") from error
 
     def _item_idx(self, item_id: str) -> int | None:
         row = int(self.catalogue.id_map.rows([item_id])[0])

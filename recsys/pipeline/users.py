@@ -19,6 +19,9 @@ from recsys.pipeline.types import Int32Array, Int64Array
 class UserStates(Protocol):
     """Where states come from. Every :class:`~recsys.events.EventStore` is one."""
 
+    is_remote: bool
+    """whether a read waits for another machine, and so must not be made in an event loop"""
+
     def user(self, user_id: str) -> UserState | None:
         """The user's state, or None for a user nobody knows."""
         ...
@@ -26,6 +29,8 @@ class UserStates(Protocol):
 
 class HistoriesTable:
     """The histories a Bundle was published with, read-only, without a Python object per user."""
+
+    is_remote = False
 
     def __init__(self, histories: pa.Table) -> None:
         """``histories``: see :data:`recsys.bundle.HISTORIES_SCHEMA`."""

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from recsys.events import KINDS, SqliteEventStoreConfig
+import pytest
+
+from recsys.events import KINDS, RedisEventStoreConfig, SqliteEventStoreConfig
 from recsys.testing.event_store_contract import EventStoreContract
+from recsys.testing.redis_server import RedisServer, redis_server
 
 
 class TestSqlite(EventStoreContract):
     def config(self, folder: Path) -> SqliteEventStoreConfig:
         return SqliteEventStoreConfig(path=str(folder / "events.sqlite"))
+
+
+class TestRedis(EventStoreContract):
+    server: RedisServer
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+        with redis_server(tmp_path_factory.mktemp("redis")) as server:
+            cls.server = server
+            yield
+
+    def config(self, folder: Path) -> RedisEventStoreConfig:
+        url = getattr(self, "server", RedisServer(folder)).url
+        return RedisEventStoreConfig.parse(
+            {"url": url, "prefix": re.sub(r"\W", "-", f"{folder.name[-60:]}:")}, where="test"
+        )
 
 
 def test_every_kind_is_tested() -> None:

@@ -8,22 +8,25 @@ from pathlib import Path
 import pyarrow as pa
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event, EventStoreConfig, RedisEventStoreConfig, SqliteEventStoreConfig
+from recsys.testing.redis_server import redis_server
 
 USERS = ("a", "b")
 MAX_HISTORY = 6
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Two stores on one file, as two processes would have; each read must show what either has acknowledged."""
+    """Two stores on one log, as two processes would have; each read must show what either has acknowledged."""
+
+    def config(self, folder: str) -> EventStoreConfig:
+        raise NotImplementedError
 
     @initialize()
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        path = str(Path(self.folder.name) / "events.sqlite")
-        config = SqliteEventStoreConfig(path=path, max_history=MAX_HISTORY, cached_users=1)
+        config = self.config(self.folder.name)
         self.stores = [config.open(), config.open()]
         self.log: list[Event] = []
         self.seeded: dict[str, list[tuple[int, str]]] = {}
@@ -90,5 +93,27 @@ class StoreMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+class SqliteMachine(StoreMachine):
+    def config(self, folder: str) -> EventStoreConfig:
+        return SqliteEventStoreConfig(path=f"{folder}/events.sqlite", max_history=MAX_HISTORY, cached_users=1)
+
+
+class RedisMachine(StoreMachine):
+    url = ""
+
+    def config(self, folder: str) -> EventStoreConfig:
+        tree = {"url": self.url, "prefix": f"{Path(folder).name}:", "max_history": MAX_HISTORY, "cached_users": 1}
+        return RedisEventStoreConfig.parse(tree, where="test")
+
+
+EFFORT = settings(max_examples=25, stateful_step_count=15, deadline=None)
+
+
+def test_sqlite() -> None:
+    run_state_machine_as_test(SqliteMachine, settings=EFFORT)
+
+
+def test_redis(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        RedisMachine.url = server.url
+        run_state_machine_as_test(RedisMachine, settings=EFFORT)

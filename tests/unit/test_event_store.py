@@ -165,14 +165,14 @@ def test_a_seed_that_fails_changes_nothing(store):
 def test_events_are_written_and_states_read_while_a_seed_is_written(store, monkeypatch):
     store.seed("first", histories(u=[("old", 1)]))
     started, go_on = threading.Event(), threading.Event()
-    rows_of = sqlite_module._history_rows
+    rows_of = sqlite_module.history_rows
 
     def slow(batch, max_history):
         yield from rows_of(batch, max_history)
         started.set()
         assert go_on.wait(30)
 
-    monkeypatch.setattr(sqlite_module, "_history_rows", slow)
+    monkeypatch.setattr(sqlite_module, "history_rows", slow)
     monkeypatch.setattr(sqlite_module, "_SEED_ROWS", 1)
     with ThreadPoolExecutor(2) as pool:
         seeds = [pool.submit(store.seed, "second", histories(u=[("new", 1)], v=[("x", 1)])) for _ in range(2)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +36,11 @@ CONFIG = PipelineConfig(max_history=4, max_top_k=50, max_request_items=20)
 class Users:
     states: dict[str, UserState] = field(default_factory=dict)
     error: Exception | None = None
+    is_remote: bool = False
+    wait_s: float = 0.0
 
     def user(self, user_id: str) -> UserState | None:
+        time.sleep(self.wait_s)
         if self.error is not None:
             raise self.error
         return self.states.get(user_id)
@@ -260,6 +264,25 @@ def test_blocking_calls_work_inside_a_running_event_loop(fixture: Fixture):
     assert asyncio.run(notebook_cell()) == 2
     fixture.recommender.close()
     assert len(fixture.recommender.recommend(top_k=2).items) == 2
+    fixture.recommender.close()
+
+
+def test_a_store_on_another_machine_is_waited_for_within_its_budget(fixture: Fixture):
+    async def together(number: int):
+        return await asyncio.gather(
+            *(fixture.recommender.arecommend(RecommendRequest(user_id="ann", top_k=2)) for _ in range(number))
+        )
+
+    fixture.users.is_remote = True
+    assert not fixture.recommender.recommend(user_id="ann", top_k=2).degraded
+    fixture.users.wait_s = 1.5
+    started = time.monotonic()
+    answers = asyncio.run(together(40))  # more than there are threads to wait
+    assert time.monotonic() - started < 1.2
+    assert {answer.degraded for answer in answers} == {("state",)}
+    fixture.recommender.close()
+    fixture.users.wait_s = 0.0
+    assert not fixture.recommender.recommend(user_id="ann", top_k=2).degraded
     fixture.recommender.close()
 
 

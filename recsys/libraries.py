@@ -9,7 +9,7 @@ from recsys.errors import ConfigError
 
 
 def library(module: str, kind: str, *, extra: str = "classical") -> Any:
-    """The module, for a model of ``kind``; ``extra`` of this package brings it.
+    """The module, for something of ``kind``; ``extra`` of this package brings it.
 
     :raises ConfigError: when it is not installed.
     """

@@ -1,0 +1,303 @@
+"""The event store in Redis, for gateways on several machines.
+
+A batch is one Lua script, which Redis runs alone and writes to its append-only file as one transaction: all of it is
+kept, or nothing. Redis answers once that file is synced (``appendfsync always``); what it is set to is checked when the
+store is opened. One instance, with replicas if you like, not Redis Cluster: a batch concerns many users.
+
+Keys below ``prefix``: ``log`` is a stream with every event, ``ids`` tells which are in it, ``user:ID`` holds the newest
+events of a user by time, ``last:ID`` the position of the last one, ``history:GENERATION:ID`` what a Bundle brought.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from recsys.errors import EventStoreError
+from recsys.events.base import AppendResult, Event, EventStore, EventStoreConfig, UserState, check_events
+from recsys.events.state import GENERATION_BITS, POSITION_MASK, SEPARATOR, history_rows, merged, seeded
+from recsys.libraries import library
+
+VARIABLE = "RECSYS_REDIS_PASSWORD"
+"""environment variable with the server's password"""
+FORMAT = "1"
+_SEED_USERS = 512
+_LOCK_MS = 60_000
+_SCRIPTS = {
+    "append": """
+local p, max_history, ttl_s = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local log_position = tonumber(redis.call('HGET', p .. 'seed', 'log_position') or '0')
+local accepted = 0
+for i = 4, #ARGV do
+  local fields = {}
+  for field in (ARGV[i] .. '\\0'):gmatch('(.-)%z') do fields[#fields + 1] = field end
+  if redis.call('HEXISTS', p .. 'ids', fields[1]) == 0 then
+    accepted = accepted + 1
+    local position = redis.call('INCR', p .. 'position')
+    redis.call('HSET', p .. 'ids', fields[1], position)
+    redis.call('XADD', p .. 'log', position .. '-0', 'e', ARGV[i])
+    if fields[10] == '1' then
+      local user, last = p .. 'user:' .. fields[2], p .. 'last:' .. fields[2]
+      local entry = string.format('%016.0f', position) .. '\\0' .. fields[3] .. '\\0' .. fields[4] .. '\\0' .. fields[6]
+      redis.call('ZADD', user, fields[5], entry)
+      if redis.call('ZCARD', user) > max_history then
+        for _, old in ipairs(redis.call('ZRANGE', user, 0, -1)) do
+          if tonumber(old:sub(1, 16)) <= log_position then redis.call('ZREM', user, old) end
+        end
+        redis.call('ZREMRANGEBYRANK', user, 0, -max_history - 1)
+      end
+      redis.call('SET', last, position)
+      if ttl_s > 0 then
+        redis.call('EXPIRE', user, ttl_s)
+        redis.call('EXPIRE', last, ttl_s)
+      end
+    end
+  end
+end
+return accepted
+""",
+    "user": """
+local p, user = ARGV[1], ARGV[2]
+local seed = redis.call('HMGET', p .. 'seed', 'generation', 'log_position')
+local last = redis.call('GET', p .. 'last:' .. user) or '0'
+local generation = seed[1] or '0'
+if generation == ARGV[3] and last == ARGV[4] then return {generation, last} end
+local history = redis.call('HMGET', p .. 'history:' .. generation .. ':' .. user, 'i', 't', 'e', 'v')
+local entries = redis.call('ZRANGE', p .. 'user:' .. user, 0, -1, 'WITHSCORES')
+return {generation, last, seed[2] or '0', history, entries}
+""",
+    "seed": """
+local p = ARGV[1]
+if redis.call('GET', p .. 'seeding') ~= ARGV[5] then return redis.error_reply('the right to seed was lost') end
+redis.call('SADD', p .. 'seeded', ARGV[2])
+redis.call('HSET', p .. 'seed', 'bundle_id', ARGV[2], 'generation', ARGV[3], 'log_position', ARGV[4])
+return 1
+""",
+    "unlock": """
+if redis.call('GET', ARGV[1] .. 'seeding') == ARGV[2] then redis.call('DEL', ARGV[1] .. 'seeding') end
+""",
+}
+
+
+class RedisEventStoreConfig(EventStoreConfig):
+    """A Redis server, for any number of machines."""
+
+    kind: Literal["redis"] = "redis"
+    url: str = Field(
+        default="redis://127.0.0.1:6379/0",
+        description=f"redis:// or rediss:// (TLS), with a user where there is one; the password is in {VARIABLE}",
+    )
+    prefix: str = Field(
+        default="recsys:", min_length=1, max_length=64, pattern=r"^[\w.:-]+$", description="begins every key"
+    )
+    max_history: int = Field(
+        default=500, ge=1, le=100_000, description="newest interactions kept in a user's state (entries, 1 to 100000)"
+    )
+    cached_users: int = Field(
+        default=4096,
+        ge=1,
+        description="users whose state is kept in memory, brought up to date at each read (users per process)",
+    )
+    log_only: tuple[str, ...] = Field(
+        default=("impression",), description="event names that are recorded but are no part of a user's state"
+    )
+    ttl_days: float = Field(
+        default=0, ge=0, le=36_500, description="a user without events for so long is forgotten (days; 0 for never)"
+    )
+    fsync: Literal["always", "everysec"] = Field(
+        default="always",
+        description="least that the server must do before an event is acknowledged: always, on disk; everysec, a crash "
+        "of the machine loses the last second",
+    )
+    timeout_s: float = Field(default=5.0, gt=0, le=600, description="longest wait for the server (seconds, up to 600)")
+
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError("begin it with redis://, rediss:// or unix://")
+        if parts.password is not None:
+            raise ValueError(f"a configuration is no place for a password: put it into {VARIABLE}")
+        return url
+
+    def open(self) -> RedisEventStore:
+        return RedisEventStore(self)
+
+
+class RedisEventStore(EventStore):
+    """See the module; made by :meth:`RedisEventStoreConfig.open`."""
+
+    is_remote = True
+
+    def __init__(self, config: RedisEventStoreConfig) -> None:
+        redis = library("redis", config.kind, extra="redis")
+        self.config = config
+        self._p = config.prefix
+        self._log_only = frozenset(config.log_only)
+        self._states: OrderedDict[str, UserState] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._failure = redis.RedisError
+        # A command that was sent and not answered may have been carried out. Sending it again is harmless.
+        self._redis: Any = redis.Redis.from_url(
+            config.url,
+            password=os.environ.get(VARIABLE),
+            socket_timeout=config.timeout_s,
+            socket_connect_timeout=config.timeout_s,
+        )
+        self._scripts = {name: self._redis.register_script(text) for name, text in _SCRIPTS.items()}
+        with self._errors("cannot be opened"):
+            self._check_server()
+            self._redis.setnx(self._p + "log_id", uuid.uuid4().hex)
+            self._redis.setnx(self._p + "format", FORMAT)
+            self._log_id = self._redis.get(self._p + "log_id").decode()
+            found = self._redis.get(self._p + "format").decode()
+        if found != FORMAT:
+            raise EventStoreError(f"{self._where} has format {found}, this version reads {FORMAT}")
+
+    def append(self, events: Sequence[Event]) -> AppendResult:
+        check_events(events)
+        if not events:
+            return AppendResult(0, 0)
+        ttl_s = round(self.config.ttl_days * 86_400)
+        rows = [_packed(event, in_state=event.event not in self._log_only) for event in events]
+        with self._errors("did not keep the events"):
+            accepted = self._scripts["append"](args=[self._p, self.config.max_history, ttl_s, *rows])
+        return AppendResult(int(accepted), len(events) - int(accepted))
+
+    def user(self, user_id: str) -> UserState | None:
+        cached = self._states.get(user_id)
+        generation, last = (-1, -1) if cached is None else divmod(cached.version, 1 << GENERATION_BITS)
+        with self._errors("cannot be read"):
+            answer = self._scripts["user"](args=[self._p, user_id, generation, last])
+        if len(answer) == 2:
+            return cached
+        generation, last, log_position = map(int, answer[:3])
+        items, times, names, values = answer[3]
+        entries: list[tuple[Any, ...]] = []
+        for member, score in zip(answer[4][::2], answer[4][1::2], strict=True):
+            position, item_id, event, value = member.decode().split(SEPARATOR)
+            if int(position) > log_position:
+                entries.append((int(position), item_id, int(float(score)), event, float(value) if value else None))
+        if items is None and not entries:
+            return None
+        history = None if items is None else (items.decode(), times, names.decode(), values)
+        version = generation << GENERATION_BITS | (last & POSITION_MASK)
+        state = merged(seeded(user_id, history), entries, version, self.config.max_history)
+        with self._lock:
+            self._states[user_id] = state
+            self._states.move_to_end(user_id)
+            if len(self._states) > self.config.cached_users:
+                self._states.popitem(last=False)
+        return state
+
+    def seed(self, bundle_id: str, histories: pa.Table, watermark: str | None = None) -> bool:
+        log_id, _, position = (watermark or "").rpartition(":")
+        log_position = int(position) if log_id == self._log_id else 0
+        with self._errors("cannot be seeded"), self._seeding() as token:
+            if self._redis.sismember(self._p + "seeded", bundle_id):
+                return False
+            current = int(self._redis.hget(self._p + "seed", "generation") or 0)
+            self._drop_histories(current)  # of a seed that came to no end
+            generation, num_users = current + 1, 0
+            for batch in histories.to_batches(_SEED_USERS):
+                pipeline = self._redis.pipeline(transaction=False)
+                for user_id, items, times, names, values in history_rows(batch, self.config.max_history):
+                    key = f"{self._p}history:{generation}:{user_id}"
+                    if not user_id:
+                        raise self._not_once(bundle_id)
+                    pipeline.hsetnx(key, "i", items)
+                    pipeline.hset(key, mapping={"t": times, "e": names, "v": values})
+                if not all(pipeline.execute()[::2]):
+                    raise self._not_once(bundle_id)
+                num_users += len(batch)
+                self._redis.pexpire(self._p + "seeding", _LOCK_MS)
+            self._scripts["seed"](args=[self._p, bundle_id, generation, log_position, token])
+            self._drop_histories(generation)
+        return True
+
+    def watermark(self) -> str:
+        with self._errors("cannot be read"):
+            return f"{self._log_id}:{int(self._redis.get(self._p + 'position') or 0)}"
+
+    def close(self) -> None:
+        self._closed = True
+        self._redis.close()
+
+    def _check_server(self) -> None:
+        """Refuse a server that may lose or forget what it acknowledged."""
+        wanted = {"appendonly": {"yes"}, "maxmemory-policy": {"noeviction"}}
+        wanted["appendfsync"] = {"always"} if self.config.fsync == "always" else {"always", "everysec"}
+        found = self._redis.config_get(*wanted)
+        for name, values in wanted.items():
+            if found.get(name) not in values:
+                advice = " (or fsync: everysec in the event store's settings)" if name == "appendfsync" else ""
+                raise EventStoreError(
+                    f"{self._where} has {name} {found.get(name)}, which may lose events: set it to "
+                    f"{' or '.join(sorted(values))}{advice}"
+                )
+
+    @contextmanager
+    def _seeding(self) -> Generator[str, None, None]:
+        """One at a time, whichever machine it is on."""
+        token = uuid.uuid4().hex
+        while not self._redis.set(self._p + "seeding", token, nx=True, px=_LOCK_MS):
+            time.sleep(0.05)
+        try:
+            yield token
+        finally:
+            self._scripts["unlock"](args=[self._p, token])
+
+    def _drop_histories(self, kept: int) -> None:
+        """Remove all histories but those of the generation ``kept``."""
+        mine = f"{self._p}history:{kept}:".encode()
+        doomed = []
+        for key in self._redis.scan_iter(match=f"{self._p}history:*", count=1000):
+            if not key.startswith(mine):
+                doomed.append(key)
+            if len(doomed) >= _SEED_USERS:
+                self._redis.unlink(*doomed)
+                doomed.clear()
+        if doomed:
+            self._redis.unlink(*doomed)
+
+    @staticmethod
+    def _not_once(bundle_id: str) -> EventStoreError:
+        return EventStoreError(
+            f"the histories of Bundle {bundle_id} name a user twice or not at all", bundle_id=bundle_id
+        )
+
+    @property
+    def _where(self) -> str:
+        address = self._redis.connection_pool.connection_kwargs
+        return f"the event store in Redis at {address.get('host', 'a socket')}:{address.get('port', '')}"
+
+    @contextmanager
+    def _errors(self, what: str) -> Generator[None, None, None]:
+        if self._closed:
+            raise EventStoreError(f"{self._where} is closed")
+        try:
+            yield
+        except (self._failure, OSError) as error:
+            raise EventStoreError(f"{self._where} {what}: {error}") from error
+
+
+def _packed(event: Event, *, in_state: bool) -> str:
+    """Its fields with NUL between them; no text holds one."""
+    value = "" if event.value is None else repr(float(np.float32(event.value)))
+    place = "" if event.slate_position is None else str(event.slate_position)
+    fields = (event.event_id, event.user_id, event.item_id, event.event, str(event.timestamp_ms), value)
+    rest = (event.request_id or "", place, event.surface or "", "1" if in_state else "0")
+    return SEPARATOR.join((*fields, *rest))

@@ -1,0 +1,82 @@
+"""A real Redis for tests: the machine's ``redis-server``, on a port of its own, ended with the test."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+_START_S = 20.0
+
+
+@dataclass
+class RedisServer:
+    """One server, which a test may kill and start again on the same files."""
+
+    folder: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Until it answers."""
+        import redis
+
+        if not self.port:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
+        settings = {
+            "port": str(self.port),
+            "bind": "127.0.0.1",
+            "dir": str(self.folder),
+            "appendonly": "yes",
+            "appendfsync": "always",
+            "save": "",
+            **self.settings,
+        }
+        words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        with (self.folder / "redis.log").open("ab") as log:
+            self.process = subprocess.Popen(["redis-server", *words], stdout=log, stderr=log)
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                with redis.Redis(port=self.port) as client:
+                    client.ping()
+            except (redis.ConnectionError, redis.BusyLoadingError):
+                assert self.process.poll() is None, (self.folder / "redis.log").read_text()
+                assert time.monotonic() < deadline, "redis-server does not answer"
+                time.sleep(0.02)
+            else:
+                return
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def redis_server(folder: Path, **settings: str) -> Generator[RedisServer, None, None]:
+    """A server with its files in ``folder``; the test is skipped where the machine has none."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    folder.mkdir(parents=True, exist_ok=True)
+    server = RedisServer(folder, settings)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
