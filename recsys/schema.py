@@ -81,3 +81,6 @@ EVENTS = pa.schema(
     ]
 )
 """One row per event received while serving; ``event_id`` is the idempotency key."""
+
+EVENT_LOG = EVENTS.insert(0, pa.field("position", pa.int64(), nullable=False))
+"""Events in the order they arrived; ``position`` rises by one or more from row to row."""

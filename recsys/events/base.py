@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys import schema
 from recsys.config import StrictConfig
-from recsys.errors import RequestError
+from recsys.errors import EventStoreError, RequestError, SchemaError
 
 MAX_ID_LENGTH = 256
 """Longest accepted id or event name, in characters."""
@@ -111,6 +112,31 @@ class EventStore(ABC):
         """Where the log ends now: the place up to which a Bundle published from it contains its events."""
 
     @abstractmethod
+    def log(self, after: str | None = None) -> Iterator[pa.Table]:
+        """Every event that came after the watermark ``after`` (None: all that are kept), in the order they arrived.
+
+        Tables of :data:`recsys.schema.EVENT_LOG` of up to ten thousand rows, read as they are asked for.
+
+        :raises EventStoreError: for a watermark of another log, and where events after it were compacted away.
+        """
+
+    @abstractmethod
+    def compact(self, before_ms: int) -> int:
+        """Remove events that happened before ``before_ms`` and that the seeded histories contain; how many.
+
+        No user's state changes. What is removed is forgotten: sent once more, it counts as new.
+        """
+
+    @abstractmethod
+    def restore(self, watermark: str, tables: Iterable[pa.Table]) -> int:
+        """Fill an empty store with what :meth:`log` gave and :meth:`watermark` said; the number of events.
+
+        It becomes that log: watermarks in Bundles go on naming the same places of it.
+
+        :raises EventStoreError: when the store is not empty, or ``tables`` end behind ``watermark``.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Finish what was accepted and release the store. Closing twice is harmless."""
 
@@ -127,6 +153,65 @@ class EventStoreConfig(StrictConfig, ABC):
     @abstractmethod
     def open(self) -> EventStore:
         """Open the store, making it if there is none yet."""
+
+
+def position_in(watermark: str | None, log_id: str, compacted: int) -> int:
+    """The position that ``watermark`` names; ``compacted`` is the last one that was removed from this log.
+
+    :raises EventStoreError: for a watermark of another log, and where events after it were removed.
+    """
+    found, _, position = (watermark or "").rpartition(":")
+    if watermark is None:
+        return 0
+    if found != log_id:
+        raise EventStoreError(f"the watermark {watermark} is one of another log, this one is {log_id}")
+    if int(position) < compacted:
+        raise EventStoreError(f"events after {watermark} were compacted away, up to {log_id}:{compacted}")
+    return int(position)
+
+
+def check_restored(positions: Sequence[int], last: int, watermark: str) -> None:
+    """Raise :class:`~recsys.errors.EventStoreError` for rows behind the ``watermark`` of position ``last``."""
+    if positions and max(positions) > last:
+        raise EventStoreError(f"there is an event at {max(positions)}, behind the watermark {watermark}")
+
+
+def log_table(rows: Sequence[Sequence[Any]]) -> pa.Table:
+    """``rows`` of (position, event_id, user_id, item_id, event, timestamp_ms, value, request_id, slate_position,
+    surface) as :data:`recsys.schema.EVENT_LOG`.
+    """
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema.EVENT_LOG)
+    arrays = [
+        pa.array(column, pa.int64()).cast(field.type)
+        if pa.types.is_timestamp(field.type)
+        else pa.array(column, field.type)
+        for column, field in zip(columns, schema.EVENT_LOG, strict=True)
+    ]
+    return pa.table(arrays, schema=schema.EVENT_LOG)
+
+
+def events_of(table: pa.Table) -> list[Event]:
+    """The rows of a table with the columns of :data:`recsys.schema.EVENTS`; others are left aside.
+
+    :raises SchemaError: when one is missing, or of a type that cannot be read as the one it should have.
+    """
+    columns: list[list[Any]] = []
+    for field in schema.EVENTS:
+        if field.name not in table.column_names:
+            if not field.nullable:
+                raise SchemaError(f"events need the column {field.name!r}, there are {table.column_names}")
+            columns.append([None] * len(table))
+            continue
+        column = table[field.name]
+        try:
+            if pa.types.is_timestamp(field.type):
+                column = column.cast(field.type).cast(pa.int64())
+            else:
+                column = column.cast(field.type)
+        except pa.ArrowInvalid as error:
+            raise SchemaError(f"the column {field.name!r} of events is {column.type}: {error}") from error
+        columns.append(column.to_pylist())
+    return [Event(*row) for row in zip(*columns, strict=True)]
 
 
 def check_events(events: Sequence[Event], now_ms: int | None = None) -> None:

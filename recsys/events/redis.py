@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -25,13 +25,26 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from recsys.errors import EventStoreError
-from recsys.events.base import AppendResult, Event, EventStore, EventStoreConfig, UserState, check_events
+from recsys.events.base import (
+    AppendResult,
+    Event,
+    EventStore,
+    EventStoreConfig,
+    UserState,
+    check_events,
+    check_restored,
+    events_of,
+    log_table,
+    position_in,
+)
 from recsys.events.state import GENERATION_BITS, POSITION_MASK, SEPARATOR, history_rows, merged, seeded
 from recsys.libraries import library
 
 VARIABLE = "RECSYS_REDIS_PASSWORD"
 """environment variable with the server's password"""
 FORMAT = "1"
+_LOG_ROWS = 10_000
+_RESTORED_ROWS = 1000
 _SEED_USERS = 512
 _LOCK_MS = 60_000
 _SCRIPTS = {
@@ -44,7 +57,7 @@ for i = 4, #ARGV do
   for field in (ARGV[i] .. '\\0'):gmatch('(.-)%z') do fields[#fields + 1] = field end
   if redis.call('HEXISTS', p .. 'ids', fields[1]) == 0 then
     accepted = accepted + 1
-    local position = redis.call('INCR', p .. 'position')
+    local position = tonumber(fields[11]) or redis.call('INCR', p .. 'position')
     redis.call('HSET', p .. 'ids', fields[1], position)
     redis.call('XADD', p .. 'log', position .. '-0', 'e', ARGV[i])
     if fields[10] == '1' then
@@ -171,10 +184,9 @@ class RedisEventStore(EventStore):
         check_events(events)
         if not events:
             return AppendResult(0, 0)
-        ttl_s = round(self.config.ttl_days * 86_400)
         rows = [_packed(event, in_state=event.event not in self._log_only) for event in events]
         with self._errors("did not keep the events"):
-            accepted = self._scripts["append"](args=[self._p, self.config.max_history, ttl_s, *rows])
+            accepted = self._scripts["append"](args=[self._p, self.config.max_history, self._ttl_s, *rows])
         return AppendResult(int(accepted), len(events) - int(accepted))
 
     def user(self, user_id: str) -> UserState | None:
@@ -231,6 +243,64 @@ class RedisEventStore(EventStore):
     def watermark(self) -> str:
         with self._errors("cannot be read"):
             return f"{self._log_id}:{int(self._redis.get(self._p + 'position') or 0)}"
+
+    def log(self, after: str | None = None) -> Iterator[pa.Table]:
+        with self._errors("cannot be read"):
+            position = position_in(after, self._log_id, int(self._redis.get(self._p + "compacted") or 0))
+            while rows := self._entries(position):
+                position = rows[-1][0]
+                yield log_table([row[:-1] for row in rows])
+
+    def compact(self, before_ms: int) -> int:
+        removed, position = 0, 0
+        with self._errors("cannot be compacted"):
+            until = int(self._redis.hget(self._p + "seed", "log_position") or 0)
+            while rows := self._entries(position, until):
+                position = rows[-1][0]
+                old = [row for row in rows if row[5] < before_ms]
+                if not old:
+                    continue
+                pipeline = self._redis.pipeline()
+                pipeline.set(self._p + "compacted", old[-1][0])
+                pipeline.xdel(self._p + "log", *(f"{row[0]}-0" for row in old))
+                pipeline.hdel(self._p + "ids", *(row[1] for row in old))
+                pipeline.execute()
+                removed += len(old)
+        return removed
+
+    def restore(self, watermark: str, tables: Iterable[pa.Table]) -> int:
+        log_id, _, last = watermark.rpartition(":")
+        number = 0
+        with self._errors("cannot be restored"):
+            if self._redis.exists(self._p + "position", self._p + "seed"):
+                raise EventStoreError(f"{self._where} is not empty: restore under another prefix")
+            for table in tables:
+                positions = table["position"].to_pylist()
+                check_restored(positions, int(last), watermark)
+                for start in range(0, len(table), _RESTORED_ROWS):
+                    rows = [
+                        f"{_packed(event, in_state=event.event not in self._log_only)}{SEPARATOR}{position}"
+                        for position, event in zip(
+                            positions[start : start + _RESTORED_ROWS],
+                            events_of(table.slice(start, _RESTORED_ROWS)),
+                            strict=True,
+                        )
+                    ]
+                    number += self._scripts["append"](args=[self._p, self.config.max_history, self._ttl_s, *rows])
+            self._redis.mset({self._p + "position": int(last), self._p + "log_id": log_id})
+        self._log_id = log_id
+        return number
+
+    def _entries(self, after: int, until: int | None = None) -> list[tuple[Any, ...]]:
+        """(position, event_id, user_id, item_id, event, timestamp_ms, value, request_id, slate_position, surface,
+        whether it is part of a state) of up to ten thousand events.
+        """
+        end = "+" if until is None else f"{until}-0"
+        return [_unpacked(*row) for row in self._redis.xrange(self._p + "log", f"({after}-0", end, count=_LOG_ROWS)]
+
+    @property
+    def _ttl_s(self) -> int:
+        return round(self.config.ttl_days * 86_400)
 
     def close(self) -> None:
         self._closed = True
@@ -301,3 +371,11 @@ def _packed(event: Event, *, in_state: bool) -> str:
     fields = (event.event_id, event.user_id, event.item_id, event.event, str(event.timestamp_ms), value)
     rest = (event.request_id or "", place, event.surface or "", "1" if in_state else "0")
     return SEPARATOR.join((*fields, *rest))
+
+
+def _unpacked(entry_id: bytes, fields: dict[bytes, bytes]) -> tuple[Any, ...]:
+    """An entry of the stream, see :meth:`RedisEventStore._entries`."""
+    parts = fields[b"e"].decode().split(SEPARATOR)
+    event_id, user_id, item_id, event, time_ms, value, request_id, place, surface, in_state = parts[:10]
+    about = float(value) if value else None, request_id or None, int(place) if place else None, surface or None
+    return (int(entry_id.split(b"-")[0]), event_id, user_id, item_id, event, int(time_ms), *about, in_state == "1")

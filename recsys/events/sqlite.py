@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,15 +23,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute
 from pydantic import Field
 
 from recsys.errors import EventStoreError
-from recsys.events.base import AppendResult, Event, EventStore, EventStoreConfig, UserState, check_events
+from recsys.events.base import (
+    AppendResult,
+    Event,
+    EventStore,
+    EventStoreConfig,
+    UserState,
+    check_events,
+    check_restored,
+    events_of,
+    log_table,
+    position_in,
+)
 from recsys.events.state import GENERATION_BITS, POSITION_MASK, history_rows, merged, seeded
 
 FORMAT = 2
 _COMMIT_EVENTS = 10_000
+_LOG_ROWS = 10_000
 _SEED_ROWS = 512
 _SEED_PAUSE_S = 0.005
 """between the transactions of a seed, so that events are written meanwhile"""
@@ -60,14 +71,20 @@ CREATE INDEX events_by_arrival ON events (user_id, position) WHERE in_state = 1;
 """
 _INSERT_EVENT = """
 INSERT INTO events
-    (event_id, user_id, item_id, event, timestamp_ms, value, request_id, slate_position, surface, in_state)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING
+    (position, event_id, user_id, item_id, event, timestamp_ms, value, request_id, slate_position, surface, in_state)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (event_id) DO NOTHING
 """
 _SELECT_SEED = "SELECT generation, log_position FROM seeds ORDER BY generation DESC LIMIT 1"
 _SELECT_HISTORY = "SELECT item_ids, timestamps_ms, events, vals FROM histories WHERE generation = ? AND user_id = ?"
 _DELETE_HISTORIES = """
 DELETE FROM histories WHERE rowid IN (SELECT rowid FROM histories WHERE generation <> ? LIMIT ?)
 """
+_SELECT_LOG = """
+SELECT position, event_id, user_id, item_id, event, timestamp_ms, value, request_id, slate_position, surface
+FROM events WHERE position > ? ORDER BY position LIMIT ?
+"""
+_SELECT_OLD = "SELECT position FROM events WHERE timestamp_ms < ? AND position <= ? ORDER BY position LIMIT ?"
+_SELECT_COMPACTED = "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE key = 'compacted'"
 _SELECT_LAST = """
 SELECT max(position) FROM events INDEXED BY events_by_arrival WHERE in_state = 1 AND user_id = ?
 """
@@ -140,21 +157,7 @@ class SqliteEventStore(EventStore):
 
     def append(self, events: Sequence[Event]) -> AppendResult:
         check_events(events)
-        rows = [
-            (
-                e.event_id,
-                e.user_id,
-                e.item_id,
-                e.event,
-                e.timestamp_ms,
-                e.value,
-                e.request_id,
-                e.slate_position,
-                e.surface,
-                e.event not in self._log_only,
-            )
-            for e in events
-        ]
+        rows = [self._row(None, event) for event in events]
         request = _Append(rows, Future())
         with self._lock:
             self._refuse_closed()
@@ -241,8 +244,62 @@ class SqliteEventStore(EventStore):
 
     def watermark(self) -> str:
         with self._errors("cannot be read"), self._reader() as connection:
-            (position,) = connection.execute("SELECT coalesce(max(position), 0) FROM events").fetchone()
+            (position,) = connection.execute(
+                "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
+            ).fetchone()
         return f"{self._log_id}:{position}"
+
+    def log(self, after: str | None = None) -> Iterator[pa.Table]:
+        with self._errors("cannot be read"):
+            with self._reader() as connection:
+                (compacted,) = connection.execute(_SELECT_COMPACTED).fetchone()
+            position = position_in(after, self._log_id, compacted)
+            while True:
+                with self._reader() as connection:
+                    rows = connection.execute(_SELECT_LOG, (position, _LOG_ROWS)).fetchall()
+                if not rows:
+                    return
+                position = rows[-1][0]
+                yield log_table(rows)
+
+    def compact(self, before_ms: int) -> int:
+        self._refuse_closed()
+        removed = 0
+        with self._errors("cannot be compacted"), closing(self._connect()) as connection:
+            (_, log_position) = connection.execute(_SELECT_SEED).fetchone() or (0, 0)
+            while old := connection.execute(_SELECT_OLD, (before_ms, log_position, _SEED_ROWS)).fetchall():
+                with _transaction(connection):
+                    connection.executemany("DELETE FROM events WHERE position = ?", old)
+                    connection.execute("INSERT OR REPLACE INTO meta VALUES ('compacted', ?)", (str(old[-1][0]),))
+                removed += len(old)
+                time.sleep(_SEED_PAUSE_S)
+            # Pages that are free now are used again; the log of writes is folded into the file and cut.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return removed
+
+    def restore(self, watermark: str, tables: Iterable[pa.Table]) -> int:
+        self._refuse_closed()
+        log_id, _, last = watermark.rpartition(":")
+        number = 0
+        with self._errors("cannot be restored"), closing(self._connect()) as connection, _transaction(connection):
+            for table in ("events", "seeds", "histories"):
+                if connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():  # noqa: S608 no input
+                    raise EventStoreError(f"{self.path} is not empty: restore into a new file", path=str(self.path))
+            for table in tables:
+                positions = table["position"].to_pylist()
+                check_restored(positions, int(last), watermark)
+                rows = [self._row(*pair) for pair in zip(positions, events_of(table), strict=True)]
+                number += connection.executemany(_INSERT_EVENT, rows).rowcount if rows else 0
+            connection.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
+            connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('events', ?)", (int(last),))
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (log_id,))
+        self._log_id = log_id
+        return number
+
+    def _row(self, position: int | None, e: Event) -> tuple[Any, ...]:
+        """What :data:`_INSERT_EVENT` takes; without a position it gets the next one."""
+        told = (e.event_id, e.user_id, e.item_id, e.event, e.timestamp_ms, e.value, e.request_id, e.slate_position)
+        return (position, *told, e.surface, e.event not in self._log_only)
 
     def close(self) -> None:
         with self._lock:

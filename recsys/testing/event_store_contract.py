@@ -18,8 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys import schema
 from recsys.errors import EventStoreError, RequestError
 from recsys.events import Event, EventStore, EventStoreConfig
+from recsys.events.base import events_of
 
 
 def click(event_id: str, item_id: str = "item", *, user_id: str = "user", at_ms: int = 1000) -> Event:
@@ -114,6 +116,64 @@ class EventStoreContract:
             assert list(pool.map(send, range(8))) == [20] * 8
         states = [store.user(f"u{thread}") for thread in range(8)]
         assert [len(state) for state in states if state is not None] == [20] * 8
+
+    def test_the_log_is_read_in_order_from_any_watermark(self, store: EventStore) -> None:
+        assert list(store.log()) == []
+        rich = Event("1", "user", "a", "rating", 2000, 4.5, "request", 3, "home")
+        store.append([rich, click("2", "b", at_ms=1000)])
+        middle = store.watermark()
+        store.append([click("1"), click("3", "ü", user_id="other"), Event("4", "user", "a", "impression", 1)])
+        everything = pa.concat_tables(store.log())
+        assert everything.schema == schema.EVENT_LOG
+        assert everything["event_id"].to_pylist() == ["1", "2", "3", "4"]
+        assert events_of(everything)[0] == rich
+        assert events_of(everything)[1].value is None
+        positions = everything["position"].to_pylist()
+        assert positions == sorted(set(positions))
+        assert [event.item_id for table in store.log(middle) for event in events_of(table)] == ["ü", "a"]
+        assert list(store.log(store.watermark())) == []
+        with pytest.raises(EventStoreError, match="one of another log"):
+            list(store.log("elsewhere:0"))
+
+    def test_compaction_changes_no_state(self, store: EventStore) -> None:
+        store.append([click("1", "a"), click("2", "b", at_ms=2000), click("3", "c", at_ms=9000)])
+        assert store.compact(10_000) == 0  # no Bundle has them yet
+        absorbed = store.watermark()
+        store.append([click("4", "d", at_ms=1500)])
+        store.seed("child", seed_table("user", ("a", 1000), ("b", 2000), ("c", 9000)), absorbed)
+        before = store.user("user")
+        end = store.watermark()
+        assert store.compact(5000) == 2  # neither the new one nor the one that is late enough
+        assert [event.event_id for table in store.log() for event in events_of(table)] == ["3", "4"]
+        with pytest.raises(EventStoreError, match="compacted away"):
+            list(store.log(f"{end.rpartition(':')[0]}:1"))
+        assert [event.event_id for table in store.log(absorbed) for event in events_of(table)] == ["4"]
+        after = store.user("user")
+        assert before is not None
+        assert after is not None
+        assert after.item_ids == before.item_ids == ("a", "d", "b", "c")
+        assert store.watermark() == end
+        assert store.append([click("3"), click("4")]).accepted == 0
+
+    def test_a_restored_store_is_the_same_log(self, store: EventStore, tmp_path: Path) -> None:
+        store.append([click("1", "a"), click("2", "b", at_ms=2000)])
+        absorbed = store.watermark()
+        store.append([Event("3", "user", "c", "rating", 3000, 4.0), Event("4", "user", "c", "impression", 3000)])
+        with self.config(tmp_path / "elsewhere").open() as other:
+            assert other.restore(store.watermark(), store.log()) == 4
+            assert other.watermark() == store.watermark()
+            for each in (store, other):
+                each.seed("child", seed_table("user", ("a", 1000), ("b", 2000)), absorbed)
+                state = each.user("user")
+                assert state is not None
+                assert state.item_ids == ("a", "b", "c")
+                assert state.values[-1] == 4
+                assert each.append([click("4"), click("5", at_ms=9000)]).accepted == 1
+            assert pa.concat_tables(other.log()) == pa.concat_tables(store.log())
+            with pytest.raises(EventStoreError, match="not empty"):
+                other.restore(store.watermark(), store.log())
+        with self.config(tmp_path / "elsewhere").open() as again:
+            assert again.watermark() == store.watermark()
 
     def test_closing_twice_is_harmless_and_a_closed_store_refuses(self, tmp_path: Path) -> None:
         store = self.config(tmp_path).open()

@@ -30,9 +30,8 @@ class TestRedis(EventStoreContract):
 
     def config(self, folder: Path) -> RedisEventStoreConfig:
         url = getattr(self, "server", RedisServer(folder)).url
-        return RedisEventStoreConfig.parse(
-            {"url": url, "prefix": re.sub(r"\W", "-", f"{folder.name[-60:]}:")}, where="test"
-        )
+        prefix = re.sub(r"\W", "-", "-".join(folder.parts[-2:])[-60:])
+        return RedisEventStoreConfig.parse({"url": url, "prefix": f"{prefix}:"}, where="test")
 
 
 def test_every_kind_is_tested() -> None:

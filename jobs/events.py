@@ -1,0 +1,145 @@
+"""``python -m jobs.events``: the log of events of an event store, in and out of files.
+
+``--events`` is the file of the embedded store or the URL of a Redis server (``redis://HOST:6379/0``, the prefix with
+``--prefix``, the password in ``RECSYS_REDIS_PASSWORD``). All of it may be done while gateways use the store, but
+``restore``, which fills an empty one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import typer
+
+from recsys import schema
+from recsys.errors import DataError, EventStoreError, RecsysError, RequestError
+from recsys.events import AnyEventStore, EventStore, RedisEventStoreConfig, SqliteEventStoreConfig
+from recsys.events.base import events_of
+from recsys.files import atomic_path
+
+pc: Any = pyarrow.compute  # its functions are made at import, out of a type checker's sight
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Where = Annotated[str, typer.Option("--events", help="file of the embedded event store, or redis://HOST:PORT/DB")]
+Prefix = Annotated[str, typer.Option(help="begins every key in Redis")]
+Target = Annotated[Path, typer.Argument(help="Parquet file")]
+_WATERMARK = b"recsys.watermark"
+_BATCH_ROWS = 10_000
+_DAY_MS = 86_400_000
+
+
+@app.command()
+def export(
+    to: Target,
+    events: Where,
+    prefix: Prefix = "recsys:",
+    after: Annotated[str, typer.Option(help="only what came after this watermark")] = "",
+) -> None:
+    """Write events to a Parquet file, in the order they arrived, and say up to which watermark.
+
+    An export of everything is a backup: see ``restore``.
+    """
+    with _store(events, prefix) as store:
+        watermark = store.watermark()
+        with atomic_path(to) as temporary:
+            number = _write(store, temporary, after or None, watermark)
+        typer.echo(f"{number:,} events in {to}, up to the watermark {watermark}")
+
+
+@app.command("import")
+def import_(source: Target, events: Where, prefix: Prefix = "recsys:") -> None:
+    """Add the events of a Parquet file. Doing it again adds nothing: ``event_id`` tells what is there.
+
+    Columns: event_id, user_id, item_id, event, timestamp; if there are any, value, request_id, slate_position, surface.
+    """
+    with _store(events, prefix) as store:
+        accepted = duplicates = row = 0
+        for table in _tables(source):
+            try:
+                result = store.append(events_of(table))
+            except RequestError as error:
+                bad = row + int(error.details["row"])
+                raise DataError(
+                    f"{source}, row {bad}: {error.message}; the {row:,} rows before row {row} are in the store", row=bad
+                ) from error
+            accepted, duplicates, row = accepted + result.accepted, duplicates + result.duplicates, row + len(table)
+            typer.echo(f"{row:,} rows read", err=True)
+        typer.echo(f"{accepted:,} events added, {duplicates:,} were there already")
+
+
+@app.command()
+def restore(source: Target, events: Where, prefix: Prefix = "recsys:") -> None:
+    """Fill an empty event store from an export of everything. It goes on where that log ended."""
+    with _store(events, prefix) as store:
+        metadata = pq.read_schema(source).metadata or {}
+        if _WATERMARK not in metadata:
+            raise DataError(f"{source} is no export of a whole log; `import` adds events of any Parquet file")
+        number = store.restore(metadata[_WATERMARK].decode(), _tables(source))
+        typer.echo(f"{number:,} events restored")
+
+
+@app.command()
+def compact(
+    events: Where,
+    prefix: Prefix = "recsys:",
+    days: Annotated[float, typer.Option(help="events older than this are removed", min=0)] = 90,
+) -> None:
+    """Remove old events that the Bundle being served was published with. No user's state changes."""
+    with _store(events, prefix) as store:
+        number = store.compact(time.time_ns() // 1_000_000 - round(days * _DAY_MS))
+        typer.echo(f"{number:,} events removed")
+
+
+def _write(store: EventStore, path: Path, after: str | None, watermark: str) -> int:
+    """Events after ``after`` up to ``watermark``; only a file that lacks nothing carries the watermark."""
+    metadata = {_WATERMARK: watermark.encode()} if after is None else None
+    last = int(watermark.rpartition(":")[2])
+    number = 0
+    with pq.ParquetWriter(path, schema.EVENT_LOG.with_metadata(metadata)) as writer:
+        for table in store.log(after):
+            kept = table.filter(pc.less_equal(table["position"], last))
+            writer.write_table(kept.replace_schema_metadata(metadata))
+            number += len(kept)
+            if len(kept) < len(table):
+                break
+    return number
+
+
+def _tables(path: Path) -> Iterator[pa.Table]:
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    with file:
+        for batch in file.iter_batches(_BATCH_ROWS):
+            yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def _store(where: str, prefix: str) -> Generator[EventStore, None, None]:
+    """The store, and errors as a person wants to read them."""
+    try:
+        with _config(where, prefix).open() as store:
+            yield store
+    except RecsysError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _config(where: str, prefix: str) -> AnyEventStore:
+    if "://" in where:
+        tree: dict[str, Any] = {"url": where, "prefix": prefix}
+        return RedisEventStoreConfig.parse(tree, where="--events")
+    if not Path(where).parent.is_dir():
+        raise EventStoreError(f"{where}: there is no folder {Path(where).parent}")
+    return SqliteEventStoreConfig(path=where)
+
+
+if __name__ == "__main__":
+    app()
