@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-quality bench-training bench-families peers wheel clean
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-quality bench-training bench-families peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,9 @@ bench-serve: .venv/.installed-dev  ## measure the figures of tests/benchmarks/re
 
 bench-faults: .venv/.installed-dev  ## kill, lock and take away parts of a served graph under load
 	python tests/benchmarks/faults.py
+
+bench-realtime: .venv/.installed-dev  ## measure how soon and how surely events count
+	python tests/benchmarks/realtime.py
 
 bench-quality: .venv/.installed-dev .venv-peers/.installed  ## train and judge the suites; hours; goes on where it was stopped
 	python tests/benchmarks/quality.py

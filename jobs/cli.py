@@ -25,6 +25,7 @@ SECTIONS = {
     "train_retriever": "retriever",
     "train_ranker": "ranking",
     "evaluate": "evaluation",
+    "recommend": "slates",
     "publish": "publish",
     "pipeline": None,
 }
@@ -74,6 +75,7 @@ _DOCS = {
     "train_retriever": "Train the retriever; refit it on all data.",
     "train_ranker": "Train the ranker on the retriever's candidates and compress it.",
     "evaluate": "Judge the served pipeline and the baselines on the test split.",
+    "recommend": "Make the best items of every user, offline.",
     "publish": "Write a Bundle and point the store to it.",
     "pipeline": "Run every step, from interactions to a published Bundle; finished steps are reused.",
 }

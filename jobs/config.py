@@ -45,6 +45,13 @@ class PublishConfig(StrictConfig):
     popular: Popularity = Field(default=Popularity(), description="what popular means when all else fails")
     num_popular: int = Field(default=1000, ge=1, description="popular items in the Bundle, the last resort")
     max_history: int = Field(default=500, ge=1, description="newest interactions per user that seed the user state")
+    search: bool = Field(default=True, description="an index over item texts, for search by words; needs an encoder")
+
+
+class SlatesConfig(StrictConfig):
+    """The best items of every user, made offline."""
+
+    top_k: int = Field(default=20, ge=0, le=10_000, description="items per user; 0 leaves the step out (items)")
 
 
 class JobConfig(StrictConfig):
@@ -63,6 +70,7 @@ class JobConfig(StrictConfig):
         default=(Popularity(), ItemKNN()), description="models that the pipeline is judged against"
     )
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="metrics and intervals")
+    slates: SlatesConfig = Field(default=SlatesConfig(), description="the best items of every user, made offline")
     publish: PublishConfig = Field(default=PublishConfig(), description="the Bundle store")
     compute: ComputeConfig = Field(default=ComputeConfig(), description="workers, devices, failures")
 

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from jobs._ray import ComputeConfig, ray_session
+from jobs._parts import make_parts
+from jobs._ray import ComputeConfig
 from jobs.artifacts import Artifact, build
 from recsys.errors import DataError
 from recsys.files import atomic_path, write_parquet
@@ -80,16 +81,12 @@ class Embedder:
         self._encoder = TextEncoder.load(config, model, device="cuda" if use_gpu else "cpu")
         self._target = target
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Paths of parts (``path``) in, the number of items in each (``rows``) out."""
-        return {"rows": np.array([self.embed(Path(path)) for path in batch["path"]])}
-
-    def embed(self, part: Path) -> int:
-        """Write the vectors of one part under its own name."""
+    def make(self, part: str) -> int:
+        """Write the vectors of the texts at ``part`` under the same name; their number."""
         table = pq.read_table(part)
         vectors = self._encoder.encode(table["text"].to_pylist())
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-        write_parquet(self._target / part.name, pa.table({ITEM_IDX: table[ITEM_IDX], "vector": column}))
+        write_parquet(self._target / Path(part).name, pa.table({ITEM_IDX: table[ITEM_IDX], "vector": column}))
         return len(table)
 
 
@@ -116,43 +113,14 @@ def embed_parts(texts: Path, vectors: Path, embedder: dict[str, Any], compute: C
     """Embed the parts in ``texts`` that have none of the same name in ``vectors``."""
     missing = [path for path in sorted(texts.glob("*.parquet")) if not (vectors / path.name).exists()]
     num_missing = sum(pq.read_metadata(path).num_rows for path in missing)
-    run = _embed_on_ray if compute.num_workers else _embed_here
     started, num_done = time.perf_counter(), 0
-    for rows in run(missing, embedder, compute):
+    for rows in make_parts(Embedder, [str(path) for path in missing], embedder, compute, gpu=True):
         num_done += rows
         rate = num_done / (time.perf_counter() - started)
         logger.info(
             "%d of %d items embedded, %.0f items/s, %.0f s left",
             num_done, num_missing, rate, (num_missing - num_done) / rate,
         )  # fmt: skip
-
-
-def _embed_here(parts: list[Path], embedder: dict[str, Any], compute: ComputeConfig) -> Iterator[int]:
-    if parts:
-        yield from map(Embedder(**embedder, threads=compute.threads_per_worker or None).embed, parts)
-
-
-def _embed_on_ray(parts: list[Path], embedder: dict[str, Any], compute: ComputeConfig) -> Iterator[int]:
-    if not parts:
-        return
-    with ray_session():
-        import ray.data
-
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        # It warns that its bars are off; they are, because progress is told below.
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-        # One block per part: it is what an actor takes, writes and, when it dies, what is done again.
-        done = ray.data.from_items([{"path": str(path)} for path in parts], override_num_blocks=len(parts)).map_batches(
-            Embedder,
-            fn_constructor_kwargs={**embedder, "threads": compute.threads},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, initial_size=compute.num_workers, max_size=compute.num_workers
-            ),
-            num_cpus=compute.cpus_per_worker,
-            num_gpus=1 if compute.use_gpu else 0,
-        )
-        yield from (int(row["rows"]) for row in done.iter_rows())
 
 
 def consolidate(parts: Path, target: Path, num_items: int) -> int:

@@ -1,8 +1,9 @@
 """``python -m jobs.events``: the log of events of an event store, in and out of files.
 
-``--events`` is the file of the embedded store or the URL of a Redis server (``redis://HOST:6379/0``, the prefix with
-``--prefix``, the password in ``RECSYS_REDIS_PASSWORD``). All of it may be done while gateways use the store, but
-``restore``, which fills an empty one.
+``--events`` is the file of the embedded store or the URL of a Redis server (``redis://HOST:6379/0``, the password in
+``RECSYS_REDIS_PASSWORD``). Where the gateways' ``event_store`` has settings of its own (``max_history``, ``log_only``,
+``prefix``, ...), give the same with ``--set``: they decide what a user's state is. All of it may be done while gateways
+use the store, but ``restore``, which fills an empty one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 import typer
+import yaml
 
 from recsys import schema
 from recsys.errors import DataError, EventStoreError, RecsysError, RequestError
@@ -27,10 +29,15 @@ from recsys.files import atomic_path
 pc: Any = pyarrow.compute  # its functions are made at import, out of a type checker's sight
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Where = Annotated[str, typer.Option("--events", help="file of the embedded event store, or redis://HOST:PORT/DB")]
-Prefix = Annotated[str, typer.Option(help="begins every key in Redis")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="a setting of the gateways' event_store, where it is not the default", metavar="K=V"),
+]
 Target = Annotated[Path, typer.Argument(help="Parquet file")]
 _WATERMARK = b"recsys.watermark"
-_BATCH_ROWS = 10_000
+_COMPACTED = b"recsys.compacted"
+_BATCH_ROWS = 1000
+"""Redis does nothing else while it takes one batch"""
 _DAY_MS = 86_400_000
 
 
@@ -38,14 +45,14 @@ _DAY_MS = 86_400_000
 def export(
     to: Target,
     events: Where,
-    prefix: Prefix = "recsys:",
+    settings: Settings = None,
     after: Annotated[str, typer.Option(help="only what came after this watermark")] = "",
 ) -> None:
     """Write events to a Parquet file, in the order they arrived, and say up to which watermark.
 
     An export of everything is a backup: see ``restore``.
     """
-    with _store(events, prefix) as store:
+    with _store(events, settings) as store:
         watermark = store.watermark()
         with atomic_path(to) as temporary:
             number = _write(store, temporary, after or None, watermark)
@@ -53,12 +60,12 @@ def export(
 
 
 @app.command("import")
-def import_(source: Target, events: Where, prefix: Prefix = "recsys:") -> None:
+def import_(source: Target, events: Where, settings: Settings = None) -> None:
     """Add the events of a Parquet file. Doing it again adds nothing: ``event_id`` tells what is there.
 
     Columns: event_id, user_id, item_id, event, timestamp; if there are any, value, request_id, slate_position, surface.
     """
-    with _store(events, prefix) as store:
+    with _store(events, settings, create=True) as store:
         accepted = duplicates = row = 0
         for table in _tables(source):
             try:
@@ -74,31 +81,37 @@ def import_(source: Target, events: Where, prefix: Prefix = "recsys:") -> None:
 
 
 @app.command()
-def restore(source: Target, events: Where, prefix: Prefix = "recsys:") -> None:
+def restore(source: Target, events: Where, settings: Settings = None) -> None:
     """Fill an empty event store from an export of everything. It goes on where that log ended."""
-    with _store(events, prefix) as store:
-        metadata = pq.read_schema(source).metadata or {}
+    with _store(events, settings, create=True) as store:
+        with _parquet(source) as file:
+            metadata = file.schema_arrow.metadata or {}
         if _WATERMARK not in metadata:
             raise DataError(f"{source} is no export of a whole log; `import` adds events of any Parquet file")
-        number = store.restore(metadata[_WATERMARK].decode(), _tables(source))
+        number = store.restore(metadata[_WATERMARK].decode(), _tables(source), int(metadata[_COMPACTED]))
         typer.echo(f"{number:,} events restored")
 
 
 @app.command()
 def compact(
     events: Where,
-    prefix: Prefix = "recsys:",
+    settings: Settings = None,
     days: Annotated[float, typer.Option(help="events older than this are removed", min=0)] = 90,
 ) -> None:
-    """Remove old events that the Bundle being served was published with. No user's state changes."""
-    with _store(events, prefix) as store:
+    """Remove old events that the Bundle being served was published with. No user's state changes.
+
+    Those are the events up to the watermark of the Bundle; one that was trained on other data has none of them.
+    """
+    with _store(events, settings) as store:
         number = store.compact(time.time_ns() // 1_000_000 - round(days * _DAY_MS))
         typer.echo(f"{number:,} events removed")
 
 
 def _write(store: EventStore, path: Path, after: str | None, watermark: str) -> int:
     """Events after ``after`` up to ``watermark``; only a file that lacks nothing carries the watermark."""
-    metadata = {_WATERMARK: watermark.encode()} if after is None else None
+    metadata = None
+    if after is None:
+        metadata = {_WATERMARK: watermark.encode(), _COMPACTED: str(store.compacted()).encode()}
     last = int(watermark.rpartition(":")[2])
     number = 0
     with pq.ParquetWriter(path, schema.EVENT_LOG.with_metadata(metadata)) as writer:
@@ -111,34 +124,41 @@ def _write(store: EventStore, path: Path, after: str | None, watermark: str) -> 
     return number
 
 
-def _tables(path: Path) -> Iterator[pa.Table]:
+def _parquet(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        return pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    with file:
+
+
+def _tables(path: Path) -> Iterator[pa.Table]:
+    with _parquet(path) as file:
         for batch in file.iter_batches(_BATCH_ROWS):
             yield pa.Table.from_batches([batch])
 
 
 @contextmanager
-def _store(where: str, prefix: str) -> Generator[EventStore, None, None]:
+def _store(where: str, settings: list[str] | None, *, create: bool = False) -> Generator[EventStore, None, None]:
     """The store, and errors as a person wants to read them."""
     try:
-        with _config(where, prefix).open() as store:
+        with _config(where, settings or [], create).open() as store:
             yield store
     except RecsysError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from error
 
 
-def _config(where: str, prefix: str) -> AnyEventStore:
+def _config(where: str, settings: list[str], create: bool) -> AnyEventStore:
+    pairs = [setting.partition("=") for setting in settings]
+    tree: dict[str, Any] = {key: yaml.safe_load(value) for key, _, value in pairs}
     if "://" in where:
-        tree: dict[str, Any] = {"url": where, "prefix": prefix}
-        return RedisEventStoreConfig.parse(tree, where="--events")
-    if not Path(where).parent.is_dir():
-        raise EventStoreError(f"{where}: there is no folder {Path(where).parent}")
-    return SqliteEventStoreConfig(path=where)
+        return RedisEventStoreConfig.parse(tree | {"url": where}, where="--events and --set")
+    path = Path(where)
+    if create and not path.parent.is_dir():
+        raise EventStoreError(f"{where}: there is no folder {path.parent}", path=where)
+    if not create and not path.exists():
+        raise EventStoreError(f"{where}: there is no event store here", path=where)
+    return SqliteEventStoreConfig.parse(tree | {"path": where}, where="--events and --set")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobs import embed, evaluate, prepare, publish, train_encoder, train_ranker, train_retriever
+from jobs import embed, evaluate, prepare, publish, recommend, train_encoder, train_ranker, train_retriever
 from jobs._ray import ray_session
 from jobs.artifacts import Artifact
 from jobs.config import JobConfig
+from recsys.errors import ConfigError
 
 console = Console(stderr=True)
 
 
 def run(config: JobConfig, until: str = "pipeline") -> dict[str, Artifact]:
     """Run the steps up to ``until`` (a job module's name); those that are complete are reused."""
+    left_out = {"train_encoder": config.encoder is None, "embed": config.encoder is None}
+    if (left_out | {"recommend": not config.slates.top_k}).get(until):
+        raise ConfigError(f"the step {until} has nothing to do: this configuration leaves it out")
     if "working_dir_files" in (home := Path(config.workdir).absolute()).parts:
         advice = (
             "is inside Ray's copy of the submitted folder, which Ray deletes: give one that stays, --set workdir=FOLDER"
@@ -68,7 +72,11 @@ def _steps(config: JobConfig):
     yield "train_ranker", ranker
     judged = evaluate.run(config, prepared, retriever, ranker)
     yield "evaluate", judged
-    yield "publish", publish.run(config, prepared, encoder, retriever, ranker, judged)
+    slates = None
+    if config.slates.top_k:
+        slates = recommend.run(config, prepared, retriever, ranker)
+        yield "recommend", slates
+    yield "publish", publish.run(config, prepared, encoder, embedded, retriever, ranker, judged, slates)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from jobs import recommend
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
 from recsys import schema
@@ -17,10 +19,12 @@ from recsys.bundle.store import BundleStore
 from recsys.bundle.writer import BundleWriter
 from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
+from recsys.data.features import matrix
 from recsys.models import load_retriever
 from recsys.models.base import FitData, VectorRetriever
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.recommender import Recommender
+from recsys.pipeline.slates import SLATES_SCHEMA
 from recsys.pipeline.types import Filters
 from recsys.training.runtime import Runtime
 
@@ -33,9 +37,11 @@ def run(
     config: JobConfig,
     prepared: Artifact,
     encoder: Artifact | None,
+    embedded: Artifact | None,
     retriever: Artifact,
     ranker: Artifact,
     judged: Artifact,
+    slates: Artifact | None,
 ) -> Artifact:
     """The artefact of this step; its metrics hold the ``bundle_id`` and the ``store``."""
     store = BundleStore(config.store)
@@ -54,6 +60,13 @@ def run(
             writer.add("ranker", ranker.path / "final")
             if encoder is not None:
                 writer.add("encoder", encoder.path / "model")
+            if embedded is not None and config.publish.search:
+                texts = matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
+                config.index.build(texts).save(writer.part("text_index"))
+            if slates is not None:
+                table = pq.read_table(slates.path / recommend.FILE, columns=["user_id", "item_idx", "scores"])
+                columns = [column.cast(field.type) for column, field in zip(table.columns, SLATES_SCHEMA, strict=True)]
+                writer.add_slates(pa.table(columns, schema=SLATES_SCHEMA))
             writer.add_popular(*popular(config, dataset))
             writer.add_histories(histories(dataset, config.publish.max_history))
             writer.add_config(config)
@@ -75,7 +88,7 @@ def run(
         return {"bundle_id": bundle.bundle_id, "store": str(store), "num_bytes": bundle.manifest.num_bytes}
 
     settings = {"config": config.model_dump(mode="json")}
-    parents = [prepared, *([encoder] if encoder else []), retriever, ranker, judged]
+    parents = [each for each in (prepared, encoder, embedded, retriever, ranker, judged, slates) if each is not None]
     artifact = build(config.workdir, STEP, settings, parents, make)
     activate(store, artifact, config)
     return artifact

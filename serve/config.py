@@ -12,6 +12,8 @@ from serve.canary import CanaryConfig
 from serve.logs import LogLevel
 
 STAGES = ("retrieval", "ranking", "reranking")
+IMPRESSION = "impression"
+"""the event that something was shown"""
 INLINE = frozenset({"reranking"})
 """stages so short that handing them to a thread would cost more than they do"""
 
@@ -80,6 +82,9 @@ class GatewayConfig(ScalingConfig):
         default=1000, ge=0, le=1_000_000, description="answers per replica whose trace can be asked for"
     )
     access_log: bool = Field(default=False, description="log a line for every request")
+    log_impressions: bool = Field(
+        default=False, description="record every item shown to a user in the event log, with place and propensity"
+    )
     ready_timeout_s: float = Field(
         default=300.0, gt=0, le=3600, description="longest wait of a new gateway for the stages to come up (seconds)"
     )
@@ -135,6 +140,12 @@ class ServeConfig(StrictConfig):
         default=(),
         description="stages that run inside the gateway in topology graph, too: they save a hop and do not scale alone",
     )
+
+    @model_validator(mode="after")
+    def _showing_is_no_deed(self) -> Self:
+        if self.gateway.log_impressions and IMPRESSION not in self.event_store.log_only:
+            raise ValueError(f"gateway.log_impressions needs {IMPRESSION!r} in event_store.log_only, or all is seen")
+        return self
 
     def is_local(self, stage: str) -> bool:
         """Whether ``stage`` runs inside the gateway."""

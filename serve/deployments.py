@@ -157,9 +157,12 @@ class Gateway:
         return self._observer.trace(request_id)
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose event store cannot be read. It asks often, so the metrics leave with it."""
+        """Serve replaces a replica whose own event store cannot be read; where all read the same one on another
+        machine, that would help nobody. It asks often, so the metrics leave with it.
+        """
         self._meters.flush()
-        await asyncio.to_thread(self._service.store.watermark)
+        if not self._service.store.is_remote:
+            await asyncio.to_thread(self._service.store.watermark)
 
 
 async def _ask_all_gateways(request_id: str) -> dict[str, Any] | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -24,6 +27,7 @@ from recsys.events import Event, UserState
 from serve import wire
 from serve.access import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
+from serve.impressions import Impressions
 from serve.keys import Scope as KeyScope
 from serve.metrics import Meters, no_sink
 from serve.middleware import PROBLEM_JSON, Limits, printable, problem
@@ -127,6 +131,8 @@ def _is_json(content_type: str) -> bool:
     return kind == "application" and (name == "json" or name.endswith("+json"))
 
 
+_MAX_SEARCHES = 32
+"""searches of one gateway that wait for their turn"""
 FindTrace = Callable[[str], Awaitable[dict[str, Any] | None]]
 
 
@@ -147,8 +153,17 @@ def http_app(
     """
     observer = observer or Observer(service, config, Meters(no_sink))
     executor = ThreadPoolExecutor(config.event_threads, thread_name_prefix="events")
+    impressions = Impressions(service.store, executor, observer.meters) if config.log_impressions else None
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if impressions is not None:
+            await impressions.written()
+
     app = FastAPI(
         title="recsys",
+        lifespan=lifespan,
         description=_DESCRIPTION,
         version=service.version,
         docs_url=None,
@@ -161,7 +176,7 @@ def http_app(
     retry_after = {"retry-after": str(config.retry_after_s)}
     _answer_errors(app, retry_after)
 
-    _add_recommendations(app, service, observer)
+    _add_recommendations(app, service, observer, impressions)
     _add_events(app, service, observer, config.max_events, executor)
     _add_look_ups(app, service)
     _add_operation(app, service, observer, find_trace, retry_after)
@@ -171,7 +186,7 @@ def http_app(
     return app
 
 
-def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> None:
+def _add_recommendations(app: FastAPI, service: Service, observer: Observer, impressions: Impressions | None) -> None:
     @app.post(
         "/v1/recommend",
         tags=["recommendations"],
@@ -184,8 +199,11 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> 
 
         Stages that are slow or down are skipped and named in `degraded`; availability and filters never are.
         """
-        answer, generation = await service.recommend(wire.recommend_request(body, _request_id(request)))
+        asked = wire.recommend_request(body, _request_id(request))
+        answer, generation = await service.recommend(asked)
         observer.answered(answer, generation)
+        if impressions is not None:
+            impressions.shown(answer, time.time_ns() // 1_000_000, asked.context.get("surface"))
         return _json(wire.recommend_answer(answer, explain=body.explain))
 
     @app.post(
@@ -202,6 +220,30 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer) -> 
             if recommender.item(body.item_id) is None:
                 return _missing(request, f"no item {body.item_id!r} in the catalogue")
             answer = await asyncio.to_thread(recommender.similar, wire.similar_request(body, _request_id(request)))
+        return _json(wire.recommend_answer(answer))
+
+    # One at a time: an encoder takes what cores there are, and nobody else shall wait for them.
+    searcher, num_searches = ThreadPoolExecutor(1, thread_name_prefix="search"), 0
+
+    @app.post(
+        "/v1/search",
+        tags=["recommendations"],
+        summary="Items by words",
+        responses=_ok(wire.RecommendAnswer) | _BODY_PROBLEMS,
+        **needs("read"),
+    )
+    async def search(body: wire.SearchBody, request: Request) -> Response:
+        """Items whose texts mean most nearly what `query` says, best first. Needs a Bundle with a text encoder."""
+        nonlocal num_searches
+        if num_searches >= _MAX_SEARCHES:
+            raise StageOverloadedError(f"{num_searches} searches wait already", stage="search")
+        num_searches += 1
+        try:
+            with service.current.pinned() as generation:
+                find = functools.partial(generation.recommender.search, wire.search_request(body, _request_id(request)))
+                answer = await asyncio.get_running_loop().run_in_executor(searcher, find)
+        finally:
+            num_searches -= 1
         return _json(wire.recommend_answer(answer))
 
 
@@ -222,6 +264,25 @@ def _add_events(
         batch = [_event(event) for event in body.events]
         result = await asyncio.get_running_loop().run_in_executor(executor, service.store.append, batch)
         observer.recorded(batch, result.duplicates)
+        return _json({"accepted": result.accepted, "duplicates": result.duplicates})
+
+    @app.post(
+        "/v1/users/{user_id}/merge",
+        tags=["events"],
+        summary="Count what was done under another id",
+        responses=_ok(wire.EventsAnswer) | _BODY_PROBLEMS,
+        **needs("write"),
+    )
+    async def merge(user_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], body: wire.MergeBody) -> Response:
+        """The interactions known of `from_user_id` become events of this user, at the times they have. Sending it again
+        adds only what came since.
+        """
+        if user_id == body.from_user_id:
+            raise RequestError("a user cannot be merged into themselves", field="from_user_id")
+        merged = functools.partial(service.store.merge, body.from_user_id, user_id)
+        result = await asyncio.get_running_loop().run_in_executor(executor, merged)
+        observer.meters.count("recsys_events_total", "accepted", amount=result.accepted)
+        observer.meters.count("recsys_events_total", "duplicate", amount=result.duplicates)
         return _json({"accepted": result.accepted, "duplicates": result.duplicates})
 
 
@@ -302,10 +363,13 @@ def _add_operation(
         "/readyz", tags=["probes"], summary="May it get traffic?", responses=_ok(wire.HealthAnswer), **needs("read")
     )
     async def readyz(request: Request) -> Response:
-        """Yes once the golden query of the Bundle was answered as it must be and the event store can be read."""
+        """Yes once the golden query of the Bundle was answered as it must be and the event store can be read. One on
+        another machine is no condition: without it users are answered like strangers.
+        """
         if not service.current.proven:
             return problem(503, "the golden query has not been answered yet", _request_id(request), headers=retry_after)
-        service.store.watermark()
+        if not service.store.is_remote:
+            service.store.watermark()
         return _json({"status": "ready"})
 
     @app.get("/openapi.json", include_in_schema=False, **needs("read"))

@@ -54,7 +54,9 @@ METRICS: Mapping[str, Metric] = {
     "recsys_bundle_age_s": Metric("gauge", "Seconds since the Bundle that answers was made"),
     "recsys_bundles_open": Metric("gauge", "Bundles this gateway has open: 1, and more while one takes over"),
     "recsys_bundles_refused": Metric("gauge", "Bundles that the store points to and this gateway does not serve"),
-    "recsys_events_total": Metric("counter", "Events: accepted, or known already (duplicate)", ("outcome",)),
+    "recsys_events_total": Metric(
+        "counter", "Events: accepted, known already (duplicate), impression or impression_lost", ("outcome",)
+    ),
     "recsys_event_lag_s": Metric(
         "histogram", "Seconds between an event and its arrival, of the oldest in each batch", (), _SECONDS
     ),

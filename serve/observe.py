@@ -35,7 +35,7 @@ class Observer:
     def __init__(self, service: Service, config: GatewayConfig, meters: Meters) -> None:
         self.traces = Traces(config.max_traces)
         self._service = service
-        self._meters = meters
+        self.meters = meters
         self._access_log = config.access_log
         self._in_flight = 0
         self._shown: dict[str, Shown] = {}
@@ -52,15 +52,15 @@ class Observer:
         self._in_flight -= 1
         took_ms = (time.perf_counter() - started) * 1e3
         route = getattr(scope.get("route"), "path", "none")
-        self._meters.count("recsys_requests_total", route, str(status))
-        self._meters.observe("recsys_request_ms", took_ms, route)
+        self.meters.count("recsys_requests_total", route, str(status))
+        self.meters.observe("recsys_request_ms", took_ms, route)
         if self._access_log:
             about = {"request_id": scope["request_id"], "route": route, "status": status, "total_ms": round(took_ms, 3)}
             _log.info("%s %d", route, status, extra=about)
 
     def answered(self, answer: Recommendation, generation: Generation) -> None:
         """A recommendation was made from this Bundle."""
-        slate, meters = answer.slate, self._meters
+        slate, meters = answer.slate, self.meters
         assert slate is not None, "similar items come from no stage"
         self.traces.keep(answer, generation.catalogue)
         for stage, outcome in slate.outcomes.items():
@@ -80,10 +80,10 @@ class Observer:
 
     def recorded(self, events: Sequence[Event], num_duplicates: int) -> None:
         """A batch of events is durable."""
-        self._meters.count("recsys_events_total", "accepted", amount=len(events) - num_duplicates)
-        self._meters.count("recsys_events_total", "duplicate", amount=num_duplicates)
+        self.meters.count("recsys_events_total", "accepted", amount=len(events) - num_duplicates)
+        self.meters.count("recsys_events_total", "duplicate", amount=num_duplicates)
         oldest_ms = min(event.timestamp_ms for event in events)
-        self._meters.observe("recsys_event_lag_s", max(0.0, time.time() - oldest_ms / 1e3))
+        self.meters.observe("recsys_event_lag_s", max(0.0, time.time() - oldest_ms / 1e3))
 
     def trace(self, request_id: str) -> dict[str, Any] | None:
         """How the answer to that request came about, or None where it was not given here or is too long ago."""
@@ -102,11 +102,11 @@ class Observer:
 
     def _look(self) -> None:
         current = self._service.current
-        self._meters.gauge("recsys_in_flight", self._in_flight)
-        self._meters.gauge("recsys_bundle_age_s", time.time() - current.bundle.manifest.created_at.timestamp())
-        self._meters.gauge("recsys_coverage_share", self._of(current).coverage)
-        self._meters.gauge("recsys_bundles_open", len(self._service.generations))
-        self._meters.gauge("recsys_bundles_refused", len(self._service.refused))
+        self.meters.gauge("recsys_in_flight", self._in_flight)
+        self.meters.gauge("recsys_bundle_age_s", time.time() - current.bundle.manifest.created_at.timestamp())
+        self.meters.gauge("recsys_coverage_share", self._of(current).coverage)
+        self.meters.gauge("recsys_bundles_open", len(self._service.generations))
+        self.meters.gauge("recsys_bundles_refused", len(self._service.refused))
 
 
 class Shown:

@@ -13,12 +13,14 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from recsys.events.base import MAX_ID_LENGTH
 from recsys.pipeline.requests import (
+    MAX_QUERY_LENGTH,
     NO_REQUEST_FILTERS,
     HistoryItem,
     Recommendation,
     RecommendedItem,
     RecommendRequest,
     RequestFilters,
+    SearchRequest,
     SimilarRequest,
 )
 
@@ -105,6 +107,16 @@ class SimilarBody(_Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"item_id": "1", "top_k": 10}]})
 
 
+class SearchBody(_Body):
+    """Items by words."""
+
+    query: str = Field(min_length=1, max_length=MAX_QUERY_LENGTH, description="what is looked for, in plain words")
+    top_k: int = Field(10, ge=1, le=10_000, strict=True, description="items wanted; a Bundle may allow fewer")
+    filters: FiltersBody | None = Field(None, description="hard rules of this request")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"query": "a western with a long train ride"}]})
+
+
 class EventBody(_Body):
     event_id: Id = Field(description="idempotency key: sending the same event again changes nothing")
     user_id: Id
@@ -139,6 +151,14 @@ class EventsBody(_Body):
             ]
         }
     )
+
+
+class MergeBody(_Body):
+    """Somebody who was known under another id."""
+
+    from_user_id: Id = Field(description="the id they had before, such as that of a visitor who has now signed in")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"from_user_id": "visitor-8c6f1f6e"}]})
 
 
 class ItemAnswer(BaseModel):
@@ -292,6 +312,12 @@ def recommend_request(body: RecommendBody, request_id: str) -> RecommendRequest:
 def similar_request(body: SimilarBody, request_id: str) -> SimilarRequest:
     """The request as the pipeline knows it."""
     return SimilarRequest(body.item_id, body.top_k, request_id)
+
+
+def search_request(body: SearchBody, request_id: str) -> SearchRequest:
+    """The request as the pipeline knows it."""
+    filters = NO_REQUEST_FILTERS if body.filters is None else RequestFilters(**dict(body.filters))
+    return SearchRequest(body.query, body.top_k, filters, request_id)
 
 
 def recommend_answer(answer: Recommendation, *, explain: bool = False) -> dict[str, Any]:

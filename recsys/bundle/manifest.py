@@ -6,11 +6,13 @@ Layout of a Bundle's folder::
     config.yaml          the resolved configuration of the job that made it
     items/               the catalogue and the id map (recsys.pipeline.catalogue)
     histories.parquet    what users did, to seed an event store
+    slates.arrow         the best items of every user, made offline (recsys.pipeline.slates)
     popular.arrow        fallback candidates: item_idx int32, score float32, best first
     retriever/           recsys.models.load_retriever
     index/               recsys.index.load_index
     ranker/              recsys.models.load_ranker
     encoder/             a Hugging Face folder
+    text_index/          an index over the vectors of the items' texts, for search by words
     metrics.json         offline metrics
     golden.json          one query with its answer
 """
@@ -41,14 +43,16 @@ MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 ITEMS = "items"
 HISTORIES = "histories.parquet"
+SLATES = "slates.arrow"
 POPULAR = "popular.arrow"
 RETRIEVER = "retriever"
 INDEX = "index"
 RANKER = "ranker"
 ENCODER = "encoder"
+TEXT_INDEX = "text_index"
 METRICS = "metrics.json"
 GOLDEN = "golden.json"
-PARTS = (CONFIG, ITEMS, HISTORIES, POPULAR, RETRIEVER, INDEX, RANKER, ENCODER, METRICS, GOLDEN)
+PARTS = (CONFIG, ITEMS, HISTORIES, SLATES, POPULAR, RETRIEVER, INDEX, RANKER, ENCODER, TEXT_INDEX, METRICS, GOLDEN)
 
 _LIBRARIES = ("recsys", "torch", "transformers", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu", "openvino")
 _PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".npz"}

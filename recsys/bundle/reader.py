@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import uuid
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -33,11 +36,13 @@ if TYPE_CHECKING:
     from recsys.models.ranking import Ranker
     from recsys.pipeline.catalogue import Catalogue
     from recsys.pipeline.config import PipelineConfig
+    from recsys.pipeline.slates import Slates
 
 CACHE_VARIABLE = "RECSYS_CACHE"
 """Environment variable that names the folder for copies of remote Bundles; ``~/.cache/recsys`` without it."""
 CACHED_BUNDLES = 8
-"""so many copies stay in the cache, those that were opened last; a gateway uses four at most"""
+"""so many copies stay in the cache, those that were opened last, and those that are open"""
+_COPY = re.compile("[0-9a-f]{64}")
 
 HISTORIES_SCHEMA = pa.schema(
     [
@@ -75,13 +80,19 @@ class Bundle:
         """
         location = Location.of(cls.locate(uri))
         manifest = read_manifest(location)
+        held: int | None = None
         if location.local is not None:
             path = location.local
             manifest.check_files(path)
         else:
-            path = _cached(location, manifest, Path(cache) if cache is not None else default_cache())
-        refuse_pickle(path)
+            path = Path()
+            while held is None:  # until no other process has removed it before it was held
+                path = _cached(location, manifest, Path(cache) if cache is not None else default_cache())
+                held = _hold(path)
         bundle = cls(path, manifest)
+        if held is not None:
+            weakref.finalize(bundle, os.close, held)
+        refuse_pickle(path)
         bundle.check_tables()
         return bundle
 
@@ -155,6 +166,17 @@ class Bundle:
 
         return self._load(layout.INDEX, load)
 
+    def text_index(self) -> VectorIndex:
+        """The index over the vectors of the items' texts, memory-mapped."""
+        from recsys.index import load_index
+
+        def load(folder: Path) -> VectorIndex:
+            index = load_index(folder)
+            self._same("text_index", "items", index.num_items, self.manifest.num_items)
+            return index
+
+        return self._load(layout.TEXT_INDEX, load)
+
     def ranker(self) -> Ranker:
         """The fitted ranker, its item side as large as the manifest says."""
         from recsys.models import load_ranker
@@ -182,6 +204,12 @@ class Bundle:
             return item_idx, table["score"].to_numpy()
 
         return self._load(layout.POPULAR, load)
+
+    def slates(self) -> Slates:
+        """What users are shown while retrieval fails."""
+        from recsys.pipeline.slates import Slates
+
+        return self._load(layout.SLATES, lambda path: Slates(map_arrow(path), self.manifest.num_items))
 
     def histories(self) -> pa.Table:
         """What users did up to publication: :data:`HISTORIES_SCHEMA`. Read anew on every call, as it is large."""
@@ -235,7 +263,12 @@ class Bundle:
         :raises BundleMismatchError: when they do not.
         """
         self.check_tables()
-        for name, accessor in ((layout.RETRIEVER, self.retriever), (layout.RANKER, self.ranker)):
+        for name, accessor in (
+            (layout.RETRIEVER, self.retriever),
+            (layout.RANKER, self.ranker),
+            (layout.SLATES, self.slates),
+            (layout.TEXT_INDEX, self.text_index),
+        ):
             if self.has(name):
                 accessor()
         if self.has(layout.HISTORIES):
@@ -307,7 +340,8 @@ def _cached(location: Location, manifest: Manifest, cache: Path) -> Path:
                 target.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            os.utime(target)
+            with suppress(OSError):  # it is gone meanwhile, or the disk is read-only
+                os.utime(target)
             return target
     temporary = cache / f".{manifest.checksum}.{uuid.uuid4().hex}.tmp"
     try:
@@ -330,15 +364,37 @@ def _cached(location: Location, manifest: Manifest, cache: Path) -> Path:
     return target
 
 
+def _hold(copy: Path) -> int | None:
+    """A descriptor that keeps every process from removing ``copy`` while it is open; None where it is gone already."""
+    try:
+        descriptor = os.open(copy, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not copy.exists():
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _trim(cache: Path, *, keep: Path) -> None:
-    """Remove the copies that were opened longest ago; what somebody has mapped stays readable to them."""
+    """Remove the copies that were opened longest ago and that nobody has open."""
     opened: list[tuple[float, Path]] = []
-    for path in cache.glob("[!.]*"):
+    for path in cache.iterdir():
         with suppress(FileNotFoundError):  # another process trims as well
-            opened.append((path.stat().st_mtime, path))
+            if _COPY.fullmatch(path.name) and (path / MANIFEST).exists():
+                opened.append((path.stat().st_mtime, path))
     for _, path in sorted(opened, reverse=True)[CACHED_BUNDLES:]:
-        if path != keep:
-            aside = cache / f".{path.name}.{uuid.uuid4().hex}.old"  # in one step it is no copy any more
-            with suppress(FileNotFoundError):
+        if path == keep:
+            continue
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                aside = cache / f".{path.name}.{uuid.uuid4().hex}.old"  # in one step it is no copy any more
                 path.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(aside, ignore_errors=True)
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(descriptor)

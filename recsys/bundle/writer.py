@@ -70,6 +70,10 @@ class BundleWriter:
         table = pa.table({"item_idx": pa.array(item_idx, pa.int32()), "score": pa.array(score, pa.float32())})
         write_arrow(self.part(layout.POPULAR), table)
 
+    def add_slates(self, slates: pa.Table) -> None:
+        """The best items of every user: :data:`~recsys.pipeline.slates.SLATES_SCHEMA`."""
+        write_arrow(self.part(layout.SLATES), slates)
+
     def add_histories(self, histories: pa.Table) -> None:
         """What users did: :data:`~recsys.bundle.reader.HISTORIES_SCHEMA`, one row per user."""
         if not histories.schema.equals(HISTORIES_SCHEMA):

@@ -196,6 +196,19 @@ class Dataset:
             now_ms=None if log.timestamp_ms is None else log.timestamp_ms[stops],
         )
 
+    def everybody(self) -> Targets:
+        """One query per user, with all they did, as of a minute after the end of the data; nothing is relevant."""
+        log, num_users = self.positives, self.num_users
+        now_ms = None if self.log.timestamp_ms is None else int(self.log.timestamp_ms.max()) + 60_000
+        return Targets(
+            user_idx=np.arange(num_users, dtype=np.int32),
+            histories=log.histories(Split.TEST),
+            seen=self.log.histories(Split.TEST),
+            relevant_item_idx=np.zeros(0, np.int32),
+            relevant_offsets=np.zeros(num_users + 1, np.int64),
+            now_ms=None if now_ms is None else np.full(num_users, now_ms, np.int64),
+        )
+
     @cached_property
     def _is_positive(self) -> NDArray[np.bool_]:
         return self.interactions[schema.WEIGHT].to_numpy() > 0

@@ -22,6 +22,11 @@ class EventRule(StrictConfig):
         le=1e6,
         description="Weight of a positive (no unit, 0 to 1e6); 0 means seen, but no positive.",
     )
+    negative: bool = Field(
+        default=False,
+        description="The user wants no more of the item: it is not recommended until a positive comes after it, or "
+        "this is no more among the newest events that a user's state holds.",
+    )
     min_value: float | None = Field(
         default=None,
         description="Smallest value that counts, itself included, in the unit of the event; None for no bound.",
@@ -35,6 +40,8 @@ class EventRule(StrictConfig):
     def _bounds_in_order(self) -> Self:
         if self.min_value is not None and self.max_value is not None and self.min_value > self.max_value:
             raise ValueError(f"min_value {self.min_value} is above max_value {self.max_value}: no value could count")
+        if self.negative and self.weight:
+            raise ValueError(f"weight {self.weight} of a negative: what the user wants no more of is no positive")
         return self
 
 
@@ -51,7 +58,8 @@ class PositivePolicy(StrictConfig):
             "click": EventRule(),
             "purchase": EventRule(),
             "rating": EventRule(min_value=3.5),
-            "hide": EventRule(weight=0.0),
+            "hide": EventRule(weight=0.0, negative=True),
+            "dislike": EventRule(weight=0.0, negative=True),
         },
         min_length=1,
         description="Rule per event name; other events weigh 0 (seen only). Replaces the default whole.",
@@ -66,6 +74,10 @@ class PositivePolicy(StrictConfig):
 
         Values and bounds are compared as float32, the precision of the contract.
         """
+        return self.judge(events, values)[0]
+
+    def judge(self, events: pa.Array | pa.ChunkedArray, values: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """float32 [R] and bool [R]: the :meth:`weights`, and which events say that a user wants no more of an item."""
         names = events.combine_chunks() if isinstance(events, pa.ChunkedArray) else events
         if not pa.types.is_dictionary(names.type):
             names = names.dictionary_encode()
@@ -78,4 +90,5 @@ class PositivePolicy(StrictConfig):
         high = np.array([np.nan if r is None or r.max_value is None else r.max_value for r in rules], np.float32)
         code = pc.fill_null(names.indices, -1).to_numpy(zero_copy_only=False) + 1
         counts = (np.isnan(low)[code] | (amount >= low[code])) & (np.isnan(high)[code] | (amount <= high[code]))
-        return np.where(counts, weight[code], np.float32(0))
+        negative = np.array([rule is not None and rule.negative for rule in rules])
+        return np.where(counts, weight[code], np.float32(0)), counts & negative[code]

@@ -9,8 +9,11 @@ its name in ``recsys/events/__init__.py``.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
 from recsys import schema
 from recsys.config import StrictConfig
@@ -25,6 +29,8 @@ from recsys.errors import EventStoreError, RequestError, SchemaError
 
 MAX_ID_LENGTH = 256
 """Longest accepted id or event name, in characters."""
+RESTORED_GAP = 1 << 32
+"""A restored log goes on so many positions later, behind all that the first one may have given after the backup."""
 MAX_FUTURE_MS = 24 * 60 * 60 * 1000
 """How far ahead of this machine's clock an event may claim to be, in milliseconds (wrong time zones)."""
 
@@ -111,14 +117,50 @@ class EventStore(ABC):
     def watermark(self) -> str:
         """Where the log ends now: the place up to which a Bundle published from it contains its events."""
 
+    def merge(self, from_user_id: str, into_user_id: str) -> AppendResult:
+        """What one user id did is what another one did, too: of somebody who signs in, under the id they had before.
+
+        The interactions in the state of ``from_user_id`` that are not in that of ``into_user_id`` are appended to it,
+        at the times they have; the others count as duplicates. The other id keeps what it has.
+        """
+        state, own = self.user(from_user_id), self.user(into_user_id)
+        if state is None or not len(state):
+            return AppendResult(0, 0)
+        there = (
+            Counter()
+            if own is None
+            else Counter(zip(own.item_ids, own.timestamps_ms.tolist(), own.events, strict=True))
+        )
+        rows = zip(state.item_ids, state.timestamps_ms.tolist(), state.events, state.values.tolist(), strict=True)
+        before: Counter[tuple[str, int, str]] = Counter()
+        events: list[Event] = []
+        for item_id, time_ms, event, value in rows:
+            # The same thing at the same time may be there twice, and then it is twice.
+            number = before[item_id, time_ms, event]
+            before[item_id, time_ms, event] += 1
+            if number < there[item_id, time_ms, event]:
+                continue
+            parts = (from_user_id, into_user_id, item_id, event, str(time_ms), str(number))
+            event_id = f"merged:{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}"
+            events.append(Event(event_id, into_user_id, item_id, event, time_ms, None if math.isnan(value) else value))
+        if not events:
+            return AppendResult(0, len(state))
+        result = self.append(events)
+        return AppendResult(result.accepted, len(state) - result.accepted)
+
     @abstractmethod
     def log(self, after: str | None = None) -> Iterator[pa.Table]:
         """Every event that came after the watermark ``after`` (None: all that are kept), in the order they arrived.
 
         Tables of :data:`recsys.schema.EVENT_LOG` of up to ten thousand rows, read as they are asked for.
 
-        :raises EventStoreError: for a watermark of another log, and where events after it were compacted away.
+        :raises EventStoreError: for a watermark of another log or behind the end of this one, and where events after it
+            were compacted away.
         """
+
+    @abstractmethod
+    def compacted(self) -> int:
+        """The last position that was removed from the log; 0 where none was."""
 
     @abstractmethod
     def compact(self, before_ms: int) -> int:
@@ -128,10 +170,12 @@ class EventStore(ABC):
         """
 
     @abstractmethod
-    def restore(self, watermark: str, tables: Iterable[pa.Table]) -> int:
-        """Fill an empty store with what :meth:`log` gave and :meth:`watermark` said; the number of events.
+    def restore(self, watermark: str, tables: Iterable[pa.Table], compacted: int = 0) -> int:
+        """Fill an empty store with what :meth:`log` gave, and :meth:`watermark` and :meth:`compacted` said.
 
-        It becomes that log: watermarks in Bundles go on naming the same places of it.
+        Returns the number of events.
+        It becomes that log: watermarks in Bundles go on naming the same places of it, and what comes from now on is
+        behind all of them, those of Bundles that were published after the backup included.
 
         :raises EventStoreError: when the store is not empty, or ``tables`` end behind ``watermark``.
         """
@@ -150,24 +194,41 @@ class EventStore(ABC):
 class EventStoreConfig(StrictConfig, ABC):
     """Settings of one kind of store. Subclasses add ``kind: Literal["..."]``."""
 
+    log_only: tuple[str, ...] = Field(
+        default=("impression",), description="event names that are recorded but are no part of a user's state"
+    )
+
     @abstractmethod
     def open(self) -> EventStore:
         """Open the store, making it if there is none yet."""
 
 
-def position_in(watermark: str | None, log_id: str, compacted: int) -> int:
-    """The position that ``watermark`` names; ``compacted`` is the last one that was removed from this log.
+def position_in(watermark: str | None, log_id: str, compacted: int, end: int) -> int:
+    """The position that ``watermark`` names; ``compacted`` is the last one that was removed from this log, ``end`` its
+    last one.
 
-    :raises EventStoreError: for a watermark of another log, and where events after it were removed.
+    :raises EventStoreError: for a watermark of another log or behind the end, and where events after it were removed.
     """
-    found, _, position = (watermark or "").rpartition(":")
     if watermark is None:
         return 0
-    if found != log_id:
+    found, _, position = watermark.rpartition(":")
+    if found != log_id or not position.isdecimal():
         raise EventStoreError(f"the watermark {watermark} is one of another log, this one is {log_id}")
+    if int(position) > end:
+        raise EventStoreError(f"the watermark {watermark} is behind the end of this log, {log_id}:{end}")
     if int(position) < compacted:
         raise EventStoreError(f"events after {watermark} were compacted away, up to {log_id}:{compacted}")
     return int(position)
+
+
+def check_seed(bundle_id: str, watermark: str | None, log_position: int, compacted: int) -> None:
+    """Raise :class:`~recsys.errors.EventStoreError` for histories that lack events which the log has no more."""
+    if log_position < compacted:
+        raise EventStoreError(
+            f"Bundle {bundle_id} was published with the watermark {watermark}, and events after it were compacted "
+            "away: users would lose them. Publish it from the log as it is now",
+            bundle_id=bundle_id,
+        )
 
 
 def check_restored(positions: Sequence[int], last: int, watermark: str) -> None:
@@ -208,7 +269,7 @@ def events_of(table: pa.Table) -> list[Event]:
                 column = column.cast(field.type).cast(pa.int64())
             else:
                 column = column.cast(field.type)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise SchemaError(f"the column {field.name!r} of events is {column.type}: {error}") from error
         columns.append(column.to_pylist())
     return [Event(*row) for row in zip(*columns, strict=True)]

@@ -2,7 +2,8 @@
 
 A batch is one Lua script, which Redis runs alone and writes to its append-only file as one transaction: all of it is
 kept, or nothing. Redis answers once that file is synced (``appendfsync always``); what it is set to is checked when the
-store is opened. One instance, with replicas if you like, not Redis Cluster: a batch concerns many users.
+store is opened. One instance, not Redis Cluster: a batch concerns many users. A replica that is promoted may lack the
+last of what was acknowledged, since Redis replicates after it has answered.
 
 Keys below ``prefix``: ``log`` is a stream with every event, ``ids`` tells which are in it, ``user:ID`` holds the newest
 events of a user by time, ``last:ID`` the position of the last one, ``history:GENERATION:ID`` what a Bundle brought.
@@ -18,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from pydantic import Field, field_validator
 
 from recsys.errors import EventStoreError
 from recsys.events.base import (
+    RESTORED_GAP,
     AppendResult,
     Event,
     EventStore,
@@ -33,6 +35,7 @@ from recsys.events.base import (
     UserState,
     check_events,
     check_restored,
+    check_seed,
     events_of,
     log_table,
     position_in,
@@ -58,13 +61,13 @@ for i = 4, #ARGV do
   if redis.call('HEXISTS', p .. 'ids', fields[1]) == 0 then
     accepted = accepted + 1
     local position = tonumber(fields[11]) or redis.call('INCR', p .. 'position')
-    redis.call('HSET', p .. 'ids', fields[1], position)
     redis.call('XADD', p .. 'log', position .. '-0', 'e', ARGV[i])
+    redis.call('HSET', p .. 'ids', fields[1], position)
     if fields[10] == '1' then
       local user, last = p .. 'user:' .. fields[2], p .. 'last:' .. fields[2]
       local entry = string.format('%016.0f', position) .. '\\0' .. fields[3] .. '\\0' .. fields[4] .. '\\0' .. fields[6]
       redis.call('ZADD', user, fields[5], entry)
-      if redis.call('ZCARD', user) > max_history then
+      if redis.call('ZCARD', user) > 2 * max_history then
         for _, old in ipairs(redis.call('ZRANGE', user, 0, -1)) do
           if tonumber(old:sub(1, 16)) <= log_position then redis.call('ZREM', user, old) end
         end
@@ -97,6 +100,10 @@ redis.call('SADD', p .. 'seeded', ARGV[2])
 redis.call('HSET', p .. 'seed', 'bundle_id', ARGV[2], 'generation', ARGV[3], 'log_position', ARGV[4])
 return 1
 """,
+    "renew": """
+if redis.call('GET', ARGV[1] .. 'seeding') ~= ARGV[2] then return redis.error_reply('the right to seed was lost') end
+return redis.call('PEXPIRE', ARGV[1] .. 'seeding', ARGV[3])
+""",
     "unlock": """
 if redis.call('GET', ARGV[1] .. 'seeding') == ARGV[2] then redis.call('DEL', ARGV[1] .. 'seeding') end
 """,
@@ -122,9 +129,6 @@ class RedisEventStoreConfig(EventStoreConfig):
         ge=1,
         description="users whose state is kept in memory, brought up to date at each read (users per process)",
     )
-    log_only: tuple[str, ...] = Field(
-        default=("impression",), description="event names that are recorded but are no part of a user's state"
-    )
     ttl_days: float = Field(
         default=0, ge=0, le=36_500, description="a user without events for so long is forgotten (days; 0 for never)"
     )
@@ -133,15 +137,18 @@ class RedisEventStoreConfig(EventStoreConfig):
         description="least that the server must do before an event is acknowledged: always, on disk; everysec, a crash "
         "of the machine loses the last second",
     )
-    timeout_s: float = Field(default=5.0, gt=0, le=600, description="longest wait for the server (seconds, up to 600)")
+    timeout_s: float = Field(
+        default=5.0, gt=0, le=600, description="longest wait for an answer (seconds); it is asked for twice"
+    )
 
     @field_validator("url")
     @classmethod
     def _no_password(cls, url: str) -> str:
         parts = urlsplit(url)
+        _ = parts.port  # refuses one that is no number
         if parts.scheme not in {"redis", "rediss", "unix"}:
             raise ValueError("begin it with redis://, rediss:// or unix://")
-        if parts.password is not None:
+        if parts.password is not None or "password" in parse_qs(parts.query):
             raise ValueError(f"a configuration is no place for a password: put it into {VARIABLE}")
         return url
 
@@ -163,13 +170,17 @@ class RedisEventStore(EventStore):
         self._lock = threading.Lock()
         self._closed = False
         self._failure = redis.RedisError
-        # A command that was sent and not answered may have been carried out. Sending it again is harmless.
-        self._redis: Any = redis.Redis.from_url(
-            config.url,
-            password=os.environ.get(VARIABLE),
-            socket_timeout=config.timeout_s,
-            socket_connect_timeout=config.timeout_s,
-        )
+        with self._errors("cannot be opened"):
+            self._redis: Any = redis.Redis.from_url(
+                config.url,
+                password=os.environ.get(VARIABLE),
+                socket_timeout=config.timeout_s,
+                socket_connect_timeout=config.timeout_s,
+                # A command that was sent and not answered may have been carried out. Sending it again is harmless.
+                retry=library("redis.retry", config.kind, extra="redis").Retry(
+                    library("redis.backoff", config.kind, extra="redis").NoBackoff(), 1
+                ),
+            )
         self._scripts = {name: self._redis.register_script(text) for name, text in _SCRIPTS.items()}
         with self._errors("cannot be opened"):
             self._check_server()
@@ -221,9 +232,9 @@ class RedisEventStore(EventStore):
         with self._errors("cannot be seeded"), self._seeding() as token:
             if self._redis.sismember(self._p + "seeded", bundle_id):
                 return False
-            current = int(self._redis.hget(self._p + "seed", "generation") or 0)
-            self._drop_histories(current)  # of a seed that came to no end
-            generation, num_users = current + 1, 0
+            compacted = int(self._redis.get(self._p + "compacted") or 0)
+            check_seed(bundle_id, watermark, log_position, compacted)
+            generation = int(self._redis.incr(self._p + "generation"))
             for batch in histories.to_batches(_SEED_USERS):
                 pipeline = self._redis.pipeline(transaction=False)
                 for user_id, items, times, names, values in history_rows(batch, self.config.max_history):
@@ -234,22 +245,29 @@ class RedisEventStore(EventStore):
                     pipeline.hset(key, mapping={"t": times, "e": names, "v": values})
                 if not all(pipeline.execute()[::2]):
                     raise self._not_once(bundle_id)
-                num_users += len(batch)
-                self._redis.pexpire(self._p + "seeding", _LOCK_MS)
+                self._scripts["renew"](args=[self._p, token, _LOCK_MS])
             self._scripts["seed"](args=[self._p, bundle_id, generation, log_position, token])
             self._drop_histories(generation)
         return True
 
     def watermark(self) -> str:
         with self._errors("cannot be read"):
-            return f"{self._log_id}:{int(self._redis.get(self._p + 'position') or 0)}"
+            return f"{self._log_id}:{self._end()}"
 
     def log(self, after: str | None = None) -> Iterator[pa.Table]:
         with self._errors("cannot be read"):
-            position = position_in(after, self._log_id, int(self._redis.get(self._p + "compacted") or 0))
+            position = position_in(after, self._log_id, self.compacted(), self._end())
             while rows := self._entries(position):
+                if after is not None:  # somebody may be compacting
+                    position_in(f"{self._log_id}:{position}", self._log_id, self.compacted(), rows[-1][0])
                 position = rows[-1][0]
                 yield log_table([row[:-1] for row in rows])
+
+    def compacted(self) -> int:
+        return int(self._redis.get(self._p + "compacted") or 0)
+
+    def _end(self) -> int:
+        return int(self._redis.get(self._p + "position") or 0)
 
     def compact(self, before_ms: int) -> int:
         removed, position = 0, 0
@@ -261,19 +279,21 @@ class RedisEventStore(EventStore):
                 if not old:
                     continue
                 pipeline = self._redis.pipeline()
-                pipeline.set(self._p + "compacted", old[-1][0])
+                pipeline.set(self._p + "compacted", max(old[-1][0], self.compacted()))
                 pipeline.xdel(self._p + "log", *(f"{row[0]}-0" for row in old))
                 pipeline.hdel(self._p + "ids", *(row[1] for row in old))
                 pipeline.execute()
                 removed += len(old)
         return removed
 
-    def restore(self, watermark: str, tables: Iterable[pa.Table]) -> int:
+    def restore(self, watermark: str, tables: Iterable[pa.Table], compacted: int = 0) -> int:
         log_id, _, last = watermark.rpartition(":")
         number = 0
         with self._errors("cannot be restored"):
-            if self._redis.exists(self._p + "position", self._p + "seed"):
+            if self._redis.exists(self._p + "position", self._p + "seed", self._p + "log"):
                 raise EventStoreError(f"{self._where} is not empty: restore under another prefix")
+            # Set first: what a restore leaves that fails is no empty store any more.
+            self._redis.set(self._p + "position", int(last) + RESTORED_GAP)
             for table in tables:
                 positions = table["position"].to_pylist()
                 check_restored(positions, int(last), watermark)
@@ -287,7 +307,7 @@ class RedisEventStore(EventStore):
                         )
                     ]
                     number += self._scripts["append"](args=[self._p, self.config.max_history, self._ttl_s, *rows])
-            self._redis.mset({self._p + "position": int(last), self._p + "log_id": log_id})
+            self._redis.mset({self._p + "compacted": compacted, self._p + "log_id": log_id})
         self._log_id = log_id
         return number
 
@@ -308,7 +328,7 @@ class RedisEventStore(EventStore):
 
     def _check_server(self) -> None:
         """Refuse a server that may lose or forget what it acknowledged."""
-        wanted = {"appendonly": {"yes"}, "maxmemory-policy": {"noeviction"}}
+        wanted = {"appendonly": {"yes"}, "no-appendfsync-on-rewrite": {"no"}, "maxmemory-policy": {"noeviction"}}
         wanted["appendfsync"] = {"always"} if self.config.fsync == "always" else {"always", "everysec"}
         found = self._redis.config_get(*wanted)
         for name, values in wanted.items():
@@ -331,11 +351,11 @@ class RedisEventStore(EventStore):
             self._scripts["unlock"](args=[self._p, token])
 
     def _drop_histories(self, kept: int) -> None:
-        """Remove all histories but those of the generation ``kept``."""
-        mine = f"{self._p}history:{kept}:".encode()
-        doomed = []
+        """Remove histories of generations before ``kept``; whoever seeds after us writes a later one."""
+        begin = len(f"{self._p}history:")
+        doomed: list[bytes] = []
         for key in self._redis.scan_iter(match=f"{self._p}history:*", count=1000):
-            if not key.startswith(mine):
+            if int(key[begin:].split(b":", 1)[0]) < kept:
                 doomed.append(key)
             if len(doomed) >= _SEED_USERS:
                 self._redis.unlink(*doomed)

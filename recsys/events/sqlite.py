@@ -2,7 +2,8 @@
 
 Write-ahead logging lets readers go on while somebody writes. All appends of a process pass through one writer thread
 that commits whatever has queued up meanwhile in one transaction, so that concurrent callers share one ``fsync``.
-The log keeps every event for good; the current seed and the watermark decide which of them a user's state adds.
+The log keeps every event until it is compacted; the current seed and the watermark decide which of them a user's state
+adds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pydantic import Field
 
 from recsys.errors import EventStoreError
 from recsys.events.base import (
+    RESTORED_GAP,
     AppendResult,
     Event,
     EventStore,
@@ -34,6 +36,7 @@ from recsys.events.base import (
     UserState,
     check_events,
     check_restored,
+    check_seed,
     events_of,
     log_table,
     position_in,
@@ -84,6 +87,7 @@ SELECT position, event_id, user_id, item_id, event, timestamp_ms, value, request
 FROM events WHERE position > ? ORDER BY position LIMIT ?
 """
 _SELECT_OLD = "SELECT position FROM events WHERE timestamp_ms < ? AND position <= ? ORDER BY position LIMIT ?"
+_SELECT_END = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
 _SELECT_COMPACTED = "SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE key = 'compacted'"
 _SELECT_LAST = """
 SELECT max(position) FROM events INDEXED BY events_by_arrival WHERE in_state = 1 AND user_id = ?
@@ -112,9 +116,6 @@ class SqliteEventStoreConfig(EventStoreConfig):
         default=4096,
         ge=1,
         description="users whose state is kept in memory, brought up to date at each read (users per process)",
-    )
-    log_only: tuple[str, ...] = Field(
-        default=("impression",), description="event names that are recorded but are no part of a user's state"
     )
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="longest wait for another process that is writing (seconds, up to 600)"
@@ -205,6 +206,8 @@ class SqliteEventStore(EventStore):
         with self._errors("cannot be seeded"), self._seeding() as connection:
             if connection.execute("SELECT 1 FROM seeds WHERE bundle_id = ?", (bundle_id,)).fetchone():
                 return False
+            (compacted,) = connection.execute(_SELECT_COMPACTED).fetchone()
+            check_seed(bundle_id, watermark, log_position, compacted)
             (current,) = connection.execute("SELECT coalesce(max(generation), 0) FROM seeds").fetchone()
             self._drop_histories(connection, current)  # of a seed that came to no end
             generation = current + 1
@@ -243,24 +246,28 @@ class SqliteEventStore(EventStore):
             time.sleep(_SEED_PAUSE_S)
 
     def watermark(self) -> str:
-        with self._errors("cannot be read"), self._reader() as connection:
-            (position,) = connection.execute(
-                "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
-            ).fetchone()
-        return f"{self._log_id}:{position}"
+        return f"{self._log_id}:{self._end()}"
 
     def log(self, after: str | None = None) -> Iterator[pa.Table]:
         with self._errors("cannot be read"):
-            with self._reader() as connection:
-                (compacted,) = connection.execute(_SELECT_COMPACTED).fetchone()
-            position = position_in(after, self._log_id, compacted)
+            position = position_in(after, self._log_id, self.compacted(), self._end())
             while True:
                 with self._reader() as connection:
                     rows = connection.execute(_SELECT_LOG, (position, _LOG_ROWS)).fetchall()
                 if not rows:
                     return
+                if after is not None:  # somebody may be compacting
+                    position_in(f"{self._log_id}:{position}", self._log_id, self.compacted(), rows[-1][0])
                 position = rows[-1][0]
                 yield log_table(rows)
+
+    def compacted(self) -> int:
+        with self._errors("cannot be read"), self._reader() as connection:
+            return connection.execute(_SELECT_COMPACTED).fetchone()[0]
+
+    def _end(self) -> int:
+        with self._errors("cannot be read"), self._reader() as connection:
+            return connection.execute(_SELECT_END).fetchone()[0]
 
     def compact(self, before_ms: int) -> int:
         self._refuse_closed()
@@ -268,16 +275,17 @@ class SqliteEventStore(EventStore):
         with self._errors("cannot be compacted"), closing(self._connect()) as connection:
             (_, log_position) = connection.execute(_SELECT_SEED).fetchone() or (0, 0)
             while old := connection.execute(_SELECT_OLD, (before_ms, log_position, _SEED_ROWS)).fetchall():
+                last = max(old[-1][0], self.compacted())
                 with _transaction(connection):
                     connection.executemany("DELETE FROM events WHERE position = ?", old)
-                    connection.execute("INSERT OR REPLACE INTO meta VALUES ('compacted', ?)", (str(old[-1][0]),))
+                    connection.execute("INSERT OR REPLACE INTO meta VALUES ('compacted', ?)", (str(last),))
                 removed += len(old)
                 time.sleep(_SEED_PAUSE_S)
             # Pages that are free now are used again; the log of writes is folded into the file and cut.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
 
-    def restore(self, watermark: str, tables: Iterable[pa.Table]) -> int:
+    def restore(self, watermark: str, tables: Iterable[pa.Table], compacted: int = 0) -> int:
         self._refuse_closed()
         log_id, _, last = watermark.rpartition(":")
         number = 0
@@ -291,7 +299,9 @@ class SqliteEventStore(EventStore):
                 rows = [self._row(*pair) for pair in zip(positions, events_of(table), strict=True)]
                 number += connection.executemany(_INSERT_EVENT, rows).rowcount if rows else 0
             connection.execute("DELETE FROM sqlite_sequence WHERE name = 'events'")
-            connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('events', ?)", (int(last),))
+            end = int(last) + RESTORED_GAP
+            connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('events', ?)", (end,))
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('compacted', ?)", (str(compacted),))
             connection.execute("UPDATE meta SET value = ? WHERE key = 'log_id'", (log_id,))
         self._log_id = log_id
         return number

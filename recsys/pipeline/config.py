@@ -49,6 +49,15 @@ class Bury(ItemSelection):
     """Shows items only when nothing else is left."""
 
 
+class ExplorationConfig(StrictConfig):
+    """Places of a slate that go to chance, so that more can be learned than what the models believe already."""
+
+    share: float = Field(
+        default=0.0, ge=0, le=1, description="probability that a place goes to any of the candidates left (0 to 1)"
+    )
+    seed: int = Field(default=0, ge=0, description="with the request_id it decides what chance decides")
+
+
 class RerankingConfig(StrictConfig):
     """How the final order is made from scores."""
 
@@ -68,6 +77,7 @@ class RerankingConfig(StrictConfig):
     )
     boosts: tuple[Boost, ...] = Field(default=(), description="items moved up or down; amounts add up")
     buries: tuple[Bury, ...] = Field(default=(), description="items shown only when nothing else is left")
+    exploration: ExplorationConfig = Field(default=ExplorationConfig(), description="places that go to chance")
 
 
 class BudgetsConfig(StrictConfig):
@@ -100,6 +110,12 @@ class PipelineConfig(StrictConfig):
     )
     max_history: int = Field(
         default=200, ge=1, le=10_000, description="newest positives of a user that the models see (interactions)"
+    )
+    repeat_after_days: float | None = Field(
+        default=None,
+        ge=0,
+        le=36_500,
+        description="an item may be recommended again when the user met it so long ago (days; 0 at once, null never)",
     )
     max_top_k: int = Field(default=1000, ge=1, le=10_000, description="largest top_k a request may ask for (items)")
     max_request_items: int = Field(

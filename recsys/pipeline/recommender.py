@@ -9,6 +9,7 @@ In a notebook, without a server::
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -34,16 +35,19 @@ from recsys.pipeline.requests import (
     RecommendedItem,
     RecommendRequest,
     RequestFilters,
+    SearchRequest,
     SimilarRequest,
 )
 from recsys.pipeline.rules import HardRules
 from recsys.pipeline.runner import LocalStage, Runner
+from recsys.pipeline.search import SEARCH, TextSearch
 from recsys.pipeline.similarity import ItemSimilarity
+from recsys.pipeline.slates import Slates
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
 from recsys.pipeline.stages.reranking import PINNED, RerankingStage
-from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
-from recsys.pipeline.users import NOBODY, HistoriesTable, Profiles, UserStates
+from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Query
+from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle, GoldenQuery
@@ -74,8 +78,12 @@ class Recommender:
         bundle_id: str,
         config: PipelineConfig | None = None,
         similarity: ItemSimilarity | None = None,
+        slates: Slates | None = None,
+        words: TextSearch | None = None,
     ) -> None:
-        """``users`` None knows nobody; ``similarity`` None compares items by their categories."""
+        """``users`` None knows nobody; ``similarity`` None compares items by their categories; ``slates`` are shown
+        while retrieval fails; without ``words`` nothing is found by them.
+        """
         self.catalogue = catalogue
         self.runner = runner
         self.users = users
@@ -83,6 +91,8 @@ class Recommender:
         self.bundle_id = bundle_id
         self.config = config or PipelineConfig()
         self.similarity = similarity or ItemSimilarity(catalogue)
+        self.slates = slates
+        self.words = words
         self.profiles = Profiles(
             catalogue, policy, max_history=self.config.max_history, cache_size=self.config.user_cache
         )
@@ -109,7 +119,9 @@ class Recommender:
         item_idx, score = bundle.popular() if bundle.has("popular.arrow") else (NOBODY.item_idx, _NO_SCORES)
         runner = Runner(stages, HardRules(catalogue), PopularItems(len(catalogue), item_idx, score), config)
         similarity = ItemSimilarity.of(bundle)
-        return cls(catalogue, runner, users, bundle.positive_policy, bundle.bundle_id, config, similarity)
+        slates = bundle.slates() if bundle.has("slates.arrow") else None
+        policy, words = bundle.positive_policy, TextSearch.of(bundle)
+        return cls(catalogue, runner, users, policy, bundle.bundle_id, config, similarity, slates, words)
 
     @classmethod
     def load(
@@ -171,21 +183,22 @@ class Recommender:
         request_id = request.request_id or uuid.uuid4().hex
         degraded: tuple[str, ...] = ()
         try:
-            profile = self.profiles.of(await self._state_in_time(request.user_id))
+            profile = self.profiles.of(await self._state_in_time(request))
         except EventStoreError as error:
             extra = {"request_id": request_id, "stage": STATE}
             _log.warning("request %s: nothing is known of its user: %s", request_id, error, extra=extra)
             profile, degraded = NOBODY, (STATE,)
-        history, times, seen, unknown_items = profile.item_idx, profile.timestamp_ms, profile.seen_item_idx, 0
+        told, unknown_items = self._told(request.history, now_ms) if request.history else (NOBODY, 0)
+        history = np.concatenate([profile.item_idx, told.item_idx])[-self.config.max_history :]
+        times = np.concatenate([profile.timestamp_ms, told.timestamp_ms])[-self.config.max_history :]
+        repeat_after_days = self.config.repeat_after_days if request.exclude_seen else 0
+        excluded = profile.excluded(now_ms, repeat_after_days)
         if request.history:
-            told, told_times, told_seen, unknown_items = self._told(request.history, now_ms)
-            history = np.concatenate([history, told])[-self.config.max_history :]
-            times = np.concatenate([times, told_times])[-self.config.max_history :]
-            seen = np.concatenate([seen, told_seen])
-        excluded = seen if request.exclude_seen else NOBODY.item_idx
+            if repeat_after_days == 0:  # what they take now, they do not hide any more
+                excluded = np.setdiff1d(excluded, told.item_idx)
+            excluded = np.concatenate([excluded, told.excluded(now_ms, repeat_after_days)])
         if request.filters.exclude_items:
-            named = self.catalogue.id_map.rows(request.filters.exclude_items)
-            excluded = np.concatenate([excluded, named[named >= 0]])
+            excluded = np.concatenate([excluded, self._named(request.filters)])
         query = Query(
             request_id=request_id,
             bundle_id=self.bundle_id,
@@ -195,12 +208,15 @@ class Recommender:
             excluded_item_idx=excluded,
             top_k=request.top_k,
             num_candidates=max(self.config.num_candidates, request.top_k),
-            filters=request.hard_filters(),
+            filters=request.filters.hard(),
             diversity=request.diversity,
         )
         state_ms = (time.perf_counter() - started) * 1e3
         deadline_ms = self.config.deadline_ms if request.deadline_ms is None else request.deadline_ms
-        slate = await self.runner.run(query, deadline_ms - state_ms)
+        spare = None
+        if self.slates is not None and request.user_id is not None:
+            spare = functools.partial(self.slates.of, request.user_id)
+        slate = await self.runner.run(query, deadline_ms - state_ms, spare)
         reasons = self._reasons(query, slate.selected) if request.explain else None
         items = self._items(slate.selected, reasons)
         timings_ms = {**slate.timings_ms, STATE: state_ms, "total": (time.perf_counter() - started) * 1e3}
@@ -243,6 +259,23 @@ class Recommender:
         timings_ms = {"total": (time.perf_counter() - started) * 1e3}
         return Recommendation(request.request_id or uuid.uuid4().hex, self.bundle_id, None, items, (), timings_ms)
 
+    def search(self, request: SearchRequest | str, top_k: int = 10) -> Recommendation:
+        """The available items whose texts are nearest to some words; scores are cosines.
+
+        :raises RequestError: when the request cannot be answered as it is, or the Bundle has no text encoder.
+        """
+        started = time.perf_counter()
+        if isinstance(request, str):
+            request = SearchRequest(request, top_k)
+        request.check(self.config)
+        if self.words is None:
+            raise RequestError(f"Bundle {self.bundle_id} was trained on ids alone and knows no words", field="query")
+        allowed = self.catalogue.allowed(request.filters.hard(), self._named(request.filters))
+        item_idx, cosines = self.words.find(request.query, request.top_k, allowed)
+        items = self._items(Candidates.from_source(SEARCH, item_idx, cosines, stage=SEARCH), None)
+        timings_ms = {"total": (time.perf_counter() - started) * 1e3}
+        return Recommendation(request.request_id or uuid.uuid4().hex, self.bundle_id, None, items, (), timings_ms)
+
     def user(self, user_id: str) -> UserState | None:
         """What is known of a user, or None."""
         return self._state(user_id)
@@ -274,36 +307,41 @@ class Recommender:
     def _state(self, user_id: str | None) -> UserState | None:
         return None if user_id is None or self.users is None else self.users.user(user_id)
 
-    async def _state_in_time(self, user_id: str | None) -> UserState | None:
+    async def _state_in_time(self, request: RecommendRequest) -> UserState | None:
+        user_id = request.user_id
         if user_id is None or self.users is None or not self.users.is_remote:
             return self._state(user_id)
         with self._lock:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="state")
             reading = asyncio.get_running_loop().run_in_executor(self._readers, self._state, user_id)
-        budget_ms = self.config.budgets_ms.state
+        # Of a short deadline the stages must get something, too.
+        deadline_ms = self.config.deadline_ms if request.deadline_ms is None else request.deadline_ms
+        budget_ms = min(self.config.budgets_ms.state, deadline_ms / 4)
         try:
             async with asyncio.timeout(budget_ms / 1e3):
                 return await reading
         except TimeoutError as error:
             raise EventStoreError(f"the event store did not answer within {budget_ms:g} ms") from error
 
+    def _named(self, filters: RequestFilters) -> Int32Array:
+        """The known items that a request wants to leave out."""
+        rows = self.catalogue.id_map.rows(filters.exclude_items)
+        return rows[rows >= 0]
+
     def _item_idx(self, item_id: str) -> int | None:
         row = int(self.catalogue.id_map.rows([item_id])[0])
         return row if row >= 0 else None
 
-    def _told(self, history: Sequence[HistoryItem], now_ms: int) -> tuple[Int32Array, Int64Array, Int32Array, int]:
-        """Positives and their times, everything known among it, and how many entries are unknown."""
+    def _told(self, history: Sequence[HistoryItem], now_ms: int) -> tuple[Profile, int]:
+        """What a request tells of its user, and how many entries are unknown. One without an event is a positive."""
         rows = self.catalogue.id_map.rows([item.item_id for item in history])
         times = np.array([now_ms if h.timestamp_ms is None else h.timestamp_ms for h in history], np.int64)
-        known = rows >= 0
-        positive = known
-        if any(item.event is not None for item in history):
-            events = pa.array([item.event for item in history], pa.string())
-            weights = self.policy.weights(events, pa.array([item.value for item in history], pa.float32()))
-            plain = np.array([item.event is None for item in history])
-            positive = known & (plain | (weights > 0))
-        return rows[positive], times[positive], rows[known], int(len(rows) - np.count_nonzero(known))
+        events = pa.array([item.event for item in history], pa.string())
+        weights, negative = self.policy.judge(events, pa.array([item.value for item in history], pa.float32()))
+        plain = np.array([item.event is None for item in history])
+        told = Profile.resolve(rows, times, plain | (weights > 0), negative, self.config.max_history)
+        return told, int(np.count_nonzero(rows < 0))
 
     def _items(self, selected: Candidates, reasons: list[tuple[str, ...]] | None) -> tuple[RecommendedItem, ...]:
         if not len(selected):

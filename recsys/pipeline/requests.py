@@ -12,6 +12,8 @@ from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.types import NO_FILTERS, Filters, Slate
 
 _LATEST_MS = 1 << 53
+MAX_QUERY_LENGTH = 1000
+"""longest text to search for (characters)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,12 @@ class RequestFilters:
     """item ids; unknown ones are ignored"""
     price_min: float | None = None
     price_max: float | None = None
+
+    def hard(self) -> Filters:
+        """As the pipeline knows them, without the excluded items."""
+        if self is NO_REQUEST_FILTERS:
+            return NO_FILTERS
+        return Filters(tuple(self.categories_any), tuple(self.categories_none), self.price_min, self.price_max)
 
 
 NO_REQUEST_FILTERS = RequestFilters()
@@ -80,30 +88,11 @@ class RecommendRequest:
                 _check_id(f"history[{row}].event", item.event)
             if item.value is not None:
                 _check_number(f"history[{row}].value", item.value)
-        for name in ("categories_any", "categories_none", "exclude_items"):
-            values = getattr(self.filters, name)
-            _check_length(f"filters.{name}", values, config)
-            for row, value in enumerate(values):
-                _check_id(f"filters.{name}[{row}]", value)
-        low, high = self.filters.price_min, self.filters.price_max
-        for name, value in (("filters.price_min", low), ("filters.price_max", high)):
-            if value is not None:
-                _check_number(name, value)
-        if low is not None and high is not None and low > high:
-            raise _bad("filters.price_min", f"{low:g} is above price_max {high:g}")
+        _check_filters(self.filters, config)
         if self.diversity is not None:
             _check_number("diversity", self.diversity, low=0, high=1)
         if self.deadline_ms is not None:
             _check_number("deadline_ms", self.deadline_ms, low=1, high=config.max_deadline_ms)
-
-    def hard_filters(self) -> Filters:
-        """The filters as the pipeline knows them, without the excluded items."""
-        wanted = self.filters
-        if wanted is NO_REQUEST_FILTERS:
-            return NO_FILTERS
-        return Filters(
-            tuple(wanted.categories_any), tuple(wanted.categories_none), wanted.price_min, wanted.price_max
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +107,27 @@ class SimilarRequest:
         """See :meth:`RecommendRequest.check`."""
         _check_id("item_id", self.item_id)
         _check_top_k(self.top_k, config)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRequest:
+    """Items by words."""
+
+    query: str
+    top_k: int = 10
+    filters: RequestFilters = NO_REQUEST_FILTERS
+    request_id: str | None = None
+
+    def check(self, config: PipelineConfig) -> None:
+        """See :meth:`RecommendRequest.check`."""
+        if not isinstance(self.query, str) or not self.query.strip():
+            raise _bad("query", "must be a text of one word or more")
+        if any("\ud800" <= character <= "\udfff" for character in self.query):
+            raise _bad("query", "holds an unpaired surrogate, which is no text")
+        if len(self.query) > MAX_QUERY_LENGTH:
+            raise _bad("query", f"is {len(self.query)} characters long, more than {MAX_QUERY_LENGTH}")
+        _check_top_k(self.top_k, config)
+        _check_filters(self.filters, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +172,20 @@ class Recommendation:
     def scores(self) -> list[float]:
         """The scores of the items, best first."""
         return [item.score for item in self.items]
+
+
+def _check_filters(filters: RequestFilters, config: PipelineConfig) -> None:
+    for name in ("categories_any", "categories_none", "exclude_items"):
+        values = getattr(filters, name)
+        _check_length(f"filters.{name}", values, config)
+        for row, value in enumerate(values):
+            _check_id(f"filters.{name}[{row}]", value)
+    low, high = filters.price_min, filters.price_max
+    for name, value in (("filters.price_min", low), ("filters.price_max", high)):
+        if value is not None:
+            _check_number(name, value)
+    if low is not None and high is not None and low > high:
+        raise _bad("filters.price_min", f"{low:g} is above price_max {high:g}")
 
 
 def _check_top_k(top_k: Any, config: PipelineConfig) -> None:

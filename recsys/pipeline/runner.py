@@ -2,7 +2,8 @@
 
 Stages run one after another. One that raises, is too slow, or has failed so often that its circuit breaker is open is
 skipped and named in ``degraded``: without reranking the ranked order stands, without ranking the retrieved one, without
-retrieval the popular items do. Hard rules are no stage and are never skipped.
+retrieval the slate that was made for the user offline does, and where there is none the popular items do. Hard rules
+are no stage and are never skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import TypeAlias
 
 import numpy as np
 
@@ -23,9 +25,11 @@ from recsys.pipeline.catalogue import contains
 from recsys.pipeline.config import BreakerConfig, PipelineConfig
 from recsys.pipeline.popular import POPULAR, PopularItems
 from recsys.pipeline.rules import HardRules
+from recsys.pipeline.slates import SLATES
 from recsys.pipeline.stage import AsyncStage, Stage, StageOutput
 from recsys.pipeline.types import Candidates, Query, Removal, Slate
 
+Spare: TypeAlias = Callable[[], Candidates]
 RUNNER = "runner"
 """the name under which the runner records candidates it cut itself"""
 OK = "ok"
@@ -212,8 +216,9 @@ class Runner:
         self._budgets_s = {stage.name: budgets[stage.name] / 1e3 for stage in stages}
         self.breakers = {stage.name: CircuitBreaker(self.config.breaker) for stage in stages}
 
-    async def run(self, query: Query, deadline_ms: float | None = None) -> Slate:
-        """The slate for ``query``, within ``deadline_ms`` of now (None for the configured one).
+    async def run(self, query: Query, deadline_ms: float | None = None, spare: Spare | None = None) -> Slate:
+        """The slate for ``query``, within ``deadline_ms`` of now (None for the configured one). Where retrieval fails,
+        ``spare`` gives this user's items, before the popular ones.
 
         It never raises for a stage's failure, and holds ``top_k`` items while so many are allowed.
         """
@@ -247,8 +252,7 @@ class Runner:
                     extra={"request_id": query.request_id, "stage": stage.name},
                 )
                 if position == 0:
-                    provenance[POPULAR] = query.bundle_id
-                    candidates = self.popular.best(query.num_candidates, self.rules.allowed(query))
+                    candidates = self._without_retrieval(query, spare, provenance)
             else:
                 before, candidates = candidates, output.candidates
                 provenance[stage.name] = output.bundle_id
@@ -269,6 +273,17 @@ class Runner:
             timings_ms=timings_ms,
             busy_ms=busy_ms,
         )
+
+    def _without_retrieval(self, query: Query, spare: Spare | None, provenance: dict[str, str]) -> Candidates:
+        allowed = self.rules.allowed(query)
+        if spare is not None:
+            own = spare()
+            own = own.take(np.flatnonzero(allowed[own.item_idx]))
+            if len(own):
+                provenance[SLATES] = query.bundle_id
+                return own  # popular items fill up what is short
+        provenance[POPULAR] = query.bundle_id
+        return self.popular.best(query.num_candidates, allowed)
 
     async def _call(self, stage: AsyncStage, query: Query, candidates: Candidates, left_s: float) -> StageOutput:
         budget_s = self._budgets_s[stage.name]

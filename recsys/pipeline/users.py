@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from recsys.data.positives import PositivePolicy
 from recsys.events import UserState
@@ -14,6 +15,8 @@ from recsys.pipeline.cache import Cache
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.id_map import IdMap
 from recsys.pipeline.types import Int32Array, Int64Array
+
+_DAY_MS = 86_400_000
 
 
 class UserStates(Protocol):
@@ -63,10 +66,48 @@ class Profile:
     timestamp_ms: Int64Array
     """int64 [L]"""
     seen_item_idx: Int32Array
-    """int32, ascending: every known item of the state, positive or not"""
+    """int32 [S], ascending: every known item of the state, positive or not"""
+    seen_ms: Int64Array
+    """int64 [S], when each was met last"""
+    hidden_item_idx: Int32Array
+    """int32, ascending: items the user wants no more of"""
+
+    @classmethod
+    def resolve(
+        cls,
+        item_idx: Int32Array,
+        timestamp_ms: Int64Array,
+        is_positive: NDArray[np.bool_],
+        is_negative: NDArray[np.bool_],
+        max_history: int,
+    ) -> Self:
+        """Of interactions in order of time (aligned); those with ``item_idx`` -1 are left out."""
+        known = item_idx >= 0
+        newest = np.flatnonzero(known & is_positive)[-max_history:]
+        seen, last = np.unique(item_idx[known][::-1], return_index=True)
+        judged = known & (is_positive | is_negative)
+        verdicts, latest = np.unique(item_idx[judged][::-1], return_index=True)
+        return cls(
+            item_idx[newest],
+            timestamp_ms[newest],
+            seen,
+            timestamp_ms[known][::-1][last],
+            verdicts[is_negative[judged][::-1][latest]],
+        )
+
+    def excluded(self, now_ms: int, repeat_after_days: float | None) -> Int32Array:
+        """int32: hidden items, and those met less than so many days ago (None: ever)."""
+        if repeat_after_days is None:
+            return self.seen_item_idx  # hidden ones were met, too
+        if repeat_after_days == 0:
+            return self.hidden_item_idx
+        # An order without times does not say how long ago something was.
+        recent = (now_ms - self.seen_ms < repeat_after_days * _DAY_MS) | (self.seen_ms == 0)
+        return np.union1d(self.seen_item_idx[recent], self.hidden_item_idx)
 
 
-NOBODY = Profile(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32))
+_NONE = np.zeros(0, bool)
+NOBODY = Profile.resolve(np.zeros(0, np.int32), np.zeros(0, np.int64), _NONE, _NONE, 1)
 
 
 class Profiles:
@@ -90,7 +131,7 @@ class Profiles:
 
     def _make(self, state: UserState) -> Profile:
         rows = self._catalogue.id_map.rows(state.item_ids)
-        weights = self._policy.weights(pa.array(state.events, pa.string()), pa.array(state.values, pa.float32()))
-        known = rows >= 0
-        newest = np.flatnonzero(known & (weights > 0))[-self._max_history :]
-        return Profile(rows[newest], state.timestamps_ms[newest], np.unique(rows[known]))
+        weights, negative = self._policy.judge(
+            pa.array(state.events, pa.string()), pa.array(state.values, pa.float32())
+        )
+        return Profile.resolve(rows, state.timestamps_ms, weights > 0, negative, self._max_history)

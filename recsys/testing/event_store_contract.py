@@ -21,7 +21,7 @@ import pytest
 from recsys import schema
 from recsys.errors import EventStoreError, RequestError
 from recsys.events import Event, EventStore, EventStoreConfig
-from recsys.events.base import events_of
+from recsys.events.base import RESTORED_GAP, events_of
 
 
 def click(event_id: str, item_id: str = "item", *, user_id: str = "user", at_ms: int = 1000) -> Event:
@@ -117,6 +117,25 @@ class EventStoreContract:
         states = [store.user(f"u{thread}") for thread in range(8)]
         assert [len(state) for state in states if state is not None] == [20] * 8
 
+    def test_merging_an_anonymous_history_into_a_user_counts_once_and_in_place(self, store: EventStore) -> None:
+        store.seed("bundle", seed_table("visitor", ("seeded", 500)))
+        store.append([click("1", "a", user_id="visitor", at_ms=1000), click("2", "a", user_id="visitor", at_ms=1000)])
+        store.append([click("3", "mine", at_ms=1500), click("4", "b", user_id="visitor", at_ms=2000)])
+        assert store.merge("visitor", "user").accepted == 4
+        store.append([click("5", "later", user_id="visitor", at_ms=3000)])
+        result = store.merge("visitor", "user")
+        assert (result.accepted, result.duplicates) == (1, 4)
+        assert store.merge("visitor", "user").duplicates == 5
+        state = store.user("user")
+        assert state is not None
+        assert state.item_ids == ("seeded", "a", "a", "mine", "b", "later")
+        assert state.values[0] == 4
+        assert store.merge("nobody", "user").accepted == 0
+        # Back again, and once more forth: everybody has all of it already.
+        assert store.merge("user", "visitor").accepted == 1
+        assert store.merge("visitor", "user").accepted == 0
+        assert store.merge("user", "visitor").accepted == 0
+
     def test_the_log_is_read_in_order_from_any_watermark(self, store: EventStore) -> None:
         assert list(store.log()) == []
         rich = Event("1", "user", "a", "rating", 2000, 4.5, "request", 3, "home")
@@ -154,6 +173,15 @@ class EventStoreContract:
         assert after.item_ids == before.item_ids == ("a", "d", "b", "c")
         assert store.watermark() == end
         assert store.append([click("3"), click("4")]).accepted == 0
+        # A Bundle that knows less than was removed would lose it.
+        with pytest.raises(EventStoreError, match="users would lose them"):
+            store.seed("from elsewhere", seed_table("user", ("a", 1000)))
+        # A later compaction that removes less does not hide what an earlier one removed.
+        store.seed("grandchild", seed_table("user", ("a", 1000)), store.watermark())
+        assert store.compact(2000) == 1
+        with pytest.raises(EventStoreError, match="compacted away"):
+            list(store.log(f"{end.rpartition(':')[0]}:1"))
+        assert store.compacted() == 4
 
     def test_a_restored_store_is_the_same_log(self, store: EventStore, tmp_path: Path) -> None:
         store.append([click("1", "a"), click("2", "b", at_ms=2000)])
@@ -161,7 +189,11 @@ class EventStoreContract:
         store.append([Event("3", "user", "c", "rating", 3000, 4.0), Event("4", "user", "c", "impression", 3000)])
         with self.config(tmp_path / "elsewhere").open() as other:
             assert other.restore(store.watermark(), store.log()) == 4
-            assert other.watermark() == store.watermark()
+            assert pa.concat_tables(other.log()) == pa.concat_tables(store.log())
+            log_id, _, last = store.watermark().rpartition(":")
+            # What this log gives from here on, that one may have given to other events.
+            assert other.watermark() == f"{log_id}:{int(last) + RESTORED_GAP}"
+            assert list(other.log(store.watermark())) == []
             for each in (store, other):
                 each.seed("child", seed_table("user", ("a", 1000), ("b", 2000)), absorbed)
                 state = each.user("user")
@@ -169,11 +201,19 @@ class EventStoreContract:
                 assert state.item_ids == ("a", "b", "c")
                 assert state.values[-1] == 4
                 assert each.append([click("4"), click("5", at_ms=9000)]).accepted == 1
-            assert pa.concat_tables(other.log()) == pa.concat_tables(store.log())
+            assert [e.event_id for table in other.log() for e in events_of(table)] == ["1", "2", "3", "4", "5"]
+            # A Bundle that was published after the backup has events that are lost here, and none of the new ones.
+            other.seed("lost", seed_table("user", ("x", 1)), f"{log_id}:{int(last) + 1}")
+            state = other.user("user")
+            assert state is not None
+            assert state.item_ids == ("x", "item")
+            end = other.watermark()
             with pytest.raises(EventStoreError, match="not empty"):
                 other.restore(store.watermark(), store.log())
         with self.config(tmp_path / "elsewhere").open() as again:
-            assert again.watermark() == store.watermark()
+            assert again.watermark() == end
+            with pytest.raises(EventStoreError, match="behind the end"):
+                list(again.log(f"{end}0"))
 
     def test_closing_twice_is_harmless_and_a_closed_store_refuses(self, tmp_path: Path) -> None:
         store = self.config(tmp_path).open()

@@ -45,10 +45,11 @@ def make_query(
     filters: Filters | None = None,
     diversity: float | None = None,
     bundle_id: str = "bundle",
+    request_id: str = "test",
 ) -> Query:
     """A query at time 0."""
     return Query(
-        request_id="test",
+        request_id=request_id,
         bundle_id=bundle_id,
         now_ms=0,
         history_item_idx=np.array(history, np.int32),

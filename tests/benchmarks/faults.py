@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,6 +60,12 @@ class Served:
     items: list[str]
 
 
+def end(pid: int) -> None:
+    """SIGKILL, if it is still there."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def kill(pattern: str) -> Callable[[Served], None]:
     """SIGKILL to one process whose command line holds ``pattern``."""
     from serve.run import processes_marked
@@ -71,7 +77,7 @@ def kill(pattern: str) -> Callable[[Served], None]:
             except OSError:
                 continue
             if pattern in line:
-                os.kill(pid, signal.SIGKILL)
+                end(pid)
                 return
         raise SystemExit(f"no process is called {pattern}")
 
@@ -83,7 +89,7 @@ def lose_node(served: Served) -> None:
     from serve.run import processes_marked
 
     for pid in processes_marked(NODE, "second"):
-        os.kill(pid, signal.SIGKILL)
+        end(pid)
 
 
 def restart_gcs(served: Served) -> None:
@@ -192,7 +198,7 @@ def two_nodes(bundle: Bundle, folder: Path) -> Iterator[Served]:
     with mounted(folder / "disk", 1024) as disk, mounted(folder / "bundles", 1024) as bundles:
         store = disk / "store" / "events.sqlite"
         shutil.copytree(bundle.path, bundles / bundle.path.name)
-        two = {"min_replicas": 2, "num_cpus": 0.1}
+        two = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.1}
         config = ServeConfig.parse(
             {
                 "bundle_uri": str(bundles / bundle.path.name),
@@ -210,12 +216,12 @@ def two_nodes(bundle: Bundle, folder: Path) -> Iterator[Served]:
         finally:
             cluster.shutdown()
             for pid in processes_marked(RUN, run):
-                os.kill(pid, signal.SIGKILL)
+                end(pid)
 
 
 def generate(url: str, bodies: Path, rate: float) -> subprocess.Popen[str]:
     command = [sys.executable, str(HERE / "load.py"), "--url", url, "--bodies", str(bodies), "--rate", str(rate)]
-    command += ["--seconds", str(WINDOW_S), "--every", "1"]
+    command += ["--seconds", str(WINDOW_S), "--every", "1", "--timeout-s", "30"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -272,12 +278,17 @@ def main(
             if FAULTS[fault] is lose_node:
                 served.cluster.add_node(num_cpus=2, env_vars={NODE: "second"})
             time.sleep(5)
+        report(rows, partial=bool(only))
+
+
+def report(rows: dict[str, dict[str, Any]], *, partial: bool) -> None:
+    """The table, and the rows where nothing was left out."""
     columns = list(next(iter(rows.values())))
     lines = [f"| fault | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(f'{row[c]:.4g}' for c in columns)} |" for name, row in rows.items()]
     table = "\n".join(lines) + "\n"
     print(table)
-    if only:
+    if partial:
         return  # a part of the table is no result
     (RESULTS / "serving").mkdir(parents=True, exist_ok=True)
     (RESULTS / "serving" / "faults.md").write_text(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,11 +15,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from recsys.bundle import Bundle
 from recsys.pipeline.recommender import Recommender
+from recsys.pipeline.requests import RecommendRequest
 from recsys.testing.tiny_encoder import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,10 +60,31 @@ def test_the_bundle_recommends_without_ray(local: tuple[Path, str]) -> None:
     assert set(known.items[0].stage_scores) >= {"retrieval", "ranking"}
 
 
+def test_every_user_has_a_slate_that_was_made_offline(local: tuple[Path, str]) -> None:
+    workdir, _ = local
+    store = workdir / "synthetic" / "bundles"
+    bundle = Bundle.open(store)
+    (path,) = workdir.glob("recommend/*/slates.parquet")
+    table = pq.read_table(path)
+    histories = bundle.histories()
+    assert table["user_id"].to_pylist() == histories["user_id"].to_pylist()
+    for items, seen in zip(table["item_ids"].to_pylist(), histories["item_ids"].to_pylist(), strict=True):
+        assert len(set(items)) == 20
+        assert not set(items) & set(seen)
+    slates = bundle.slates()
+    user_id, items = table["user_id"][3].as_py(), table["item_ids"][3].as_py()
+    assert bundle.catalogue().id_map.take(slates.of(user_id).item_idx) == items
+    # It is what a server answers at the end of the data.
+    now_ms = max(time for times in histories["timestamps_ms"].to_pylist() for time in times) + 60_000
+    with Recommender.load(store, inline=True) as recommender:
+        request = RecommendRequest(user_id=user_id, top_k=20, deadline_ms=10_000)
+        assert asyncio.run(recommender.arecommend(request, now_ms=now_ms)).item_ids == items
+
+
 def test_a_second_run_reuses_every_step(local: tuple[Path, str]) -> None:
     workdir, first = local
     assert "reused" not in first
-    assert pipeline(workdir).count("reused  ") == 5
+    assert pipeline(workdir).count("reused  ") == 6
 
 
 def test_a_changed_setting_runs_again_from_its_step_on(local: tuple[Path, str]) -> None:

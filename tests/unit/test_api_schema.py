@@ -35,7 +35,9 @@ def served(tmp_path_factory):
 OPERATIONS = (
     "POST /v1/recommend",
     "POST /v1/similar",
+    "POST /v1/search",
     "POST /v1/events",
+    "POST /v1/users/{user_id}/merge",
     "GET /v1/users/{user_id}",
     "GET /v1/items/{item_id}",
     "GET /v1/bundle",

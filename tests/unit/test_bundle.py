@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import pickle
@@ -417,11 +418,20 @@ def test_copies_that_were_opened_longest_ago_are_removed(
         uris.append(f"{memory}/{salt}")
         upload(write(tmp_path / "out", parts={"salt": salt}), uris[-1])
     first, second = (Bundle.open(uri, cache=cache) for uri in uris[:2])
-    vectors = second.index()
-    assert Bundle.open(uris[0], cache=cache).path == first.path  # now the second is the one that waits longest
+    (cache / "something else").mkdir()
     third = Bundle.open(uris[2], cache=cache)
-    assert {path.name for path in cache.iterdir()} == {first.path.name, third.path.name}
-    assert vectors.num_items == NUM_ITEMS and vectors.search(np.zeros((1, DIM), np.float32), 3)[0].shape == (1, 3)
+    names = {each.path.name for each in (first, second, third)}
+    assert {path.name for path in cache.iterdir()} == {*names, "something else"}  # all of them are open
+    assert len(first.histories()) == 1  # also what is read late
+    gone = first.path.name
+    del first
+    gc.collect()
+    Bundle.open(uris[1], cache=cache)
+    shutil.rmtree(third.path)
+    del third
+    gc.collect()
+    Bundle.open(uris[2], cache=cache)
+    assert {path.name for path in cache.iterdir()} == {*names, "something else"} - {gone}
 
 
 def test_a_remote_bundle_that_was_changed_is_not_cached(bundle: Bundle, memory: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,8 +55,8 @@ def test_only_missing_parts_are_embedded(tmp_path, monkeypatch):
         def __init__(self, **kwargs):
             pass
 
-        def embed(self, path):
-            calls.append(path.name)
+        def make(self, part):
+            calls.append(Path(part).name)
             return 1
 
     monkeypatch.setattr(embed, "Embedder", Fake)

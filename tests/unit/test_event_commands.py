@@ -34,13 +34,14 @@ def test_an_export_of_everything_is_a_backup(path, tmp_path):
     other = tmp_path / "other.sqlite"
     assert run("restore", tmp_path / "all.parquet", "--events", other) == "3 events restored\n"
     with SqliteEventStoreConfig(path=str(other)).open() as store:
-        assert store.watermark() == watermark
+        assert store.watermark() > watermark
         assert store.user("u").item_ids == ("item 0", "item 1", "item 2")
     assert "not empty" in run("restore", tmp_path / "all.parquet", "--events", other, code=2)
     with SqliteEventStoreConfig(path=str(path)).open() as store:
         store.append([Event("late", "u", "x", "click", 1)])
     assert run("export", tmp_path / "new.parquet", "--events", path, "--after", watermark).startswith("1 events in ")
     assert pq.read_table(tmp_path / "new.parquet")["event_id"].to_pylist() == ["late"]
+    assert "cannot read" in run("restore", tmp_path / "none.parquet", "--events", tmp_path / "x", code=2)
     assert "no export of a whole log" in run("restore", tmp_path / "new.parquet", "--events", tmp_path / "x", code=2)
 
 
@@ -78,5 +79,8 @@ def test_compaction_removes_what_the_bundle_has(path):
 
 
 def test_a_place_that_cannot_be_is_named(tmp_path):
-    assert "there is no folder" in run("compact", "--events", tmp_path / "no" / "x.sqlite", code=2)
+    assert "there is no event store here" in run("export", tmp_path / "a", "--events", tmp_path / "typo", code=2)
+    assert not (tmp_path / "typo").exists()
+    assert "there is no folder" in run("import", tmp_path / "a", "--events", tmp_path / "no" / "x", code=2)
+    assert "max_histroy" in run("compact", "--events", __file__, "--set", "max_histroy=3", code=2)
     assert "cannot be opened" in run("compact", "--events", "redis://127.0.0.1:1/0", code=2)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.data.positives import PositivePolicy
-from recsys.errors import EventStoreError, RequestError
+from recsys.errors import BundleMismatchError, EventStoreError, RequestError
 from recsys.events import UserState
 from recsys.index import FlatIndex
 from recsys.pipeline.catalogue import Catalogue
@@ -22,6 +22,7 @@ from recsys.pipeline.requests import HistoryItem, RecommendRequest, RequestFilte
 from recsys.pipeline.rules import HardRules
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.similarity import ItemSimilarity
+from recsys.pipeline.slates import SLATES, SLATES_SCHEMA, Slates
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.pipeline.types import Candidates, Query
 from recsys.pipeline.users import HistoriesTable, Profiles
@@ -70,7 +71,7 @@ ANN = state(
 class Fixture:
     """A recommender over a retrieval stage that finds the first allowed items and remembers the queries."""
 
-    def __init__(self, *, broken: bool = False, index: bool = True) -> None:
+    def __init__(self, *, broken: bool = False, index: bool = True, config: PipelineConfig = CONFIG) -> None:
         vectors = np.random.default_rng(0).standard_normal((NUM_ITEMS, 6)).astype(np.float32)
         vectors[20] = vectors[0] * 3
         self.catalogue = Catalogue.build(items_table(NUM_ITEMS, available=[row != 7 for row in range(NUM_ITEMS)]))
@@ -86,9 +87,9 @@ class Fixture:
         first = raises("retrieval") if broken else FunctionStage("retrieval", find)
         stages = [LocalStage(first, inline=True), LocalStage(RerankingStage("bundle", self.catalogue), inline=True)]
         popular = PopularItems(NUM_ITEMS, np.array([9, 8], np.int32), np.array([2, 1], np.float32))
-        runner = Runner(stages, rules, popular, CONFIG)
+        runner = Runner(stages, rules, popular, config)
         similarity = ItemSimilarity(self.catalogue, vectors, FlatIndex().build(vectors) if index else None)
-        self.recommender = Recommender(self.catalogue, runner, self.users, POLICY, "bundle", CONFIG, similarity)
+        self.recommender = Recommender(self.catalogue, runner, self.users, POLICY, "bundle", config, similarity)
 
 
 @pytest.fixture
@@ -185,6 +186,36 @@ def test_degraded_answers_explain_themselves():
     assert set(answer.items[0].stage_scores) == {"popular", "reranking"}
 
 
+def test_without_retrieval_a_user_gets_the_slate_that_was_made_for_them():
+    fixture = Fixture(broken=True)
+    table = pa.table(
+        {"user_id": ["bob", "ann"], "item_idx": [[5], [0, 7, 12, 4]], "score": [[1.0], [4.0, 3.0, 2.0, 1.0]]}
+    ).cast(SLATES_SCHEMA)
+    fixture.recommender.slates = Slates(table, NUM_ITEMS)
+    # i0 was seen, i7 is not to be had; popular items fill up.
+    answer = fixture.recommender.recommend(user_id="ann", top_k=4)
+    assert answer.item_ids == ["i12", "i4", "i9", "i8"]
+    assert [item.sources[0] for item in answer.items] == [SLATES, SLATES, "popular", "popular"]
+    assert answer.degraded == ("retrieval",)
+    filters = RequestFilters(exclude_items=["i12"])
+    assert fixture.recommender.recommend(user_id="ann", top_k=1, filters=filters).item_ids == ["i4"]
+    assert fixture.recommender.recommend(user_id="nobody", top_k=2).item_ids == ["i9", "i8"]
+    assert fixture.recommender.recommend(top_k=2).item_ids == ["i9", "i8"]
+
+
+def test_slates_that_do_not_fit_are_refused():
+    good = {"user_id": ["ann"], "item_idx": [[1]], "score": [[1.0]]}
+    for change, message in (
+        ({"item_idx": [[NUM_ITEMS]]}, "beyond the catalogue"),
+        ({"score": [[1.0, 2.0]]}, "different lengths"),
+    ):
+        with pytest.raises(BundleMismatchError, match=message):
+            Slates(pa.table(good | change).cast(SLATES_SCHEMA), NUM_ITEMS)
+    with pytest.raises(BundleMismatchError, match="columns"):
+        Slates(pa.table({"user_id": ["ann"]}), NUM_ITEMS)
+    assert len(Slates(SLATES_SCHEMA.empty_table(), NUM_ITEMS).of("ann")) == 0
+
+
 def test_reasons_name_the_most_similar_history(fixture: Fixture):
     history = [HistoryItem("i20"), HistoryItem("i5")]
     request = RecommendRequest(history=history, top_k=1, explain=True)
@@ -265,6 +296,35 @@ def test_blocking_calls_work_inside_a_running_event_loop(fixture: Fixture):
     fixture.recommender.close()
     assert len(fixture.recommender.recommend(top_k=2).items) == 2
     fixture.recommender.close()
+
+
+def test_what_a_user_hides_never_comes_back_until_they_take_it_after_all(fixture: Fixture):
+    def shown(*rows, **fields):
+        fixture.users.states["eve"] = state("eve", *rows, version=len(rows))
+        return fixture.recommender.recommend(user_id="eve", top_k=NUM_ITEMS, **fields).item_ids
+
+    hidden = [("i4", "rating", 5.0), ("i4", "hide", np.nan), ("i6", "dislike", np.nan), ("i8", "view", np.nan)]
+    assert not {"i4", "i6", "i8"} & set(shown(*hidden))
+    assert {"i4", "i6", "i8"} & set(shown(*hidden, exclude_seen=False)) == {"i8"}
+    assert "i4" in shown(*hidden, ("i4", "view", np.nan), ("i4", "purchase", np.nan), exclude_seen=False)
+    told = [HistoryItem("i4"), HistoryItem("i6", event="hide")]
+    answer = fixture.recommender.recommend(RecommendRequest(history=told, top_k=NUM_ITEMS, exclude_seen=False))
+    assert "i4" in answer.item_ids
+    assert "i6" not in answer.item_ids
+
+
+def test_what_was_met_long_ago_may_come_back(fixture: Fixture):
+    recommender = Fixture(config=CONFIG.model_copy(update={"repeat_after_days": 2.0})).recommender
+    day_ms = 86_400_000
+
+    def shown(now_ms):
+        request = RecommendRequest(history=[HistoryItem("i4", timestamp_ms=day_ms)], top_k=NUM_ITEMS)
+        return asyncio.run(recommender.arecommend(request, now_ms=now_ms)).item_ids
+
+    assert "i4" not in shown(3 * day_ms - 1)
+    assert "i4" in shown(3 * day_ms)
+    order_only = RecommendRequest(history=[HistoryItem("i4", timestamp_ms=0)], top_k=NUM_ITEMS)
+    assert "i4" not in asyncio.run(recommender.arecommend(order_only, now_ms=3 * day_ms)).item_ids
 
 
 def test_a_store_on_another_machine_is_waited_for_within_its_budget(fixture: Fixture):

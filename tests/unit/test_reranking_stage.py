@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.config import Boost, Bury, Pin, RerankingConfig
-from recsys.pipeline.stages.reranking import RerankingStage
+from recsys.pipeline.stages.reranking import PROPENSITY, RerankingStage
 from recsys.pipeline.types import Candidates, Filters, Query
 from recsys.testing.pipeline import items_table, make_query
 
@@ -144,6 +144,45 @@ def test_equal_scores_and_no_candidates(catalogue: Catalogue):
     found, empty = stage.run_batch([make_query(), make_query()], [same, Candidates.empty()])
     assert found.item_idx.tolist() == [4, 2]
     assert len(empty) == 0
+
+
+def test_exploration_shows_what_it_says_with_the_probability_it_says(catalogue: Catalogue):
+    share = 0.4
+    shown, promised = np.zeros((3, 8)), np.zeros((3, 8))
+    num_draws = 4000
+    for number in range(num_draws):
+        query = make_query(top_k=3, request_id=str(number))
+        found = rerank(catalogue, query=query, exploration={"share": share})
+        items, propensity = found.item_idx.tolist(), found.stage_scores[PROPENSITY]
+        assert len(set(items)) == 3
+        above: set[int] = set()
+        for place, item in enumerate(items):
+            shown[place, item] += 1
+            left = [each for each in range(8) if each not in above]
+            for each in left:  # what was to be expected, given what is above
+                promised[place, each] += share / len(left) + (1 - share) * (each == left[0])
+            assert propensity[place] == pytest.approx(share / len(left) + (1 - share) * (item == left[0]))
+            above.add(item)
+    spread = np.sqrt(promised * (1 - promised / num_draws)) + 1
+    assert (np.abs(shown - promised) < 5 * spread).all()
+    again = rerank(catalogue, query=make_query(top_k=3, request_id="7"), exploration={"share": share})
+    assert (
+        again.item_idx.tolist()
+        == rerank(catalogue, query=make_query(top_k=3, request_id="7"), exploration={"share": share}).item_idx.tolist()
+    )
+
+
+def test_exploration_keeps_to_the_rules(catalogue: Catalogue):
+    for number in range(200):
+        query = make_query(top_k=4, request_id=str(number))
+        rules = {"exploration": {"share": 1.0}, "buries": [Bury(item_ids=["i0"])], "max_per_creator": 1}
+        found = rerank(catalogue, query=query, pins=[Pin(position=1, item_ids=["i5"])], **rules)
+        assert found.item_idx[1] == 5
+        assert found.stage_scores[PROPENSITY][1] == 1
+        assert 0 not in found.item_idx
+        creators = [CREATORS[item] for item in found.item_idx if CREATORS[item] is not None]
+        assert len(creators) == len(set(creators))
+    assert PROPENSITY not in rerank(catalogue).stage_scores
 
 
 def test_rules_for_unknown_items_are_reported_and_ignored(catalogue: Catalogue, caplog: pytest.LogCaptureFixture):

@@ -398,13 +398,31 @@ async def test_a_wrong_answer_to_the_golden_query_keeps_the_replica_out(service)
     service.current.bundle._parts["golden.json"] = golden
 
 
+async def test_a_bundle_of_ids_alone_cannot_be_searched(client):
+    assert_problem(await client.post("/v1/search", json={"query": "a western"}), 422, "knows no words")
+    assert_problem(await client.post("/v1/search", json={"query": ""}), 422, "query")
+
+
+async def test_a_visitor_who_signs_in_keeps_what_they_did(client):
+    await client.post("/v1/events", json={"events": [event("m1", user_id="visitor")]})
+    merged = {"from_user_id": "visitor"}
+    assert (await client.post("/v1/users/signed-in/merge", json=merged)).json() == {"accepted": 1, "duplicates": 0}
+    assert (await client.post("/v1/users/signed-in/merge", json=merged)).json() == {"accepted": 0, "duplicates": 1}
+    answer = (await client.post("/v1/recommend", json={"user_id": "signed-in", "top_k": 300})).json()
+    assert not any(item["item_id"] == "i7" for item in answer["items"])
+    assert_problem(await client.post("/v1/users/visitor/merge", json=merged), 422, "into themselves")
+    assert_problem(await client.post("/v1/users/x/merge", json={}), 422, "from_user_id")
+
+
 async def test_openapi_describes_every_call(client):
     api = (await client.get("/openapi.json")).json()
     assert set(api["paths"]) == {
         "/v1/recommend",
         "/v1/similar",
+        "/v1/search",
         "/v1/events",
         "/v1/users/{user_id}",
+        "/v1/users/{user_id}/merge",
         "/v1/items/{item_id}",
         "/v1/bundle",
         "/v1/traces/{request_id}",

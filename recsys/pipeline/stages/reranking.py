@@ -5,11 +5,17 @@ Diversity is maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): t
 before, scaled to 0 (worst candidate) to 1 (best) so that one ``diversity`` means the same for every ranker; similarity
 is the cosine of item vectors, or of categories where there are none, and 0 where it is negative.
 
+Exploration is epsilon-greedy, place by place: with probability ``exploration.share`` a place goes to one of the
+candidates left, drawn evenly, else to the best of them. The propensity of what is shown, given what is above it, stands
+among the stages' scores, so that what is learned from clicks can be weighted by its inverse. Neither what is buried nor
+a creator over the cap is drawn. The same request id draws the same slate.
+
 Shape legend: C candidates, D dimensions, N items.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +31,8 @@ _CREATOR_HANDICAP = 1e3
 """larger than any relevance: a creator over the cap comes after everything else"""
 _BURY_HANDICAP = 1e6
 PINNED = "pinned"
+PROPENSITY = "propensity"
+"""among the stages' scores: the probability with which the item came to its place, 0 to 1"""
 _log = logging.getLogger(__name__)
 
 
@@ -91,16 +99,25 @@ class RerankingStage:
         nearest = np.zeros(len(items), np.float32)
         merit = (1.0 - diversity) * relevance
 
+        share = self.config.exploration.share
+        chance = self._chance(query) if share else None
         picks: list[int] = []
         values: list[float] = []
+        propensities: list[float] = []
         num_free = len(items) - len(pinned)
         while len(picks) < size:
             value = merit - diversity * nearest
+            propensity = 1.0
             if pinned and (pinned[0][0] <= len(picks) or not num_free):
                 row = pinned.pop(0)[1]
             else:
-                row = int(np.argmax(value - handicap))
+                row = best = int(np.argmax(value - handicap))
                 num_free -= 1
+                if chance is not None and len(drawable := np.flatnonzero(handicap < _CREATOR_HANDICAP)):
+                    if chance.random() < share:
+                        row = int(chance.choice(drawable))
+                    propensity = share / len(drawable) + (1 - share) * (row == best)
+            propensities.append(propensity)
             picks.append(row)
             values.append(float(value[row]))
             handicap[row] = np.inf
@@ -116,7 +133,13 @@ class RerankingStage:
         dropped = self._dropped(items, picks, relevance, buried, over_cap, diversity)
         selected = candidates.take(np.array(picks))
         scores = {**selected.stage_scores, self.name: np.array(values, np.float32)}
+        if chance is not None:
+            scores[PROPENSITY] = np.array(propensities, np.float32)
         return replace(selected, stage_scores=scores, dropped=selected.dropped + dropped)
+
+    def _chance(self, query: Query) -> np.random.Generator:
+        digest = hashlib.sha256(query.request_id.encode("utf-8", "surrogatepass")).digest()
+        return np.random.default_rng((self.config.exploration.seed, int.from_bytes(digest[:8], "big")))
 
     def _dropped(
         self,

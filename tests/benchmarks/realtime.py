@@ -1,0 +1,257 @@
+"""How soon and how surely what happened counts, written to ``results/realtime.json``: ``make bench-realtime``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+from rows import write_row
+from served import some_users, trained
+
+from recsys.events import AnyEventStore, Event, RedisEventStoreConfig, SqliteEventStoreConfig
+from recsys.events.base import events_of
+from recsys.testing.redis_server import RedisServer
+
+COMMAND = "make bench-realtime"
+CALLERS = 16
+NUM_PAIRS = 10_000
+NUM_KILLS, NUM_EVENTS = 50, 100_000
+
+
+@contextmanager
+def stores(folder: Path) -> Generator[dict[str, AnyEventStore], None, None]:
+    """A store of each kind: Redis from the machine's ``redis-server``."""
+    (folder / "redis").mkdir()
+    server = RedisServer(folder / "redis")
+    server.start()
+    try:
+        yield {
+            "sqlite": SqliteEventStoreConfig(path=str(folder / "events.sqlite")),
+            "redis": RedisEventStoreConfig.parse({"url": server.url}, where="bench"),
+        }
+    finally:
+        server.kill()
+
+
+def stale(workdir: Path) -> None:
+    """An event is acknowledged, and its user asks again, of whichever of two gateways."""
+    bundle = trained(workdir)
+    users = list(dict.fromkeys(some_users(bundle)))
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name, stores(Path(name)) as by_kind:
+        for kind, store in by_kind.items():
+            command = [sys.executable, __file__, "--serve", str(bundle.path), "--store", store.model_dump_json()]
+            process = subprocess.Popen([*command, "--workdir", str(workdir)], stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            try:
+                url = next(line.split()[1] for line in process.stdout if line.startswith("ready "))
+                found[kind] = asyncio.run(_pairs(url, users))
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+            print(kind, found[kind], flush=True)
+    number = sum(each["stale"] for each in found.values())
+    write_row(
+        "realtime", "stale_next_requests", number, unit="requests", bar="0, none without the user's state",
+        passes=number == 0 and not any(each["stranger"] for each in found.values()), command=COMMAND, seeds=[0],
+        protocol=f"{NUM_PAIRS:,} times per kind of event store: the best item shown to a user is clicked, and once the "
+        f"event is acknowledged the user asks again; stale where the item is still shown; {CALLERS} callers at once, "
+        "two gateways, Bundle trained on MovieLens-1M",
+        details=found,
+    )  # fmt: skip
+
+
+async def _pairs(url: str, users: list[str]) -> dict[str, float]:
+    numbers = iter(range(NUM_PAIRS))
+    counts = {"stale": 0, "stranger": 0, "degraded": 0}
+    event_ms: list[float] = []
+
+    async def caller(own: list[str]) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            shown: dict[str, str] = {}
+            for turn, _ in enumerate(numbers):
+                user_id = own[turn % len(own)]
+                if user_id not in shown:
+                    shown[user_id] = await ask(client, user_id)
+                item_id = shown[user_id]
+                stamp = datetime.now(UTC).isoformat()
+                told = {"event_id": uuid.uuid4().hex, "user_id": user_id, "item_id": item_id, "event": "click"}
+                started = time.perf_counter()
+                answer = await client.post("/v1/events", json={"events": [told | {"timestamp": stamp}]})
+                event_ms.append((time.perf_counter() - started) * 1e3)
+                answer.raise_for_status()
+                shown[user_id] = await ask(client, user_id, not_again=item_id)
+
+    async def ask(client: httpx.AsyncClient, user_id: str, not_again: str | None = None) -> str:
+        response = await client.post("/v1/recommend", json={"user_id": user_id, "deadline_ms": 5000})
+        while response.status_code == 503:  # too much at once, and said so
+            await asyncio.sleep(0.05)
+            response = await client.post("/v1/recommend", json={"user_id": user_id, "deadline_ms": 5000})
+        response.raise_for_status()
+        answer = response.json()
+        counts["stranger"] += "state" in answer["degraded"]
+        items = [item["item_id"] for item in answer["items"]]
+        counts["stale"] += not_again in items
+        counts["degraded"] += bool(answer["degraded"])
+        return items[0]
+
+    await asyncio.gather(*(caller(users[first::CALLERS]) for first in range(CALLERS)))
+    return counts | {"event_p50_ms": float(np.median(event_ms)), "event_p99_ms": float(np.percentile(event_ms, 99))}
+
+
+def serve(bundle: Path, store: dict[str, Any]) -> None:
+    """Two gateways over ``store`` until SIGINT."""
+    from serve.config import ServeConfig
+    from serve.run import serving
+
+    two = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 0.1}
+    tree = {"bundle_uri": str(bundle), "access": {"kind": "open"}, "topology": "fused", "event_store": store}
+    with serving(ServeConfig.parse(tree | {"gateway": two}, where="bench"), port=8031) as url:
+        print(f"ready {url}", flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            time.sleep(3600)
+        except KeyboardInterrupt:
+            return
+
+
+def crash(workdir: Path) -> None:
+    """The process that writes is killed at random moments."""
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
+        store = SqliteEventStoreConfig(path=f"{name}/events.sqlite")
+        promised: list[str] = []
+        for kill in range(NUM_KILLS):
+            target = (kill + 1) * NUM_EVENTS // NUM_KILLS
+            command = [sys.executable, __file__, "--write", str(kill), "--store", store.model_dump_json()]
+            writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            assert writer.stdout is not None
+            assert writer.stdin is not None
+            # It sends again what the one before it had sent last, as a caller does who has heard nothing.
+            writer.stdin.write(json.dumps(promised[-200:]) + "\n")
+            writer.stdin.flush()
+            extra = chance.randrange(500)
+            while len(promised) < target + extra:
+                promised += json.loads(writer.stdout.readline())
+            time.sleep(chance.random() * 0.05)
+            writer.kill()
+            for line in writer.stdout.readlines():
+                if line.endswith("\n"):
+                    promised += json.loads(line)
+            writer.wait()
+            print(f"killed {kill + 1} times, {len(promised):,} events acknowledged", flush=True)
+        with store.open() as opened:
+            kept = [event.event_id for table in opened.log() for event in events_of(table)]
+    lost = len(set(promised) - set(kept))
+    twice = len(kept) - len(set(kept))
+    write_row(
+        "realtime", "crash_lost_events", lost + twice, unit="events", bar="0", passes=lost + twice == 0,
+        command=COMMAND, seeds=[0],
+        protocol=f"embedded event store; its writer (4 threads, batches of 1 to 20) is killed {NUM_KILLS} times at "
+        f"random moments while it writes {NUM_EVENTS:,} events; acknowledged events that are "
+        "not there, or there twice although the next writer sends the last ones again",
+        details={"acknowledged": len(promised), "kept": len(kept)},
+    )  # fmt: skip
+
+
+def write(store: AnyEventStore, name: str) -> None:
+    """Append, and print what was acknowledged, until killed."""
+    chance = random.Random(name)
+    with store.open() as opened, ThreadPoolExecutor(4) as pool:
+
+        def batch(number: int) -> None:
+            ids = [f"{name}-{number}-{place}" for place in range(chance.randrange(1, 21))]
+            opened.append([Event(i, f"u{number % 100}", "i", "click", 1000 + number) for i in ids])
+            os.write(1, (json.dumps(ids) + "\n").encode())
+
+        again = [Event(i, "u", "i", "click", 1000) for i in json.loads(sys.stdin.readline())]
+        if again:
+            assert opened.append(again).accepted == 0, "what was acknowledged is not there"
+        for first in range(0, 10**9, 64):
+            list(pool.map(batch, range(first, first + 64)))
+
+
+def durability(workdir: Path) -> None:
+    """What it costs to be on disk before an event is acknowledged."""
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=workdir) as name:
+        for fsync in ("always", "everysec"):
+            server = RedisServer(Path(name), {"appendfsync": fsync})
+            server.start()
+            try:
+                tree = {"url": server.url, "fsync": fsync, "prefix": fsync}
+                found[f"redis, appendfsync {fsync}"] = _append_ms(RedisEventStoreConfig.parse(tree, where="bench"))
+            finally:
+                server.kill()
+        found["sqlite, synchronous FULL"] = _append_ms(SqliteEventStoreConfig(path=f"{name}/events.sqlite"))
+    ms = found["sqlite, synchronous FULL"]["alone_p50_ms"]
+    write_row(
+        "realtime", "event_durable_ms", ms, unit="ms", bar="<= 20", passes=ms <= 20, command=COMMAND, seeds=[0],
+        protocol="embedded event store on the disk of the checkout: median time of one event, on disk when it is "
+        "acknowledged; beside it 16 callers at once, and Redis with and without waiting for the disk",
+        details=found,
+    )  # fmt: skip
+
+
+def _append_ms(config: AnyEventStore) -> dict[str, float]:
+    with config.open() as store:
+
+        def append(number: int) -> float:
+            started = time.perf_counter()
+            store.append([Event(uuid.uuid4().hex, f"u{number}", "i", "click", 1000)])
+            return (time.perf_counter() - started) * 1e3
+
+        alone = [append(number) for number in range(500)]
+        started = time.perf_counter()
+        with ThreadPoolExecutor(CALLERS) as pool:
+            together = list(pool.map(append, range(5000)))
+        rate = 5000 / (time.perf_counter() - started)
+    return {
+        "alone_p50_ms": float(np.median(alone)),
+        "together_p50_ms": float(np.median(together)),
+        "events_per_s": rate,
+    }
+
+
+FIGURES: dict[str, Callable[[Path], None]] = {"stale": stale, "crash": crash, "durability": durability}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"figures to measure: {', '.join(FIGURES)}")] = None,
+    workdir: Annotated[Path, typer.Option(help="where Bundles are kept")] = Path("runs/bench-serve"),
+    serve_: Annotated[Path | None, typer.Option("--serve", hidden=True)] = None,
+    write_: Annotated[str, typer.Option("--write", hidden=True)] = "",
+    store: Annotated[str, typer.Option(hidden=True)] = "{}",
+) -> None:
+    """Measure how soon and how surely what happened counts."""
+    tree = json.loads(store)
+    if serve_ is not None:
+        serve(serve_, tree)
+    elif write_:
+        write(SqliteEventStoreConfig.parse(tree, where="bench"), write_)
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name in only or FIGURES:
+            print(f"== {name}", flush=True)
+            FIGURES[name](workdir)
+
+
+if __name__ == "__main__":
+    typer.run(main)
