@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,9 @@ def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
+_LEGEND_ROWS = 20
+
+
 def _plot(title: str, x_label: str, y_label: str, draw: Callable[[Any], None]) -> str:
     try:
         from matplotlib import rc_context
@@ -132,7 +136,12 @@ def _plot(title: str, x_label: str, y_label: str, draw: Callable[[Any], None]) -
     draw(axes)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(visible=True, alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
+    num_labels = len(axes.get_legend_handles_labels()[0])
+    if num_labels > _LEGEND_ROWS:  # beside the plot, which keeps its size
+        columns = math.ceil(num_labels / _LEGEND_ROWS)
+        figure.set_size_inches(7 + 1.7 * columns, 4.2)
+        axes.legend(fontsize=7, ncols=columns, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    elif num_labels:
         axes.legend(fontsize=8)
     out = io.StringIO()
     # No date and a fixed salt: the same report gives the same page. Ids are the page's, so each plot has its own salt.
@@ -142,13 +151,18 @@ def _plot(title: str, x_label: str, y_label: str, draw: Callable[[Any], None]) -
     return text[text.index("<svg") :]
 
 
+def _style(number: int) -> dict[str, str]:
+    """What tells a line from the others."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+
+
 def _curves(axes: Any, report: SuiteReport, systems: Sequence[SystemSummary]) -> None:
     for number, one in enumerate(systems):
         for position, curve in enumerate(one.curves):
             points = [(row["epoch"], row[report.main_metric]) for row in curve if report.main_metric in row]
             if points:
                 label = one.name if position == 0 else None
-                axes.plot(*zip(*points, strict=True), label=label, color=f"C{number}", alpha=0.8, linewidth=1.2)
+                axes.plot(*zip(*points, strict=True), label=label, alpha=0.8, linewidth=1.2, **_style(number))
 
 
 def _slices(systems: Sequence[SystemSummary], position: int) -> Callable[[Any], None]:
@@ -157,7 +171,7 @@ def _slices(systems: Sequence[SystemSummary], position: int) -> Callable[[Any], 
             found = one.slices[position]
             points = [(place, gain) for place, gain in enumerate(found.gain) if gain is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=one.name, color=f"C{number}", linewidth=1.2)
+                axes.plot(*zip(*points, strict=True), marker="o", label=one.name, linewidth=1.2, **_style(number))
         found = systems[0].slices[position]
         names = [f"{label}\n({num})" for label, num in zip(found.labels, found.num_pairs, strict=True)]
         axes.set_xticks(range(len(names)), names, fontsize=7)
