@@ -206,7 +206,9 @@ def finetune(
     trained_share = seconds = 0.0
     if settings.epochs:
         if settings.adapter is not None:
-            sentence.transformer = adapt(sentence.transformer, settings.adapter, "FEATURE_EXTRACTION")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(data.seed)  # an adapter begins with random numbers
+                sentence.transformer = adapt(sentence.transformer, settings.adapter, "FEATURE_EXTRACTION")
         started = time.perf_counter()
         curve, trained_share = _train(encoder, data, settings, config.content_hash(), runtime)
         seconds = time.perf_counter() - started

@@ -231,6 +231,16 @@ def test_lora_learns_little_and_leaves_an_ordinary_encoder(folder, data, tmp_pat
     np.testing.assert_allclose(loaded.encode(data.texts), result.encoder.encode(data.texts), atol=1e-6)
 
 
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), Prefix(num_tokens=3)], ids=["lora", "prefix"])
+def test_adapters_begin_the_same_whatever_was_drawn_before(folder, data, adapter):
+    config = config_of(folder, adapter=adapter, learning_rate=1e-2)
+    losses = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        losses.append([row["loss"] for row in finetune(config, data, Runtime("cpu")).curve])
+    assert losses[0] == losses[1]
+
+
 def test_a_prefix_is_saved_beside_the_encoder(folder, data, tmp_path):
     config = config_of(folder, adapter=Prefix(num_tokens=3), learning_rate=1e-2)
     result = finetune(config, replace(data, held_out=data.held_out[:0]), Runtime("cpu"))
