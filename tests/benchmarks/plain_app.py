@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from serve import wire
+
 
 def main(bundle: str, events: str, port: int, threads: int = 1, processes: int = 1) -> None:
     """Serve until killed."""
@@ -33,7 +35,6 @@ def app() -> Any:
     from recsys.bundle import Bundle
     from recsys.events import SqliteEventStoreConfig
     from recsys.pipeline.recommender import Recommender
-    from serve import wire
 
     bundle = Bundle.open(os.environ["PLAIN_BUNDLE"])
     store = SqliteEventStoreConfig(path=os.environ["PLAIN_EVENTS"]).open()
