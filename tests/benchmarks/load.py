@@ -175,7 +175,8 @@ def main(
     started, cpu = time.perf_counter(), time.process_time()
     asyncio.run(open_loop(load, rate, seconds, seed) if rate else closed_loop(load, callers, seconds))
     took_s = time.perf_counter() - started
-    stages = {name: [timing[name] for timing in load.timings] for name in (load.timings[0] if load.timings else {})}
+    names = {name for timing in load.timings for name in timing}  # an answer lacks those of stages that were skipped
+    stages = {name: [timing[name] for timing in load.timings if name in timing] for name in sorted(names)}
     json.dump(
         {
             "rate": rate,

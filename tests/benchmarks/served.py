@@ -97,7 +97,7 @@ def load(system: System, bodies: Path, **options: Any) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "load.py"), "--url", system.url, "--bodies", str(bodies)]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     before = system.cpu_s()
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return found | {"server_cpu_s": system.cpu_s() - before}
 
 

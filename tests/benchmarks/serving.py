@@ -328,7 +328,7 @@ def memory(workdir: Path) -> None:
 def _resident_bytes(bundle: Bundle, workdir: Path, num_replicas: int) -> int:
     """Of all gateways together, what they share counted once; served from a process of its own."""
     command = [sys.executable, __file__, "--resident", str(bundle.path), "--replicas", str(num_replicas)]
-    said = subprocess.run([*command, "--workdir", str(workdir)], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run([*command, "--workdir", str(workdir)], check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(said.split()[-1])
 
 
