@@ -40,11 +40,15 @@ class Connection(asyncio.Protocol):
         head, found, body = self._received.partition(b"\r\n\r\n")
         if not found or self._answer is None:
             return
+        if self._answer.done():
+            return
         length = _LENGTH.search(head)
-        size = int(length[1]) if length else 0
-        if len(body) >= size and not self._answer.done():
-            self._received = body[size:]
-            self._answer.set_result((int(head[9:12]), body[:size]))
+        if length is None:  # a refusal by a proxy, whose end is not told: the status is all that is wanted of it
+            self._answer.set_result((int(head[9:12]), b""))
+            self.close()
+        elif len(body) >= int(length[1]):
+            self._received = body[int(length[1]) :]
+            self._answer.set_result((int(head[9:12]), body[: int(length[1])]))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
