@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,19 +14,23 @@ from jobs._ray import ComputeConfig, ray_session
 class PartWorker(Protocol):
     """One per actor; what it loads, it loads once."""
 
-    def __init__(self, *, threads: int | None, **settings: Any) -> None:
-        """``threads`` of torch; None leaves them as they are."""
-        ...
-
     def make(self, part: Any) -> int:
         """Write one part; the number of rows in it. It may be called again for a part that was begun."""
         ...
 
 
 def make_parts(
-    worker: type[PartWorker], parts: Sequence[Any], settings: dict[str, Any], compute: ComputeConfig, *, gpu: bool
+    worker: Callable[..., PartWorker],
+    parts: Sequence[Any],
+    settings: dict[str, Any],
+    compute: ComputeConfig,
+    *,
+    gpu: bool,
 ) -> Iterator[int]:
-    """The rows of each of ``parts`` (plain values), as they get done; with ``gpu``, on GPUs where they are used."""
+    """The rows of each of ``parts`` (plain values), as they get done; with ``gpu``, on GPUs where they are used.
+
+    ``worker`` is called with ``settings`` and ``threads`` (of torch; None leaves them as they are).
+    """
     if not parts:
         return
     if not compute.num_workers:
@@ -52,7 +56,7 @@ def make_parts(
 
 
 class _Actor:
-    def __init__(self, worker: type[PartWorker], settings: dict[str, Any]) -> None:
+    def __init__(self, worker: Callable[..., PartWorker], settings: dict[str, Any]) -> None:
         self._worker = worker(**settings)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,13 @@ class GatewayConfig(ScalingConfig):
     """The gateway: HTTP, user state and the runner; in ``topology: fused`` the stages as well."""
 
     max_body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 28, description="largest request body (bytes)")
+    max_lag_ms: float = Field(
+        default=100.0,
+        gt=0,
+        le=60_000,
+        description="while the event loop is so far behind, requests are refused before anything is done for them "
+        "(milliseconds)",
+    )
     max_events: int = Field(default=1000, ge=1, le=100_000, description="events per call of /v1/events")
     retry_after_s: int = Field(default=1, ge=1, le=3600, description="when a refused caller may come again (seconds)")
     event_threads: int = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -39,7 +40,9 @@ class JsonFormatter(logging.Formatter):
 
 def log_as_json(level: LogLevel, **process: str) -> None:
     """What ``recsys`` and ``serve`` log in this process from now on. ``process`` names it."""
-    handler = logging.StreamHandler()
+    # Ray puts a stream before standard error that looks up who is calling at every line: dear, and no use for JSON.
+    plain = not type(sys.stderr).__module__.startswith("ray.")
+    handler = logging.StreamHandler(sys.stderr if plain else sys.__stderr__)
     handler.setFormatter(JsonFormatter(**process))
     for name in _OURS:
         logger = logging.getLogger(name)

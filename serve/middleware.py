@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ PROBES = frozenset({"/healthz", "/readyz"})
 """paths that are answered whatever the load"""
 _GONE = 499
 """status, in metrics, of a request whose caller did not wait for the answer"""
+_WATCH_S = 0.02
 _log = logging.getLogger(__name__)
 
 
@@ -34,11 +36,17 @@ class Limits:
         self._max_in_flight = config.max_ongoing_requests
         self._retry_after = {"retry-after": str(config.retry_after_s)}
         self._in_flight = 0
+        self._max_lag_s = config.max_lag_ms / 1e3
+        self._lag_s = 0.0
+        self._watching = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if not self._watching:
+            self._watching = True
+            self._watch()
         scope["request_id"] = uuid.uuid4().hex
         arrived, status = self._observer.arrived(), _GONE
 
@@ -55,8 +63,12 @@ class Limits:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["request_id"]
-        if self._in_flight >= self._max_in_flight and scope["path"] not in PROBES:
-            detail = f"{self._in_flight} requests are being answered already; try again soon"
+        full, behind = self._in_flight >= self._max_in_flight, self._lag_s > self._max_lag_s
+        if (full or behind) and scope["path"] not in PROBES:
+            detail = (
+                f"{self._in_flight} requests are being answered already" if full else "there is more to do than time"
+            )
+            detail += "; try again soon"
             await problem(503, detail, request_id, headers=self._retry_after)(scope, receive, send)
             return
         started = False
@@ -77,6 +89,13 @@ class Limits:
             await problem(500, detail, request_id)(scope, receive, send)
         finally:
             self._in_flight -= 1
+
+    def _watch(self, due: float | None = None) -> None:
+        """How late this loop comes to what is due: those who have just arrived have waited as long, unseen."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._lag_s = 0.0 if due is None else now - due
+        loop.call_at(now + _WATCH_S, self._watch, now + _WATCH_S)
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """``receive`` that refuses a body as soon as it is known to be too large, announced or not."""

@@ -96,6 +96,8 @@ class Load:
         self.status: list[int] = []
         self.at: list[float] = []
         self.degraded: list[bool] = []
+        self.read: list[bool] = []
+        """whether the answer was looked at: only then is it known whether it is degraded"""
         self.timings: list[dict[str, float]] = []
         self.num_connections = 0
 
@@ -111,9 +113,10 @@ class Load:
         self.status.append(status)
         self.at.append(time.monotonic())
         self.degraded.append(False)
+        self.read.append(status == 200 and number % self._every == 0)
         if connection is not None and connection.usable:
             self._free.append(connection)
-        if status == 200 and number % self._every == 0:
+        if self.read[-1]:
             answer = json.loads(body)
             self.degraded[-1] = bool(answer.get("degraded"))
             self.timings.append(answer.get("timings_ms", {}))
@@ -191,6 +194,7 @@ def main(
             "latency_ms": load.latency_ms,
             "status": load.status,
             "degraded": load.degraded,
+            "read": load.read,
             "at": load.at,
             "timings_ms": {name: float(np.median(values)) for name, values in stages.items()},
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -163,12 +164,16 @@ def stages_cpu_ms(bundle: Bundle, users: list[str]) -> float:
     import torch
 
     from recsys.pipeline.recommender import Recommender
+    from recsys.pipeline.requests import RecommendRequest
 
     torch.set_num_threads(THREADS)
     with Recommender.load(bundle.path, inline=True) as recommender:
-        for user_id in users[:100]:
-            recommender.recommend(user_id=user_id)
-        started = time.process_time()
-        for user_id in users:
-            recommender.recommend(user_id=user_id)
-        return (time.process_time() - started) * 1e3 / len(users)
+
+        async def ask(some: list[str]) -> float:
+            started = time.process_time()
+            for user_id in some:
+                await recommender.arecommend(RecommendRequest(user_id=user_id))
+            return (time.process_time() - started) * 1e3 / len(some)
+
+        asyncio.run(ask(users[:100]))
+        return asyncio.run(ask(users))

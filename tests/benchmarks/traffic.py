@@ -27,6 +27,8 @@ from recsys.bundle import Bundle
 from recsys.files import write_json
 
 COMMAND = "make bench-serve"
+IN_TIME_MS = 520.0
+"""the deadline of a request and 20 ms"""
 
 
 def traffic(workdir: Path) -> None:
@@ -77,12 +79,17 @@ def summary(windows: list[dict[str, Any]]) -> dict[str, float]:
     for each in windows:
         latency, status = np.array(each["latency_ms"]), np.array(each["status"])
         answered = latency[status == 200]
+        in_time = int(np.sum(answered <= IN_TIME_MS))
+        read = np.array(each["read"], bool)
+        degraded = float(np.mean(np.array(each["degraded"])[read])) if read.any() else 0.0
         percentiles = np.percentile(answered, [50, 95, 99, 99.9]) if len(answered) else np.full(4, np.nan)
         rows.append(
             {
                 **dict(zip(("p50", "p95", "p99", "p99.9"), percentiles.tolist(), strict=True)),
                 "rate": each["rate"],
-                "goodput": len(answered) / each["seconds"],
+                "answers": len(answered) / each["seconds"],
+                "goodput": in_time / each["seconds"],
+                "degraded": degraded,
                 "refused": float(np.mean(status == 503)),
                 "failed": float(np.mean((status != 200) & (status != 503))),
                 "cpu_ms": 1e3 * each["server_cpu_s"] / max(1, len(answered)),
@@ -126,14 +133,16 @@ def report(
     details = {"saturation_per_s": saturation, "stages_cpu_ms": stages_ms}
     for name, limit in (("graph", 5.0), ("fused", 0.8)):
         # The slope over rates: what Ray's processes do when nobody asks is no part of a request.
-        rows = [by[name, fraction] for fraction in FRACTIONS if fraction <= 0.8]
-        per_s = [row["cpu_ms"] * row["goodput"] for row in rows]
-        slope_ms = float(np.polyfit([row["goodput"] for row in rows], per_s, 1)[0])
+        # Nor are answers from which stages are missing: only rates that the system copes with count.
+        rows = [by[name, f] for f in FRACTIONS if f * saturation["plain"] <= 0.75 * saturation[name]]
+        per_s = [row["cpu_ms"] * row["answers"] for row in rows]
+        slope_ms = float(np.polyfit([row["answers"] for row in rows], per_s, 1)[0])
         overhead = slope_ms - stages_ms
         write_row(
             "serving", f"{name}_cpu_overhead_ms{suffix}", overhead, unit="ms", bar=f"<= {limit:g}",
             passes=overhead <= limit,
-            protocol=protocol + "; slope of processor time over rate, less that of the stages in process",
+            protocol=protocol + "; slope of processor time over rates up to 0.75 of the own "
+            "saturation, less that of the stages in process",
             command=COMMAND, seeds=[0],
             details=details | {f"cpu_ms_at_{f:g}": by[name, f]["cpu_ms"] for f in FRACTIONS},
         )  # fmt: skip
@@ -149,18 +158,32 @@ def report(
         "serving", f"fused_saturation_ratio{suffix}", ratio, unit="x", bar=">= 0.9", passes=ratio >= 0.9,
         protocol=protocol + f"; closed loop of {CALLERS} callers", command=COMMAND, seeds=[0], details=saturation,
     )  # fmt: skip
-    goodput = {name: by[name, 0.0]["goodput"] / saturation[name] for name in ("graph", "fused")}
+    most = {name: max(by[name, fraction]["goodput"] for fraction in (*FRACTIONS, 0.0)) for name in names}
+    goodput = {name: by[name, 0.0]["goodput"] / most[name] for name in ("graph", "fused")}
     worst = min(goodput.values())
     write_row(
         "serving", f"goodput_past_saturation{suffix}", worst, unit="x", bar=">= 0.8", passes=worst >= 0.8,
-        protocol=protocol + "; the worse topology at twice its own saturation, over its saturation",
+        protocol=protocol + "; answers within the deadline of 500 ms and 20 more, since they were due: the worse "
+        "topology at twice its own saturation, over the most at any rate",
         command=COMMAND, seeds=[0], details=goodput,
     )  # fmt: skip
 
 
 def table_of(by: dict[tuple[str, float], dict[str, float]]) -> str:
     """Markdown."""
-    columns = ["p50", "p95", "p99", "p99.9", "goodput", "refused", "failed", "cpu_ms", "client_cpu_ms"]
+    columns = [
+        "p50",
+        "p95",
+        "p99",
+        "p99.9",
+        "answers",
+        "goodput",
+        "degraded",
+        "refused",
+        "failed",
+        "cpu_ms",
+        "client_cpu_ms",
+    ]
     columns += ["state_ms", "retrieval_ms", "ranking_ms", "reranking_ms", "total_ms"]
     lines = [f"| system | rate | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for (name, fraction), row in by.items():
@@ -180,7 +203,7 @@ def plot(by: dict[tuple[str, float], dict[str, float]], path: Path) -> None:
     for axis, percentile in zip(axes, ("p50", "p95", "p99", "p99.9"), strict=True):
         for name in dict.fromkeys(name for name, _ in by):
             rows = [by[name, fraction] for fraction in FRACTIONS]
-            axis.plot([row["goodput"] for row in rows], [row[percentile] for row in rows], "o-", label=name)
+            axis.plot([row["answers"] for row in rows], [row[percentile] for row in rows], "o-", label=name)
         axis.set(title=percentile, xlabel="answers per second", yscale="log")
     axes[0].set_ylabel("ms")
     axes[0].legend()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import START_MS, make_bundle
+from serve import middleware as middleware_module
 from serve import run, wire
 from serve.access import Access
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
@@ -347,6 +348,19 @@ async def test_too_much_load_is_refused_early_with_retry_after(client, service, 
     assert (await client.get("/healthz")).status_code == 200
     release.set()
     assert [response.status_code for response in await asyncio.gather(*accepted)] == [200] * 4
+    assert (await client.post("/v1/recommend", json={})).status_code == 200
+
+
+async def test_a_gateway_that_is_behind_refuses_until_it_has_caught_up(client, monkeypatch):
+    monkeypatch.setattr(middleware_module, "_WATCH_S", 0.3)  # what was found stands so long
+    assert (await client.post("/v1/recommend", json={})).status_code == 200
+    time.sleep(0.6)  # noqa: ASYNC251 something keeps the loop from what is due
+    await asyncio.sleep(0.005)
+    refused = await client.post("/v1/recommend", json={})
+    assert_problem(refused, 503, "more to do than time")
+    assert refused.headers["retry-after"] == "1"
+    assert (await client.get("/healthz")).status_code == 200
+    await asyncio.sleep(0.4)
     assert (await client.post("/v1/recommend", json={})).status_code == 200
 
 
