@@ -41,7 +41,7 @@ def test_contents(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
     extras = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Provides-Extra: ")}
-    assert extras == {"cpu", "gpu", "adapters", "classical", "decoder", "demo", "report", "tracking", "dev"}
+    assert extras == {"cpu", "gpu", "adapters", "classical", "decoder", "demo", "redis", "report", "tracking", "dev"}
     unconditional = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
     assert not any("faiss" in line for line in unconditional)
 
