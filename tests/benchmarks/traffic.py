@@ -33,7 +33,7 @@ IN_TIME_MS = 520.0
 
 def traffic(workdir: Path) -> None:
     """Throughput against latency, processor time per request, and what happens past saturation."""
-    _traffic(trained(workdir), workdir, "", "Bundle trained on MovieLens-1M", rounds=3)
+    _traffic(trained(workdir), workdir, "", "Bundle trained on MovieLens-1M", rounds=2)
 
 
 def traffic_1m(workdir: Path) -> None:
