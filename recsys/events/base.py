@@ -194,6 +194,14 @@ class EventStore(ABC):
 class EventStoreConfig(StrictConfig, ABC):
     """Settings of one kind of store. Subclasses add ``kind: Literal["..."]``."""
 
+    max_history: int = Field(
+        default=500, ge=1, le=100_000, description="newest interactions kept in a user's state (entries, 1 to 100000)"
+    )
+    cached_users: int = Field(
+        default=4096,
+        ge=1,
+        description="users whose state is kept in memory, brought up to date at each read (users per process)",
+    )
     log_only: tuple[str, ...] = Field(
         default=("impression",), description="event names that are recorded but are no part of a user's state"
     )

@@ -121,14 +121,6 @@ class RedisEventStoreConfig(EventStoreConfig):
     prefix: str = Field(
         default="recsys:", min_length=1, max_length=64, pattern=r"^[\w.:-]+$", description="begins every key"
     )
-    max_history: int = Field(
-        default=500, ge=1, le=100_000, description="newest interactions kept in a user's state (entries, 1 to 100000)"
-    )
-    cached_users: int = Field(
-        default=4096,
-        ge=1,
-        description="users whose state is kept in memory, brought up to date at each read (users per process)",
-    )
     ttl_days: float = Field(
         default=0, ge=0, le=36_500, description="a user without events for so long is forgotten (days; 0 for never)"
     )

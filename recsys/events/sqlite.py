@@ -109,14 +109,6 @@ class SqliteEventStoreConfig(EventStoreConfig):
     path: str = Field(
         default="runs/events.sqlite", min_length=1, description="file on a local disk; made if there is none"
     )
-    max_history: int = Field(
-        default=500, ge=1, le=100_000, description="newest interactions kept in a user's state (entries, 1 to 100000)"
-    )
-    cached_users: int = Field(
-        default=4096,
-        ge=1,
-        description="users whose state is kept in memory, brought up to date at each read (users per process)",
-    )
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="longest wait for another process that is writing (seconds, up to 600)"
     )
