@@ -74,7 +74,7 @@ class GatewayConfig(ScalingConfig):
 
     max_body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 28, description="largest request body (bytes)")
     max_lag_ms: float = Field(
-        default=100.0,
+        default=60_000.0,
         gt=0,
         le=60_000,
         description="while the event loop is so far behind, requests are refused before anything is done for them "

@@ -352,6 +352,12 @@ async def test_too_much_load_is_refused_early_with_retry_after(client, service, 
 
 
 async def test_a_gateway_that_is_behind_refuses_until_it_has_caught_up(client, monkeypatch):
+    make = middleware_module.Limits.__init__
+
+    def strict(self, app, config, observer):
+        make(self, app, config.model_copy(update={"max_lag_ms": 100.0}), observer)
+
+    monkeypatch.setattr(middleware_module.Limits, "__init__", strict)  # it is made at the first request
     monkeypatch.setattr(middleware_module, "_WATCH_S", 0.3)  # what was found stands so long
     assert (await client.post("/v1/recommend", json={})).status_code == 200
     time.sleep(0.6)  # noqa: ASYNC251 something keeps the loop from what is due
