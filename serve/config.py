@@ -144,8 +144,9 @@ class ServeConfig(StrictConfig):
     ranking: StageConfig = Field(default=StageConfig(), description="scores candidates")
     reranking: StageConfig = Field(default=StageConfig(), description="orders the slate")
     local_stages: tuple[Literal["retrieval", "ranking", "reranking"], ...] = Field(
-        default=(),
-        description="stages that run inside the gateway in topology graph, too: they save a hop and do not scale alone",
+        default=("reranking",),
+        description="stages that run inside the gateway in topology graph, too: they save a hop and do not scale alone. "
+        "Reranking takes a fraction of the time of a hop",
     )
 
     @model_validator(mode="after")

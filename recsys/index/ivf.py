@@ -22,7 +22,7 @@ class IvfIndex(ApproximateIndexConfig):
         default=0, ge=0, le=1 << 24, description="groups of items; 0 is 4 sqrt(items), with at least 39 items per group"
     )
     num_probes: int = Field(
-        default=32, ge=1, le=1 << 24, description="groups scored per query; more is slower and finds more"
+        default=64, ge=1, le=1 << 24, description="groups scored per query; more is slower and finds more"
     )
     codec: Literal["sq8", "flat"] = Field(
         default="sq8", description="stored as: sq8, 1 byte per dimension; flat, 4 bytes"

@@ -198,6 +198,7 @@ def two_nodes(bundle: Bundle, folder: Path) -> Iterator[Served]:
             {
                 "bundle_uri": str(bundles / bundle.path.name),
                 "access": {"kind": "open"},
+                "local_stages": [],
                 "event_store": SqliteEventStoreConfig(path=str(store)).model_dump(),
                 **dict.fromkeys(("gateway", "retrieval", "ranking", "reranking"), two),
             },

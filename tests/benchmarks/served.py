@@ -31,7 +31,7 @@ MILLION = Size(num_items=1_000_000, num_users=500, shortest=20, longest=310, dim
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
 """of the rate at which the plain reference is saturated"""
 WINDOW_S = 8.0
-CALLERS = 16
+CALLERS = 8
 
 
 def trained(workdir: Path) -> Bundle:

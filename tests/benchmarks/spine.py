@@ -128,6 +128,7 @@ def overheads(workdir: Path) -> None:
                 "bundle_uri": store,
                 "access": {"kind": "open"},
                 "topology": topology,
+                "local_stages": [],  # as many hops as the empty graph has
                 "event_store": SqliteEventStoreConfig(path=f"{folder}/{topology}.sqlite").model_dump(),
                 **dict.fromkeys(("gateway", "retrieval", "ranking", "reranking"), one),
             }

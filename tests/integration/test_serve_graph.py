@@ -148,7 +148,7 @@ PINNED = {"history": [{"item_id": "i1"}, {"item_id": "i2"}], "top_k": 10}
 @pytest.mark.timeout(400)
 def test_graph(bundle, tmp_path):
     with server(bundle, tmp_path, "graph") as (client, session):
-        for deployment in ("gateway", "retrieval", "ranking", "reranking"):
+        for deployment in ("gateway", "retrieval", "ranking"):
             assert len(replicas(session, deployment)) == 1
         assert client.get("/readyz").status_code == 200
         assert client.get("/docs").status_code == 200
