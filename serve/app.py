@@ -1,7 +1,7 @@
 """Builds the serving graph: ``serve run serve.app:build bundle_uri=...``, or a file of ``configs/serve``.
 
-``topology: graph`` is a gateway and one deployment per stage that is not among ``local_stages``, each scaling by itself;
-``topology: fused`` is the same gateway with all stages inside. The runner lives in the gateway either way.
+``topology: graph`` is a gateway and one deployment per stage that is not among ``local_stages``, each scaling by
+itself; ``topology: fused`` is the same gateway with all stages inside. The runner lives in the gateway either way.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ class GatewayConfig(ScalingConfig):
         "(milliseconds)",
     )
     max_events: int = Field(default=1000, ge=1, le=100_000, description="events per call of /v1/events")
+    max_items: int = Field(default=200, ge=1, le=10_000, description="items per call of PUT /v1/items")
     retry_after_s: int = Field(default=1, ge=1, le=3600, description="when a refused caller may come again (seconds)")
     event_threads: int = Field(
         default=16, ge=1, le=256, description="calls of /v1/events that wait for the disk together"
@@ -145,8 +146,8 @@ class ServeConfig(StrictConfig):
     reranking: StageConfig = Field(default=StageConfig(), description="orders the slate")
     local_stages: tuple[Literal["retrieval", "ranking", "reranking"], ...] = Field(
         default=("reranking",),
-        description="stages that run inside the gateway in topology graph, too: they save a hop and do not scale alone. "
-        "Reranking takes a fraction of the time of a hop",
+        description="stages that run inside the gateway in topology graph, too: they save a hop and do not scale "
+        "alone; reranking takes a fraction of the time of a hop",
     )
 
     @model_validator(mode="after")

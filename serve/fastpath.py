@@ -73,7 +73,11 @@ def switches(folder: Path) -> list[Switch]:
             "conn-failure empty-response",
             "a replica that dies resets its connections; every write is idempotent, so another one may answer",
         ),
-        Switch("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1", "an HAProxy that died is noticed in seconds, not half a minute"),
+        Switch(
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",
+            "1",
+            "an HAProxy that died is noticed in seconds, not half a minute",
+        ),
         Switch(
             "RAY_SERVE_HAPROXY_BINARY_PATH", str(wrapper), "binds to loopback what Ray leaves open to every interface"
         ),

@@ -22,12 +22,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from recsys.errors import ConfigError, EventStoreError, RequestError, StageOverloadedError
+from recsys.errors import BundleError, ConfigError, EventStoreError, RecsysError, RequestError, StageOverloadedError
 from recsys.events import Event, UserState
 from serve import wire
 from serve.access import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
 from serve.impressions import Impressions
+from serve.items import ItemChanges
 from serve.keys import Scope as KeyScope
 from serve.metrics import Meters, no_sink
 from serve.middleware import PROBLEM_JSON, Limits, printable, problem
@@ -176,9 +177,12 @@ def http_app(
     retry_after = {"retry-after": str(config.retry_after_s)}
     _answer_errors(app, retry_after)
 
-    _add_recommendations(app, service, observer, impressions)
+    # One at a time: an encoder takes what cores there are, and nobody else shall wait for them.
+    encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+    _add_recommendations(app, service, observer, impressions, encoding)
     _add_events(app, service, observer, config.max_events, executor)
     _add_look_ups(app, service)
+    _add_items(app, service, config.max_items, encoding)
     _add_operation(app, service, observer, find_trace, retry_after)
     app.openapi()["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
     app.add_middleware(Access, config=access)
@@ -186,7 +190,9 @@ def http_app(
     return app
 
 
-def _add_recommendations(app: FastAPI, service: Service, observer: Observer, impressions: Impressions | None) -> None:
+def _add_recommendations(
+    app: FastAPI, service: Service, observer: Observer, impressions: Impressions | None, encoding: ThreadPoolExecutor
+) -> None:
     @app.post(
         "/v1/recommend",
         tags=["recommendations"],
@@ -222,8 +228,7 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer, imp
             answer = await asyncio.to_thread(recommender.similar, wire.similar_request(body, _request_id(request)))
         return _json(wire.recommend_answer(answer))
 
-    # One at a time: an encoder takes what cores there are, and nobody else shall wait for them.
-    searcher, num_searches = ThreadPoolExecutor(1, thread_name_prefix="search"), 0
+    num_searches = 0
 
     @app.post(
         "/v1/search",
@@ -241,7 +246,7 @@ def _add_recommendations(app: FastAPI, service: Service, observer: Observer, imp
         try:
             with service.current.pinned() as generation:
                 find = functools.partial(generation.recommender.search, wire.search_request(body, _request_id(request)))
-                answer = await asyncio.get_running_loop().run_in_executor(searcher, find)
+                answer = await asyncio.get_running_loop().run_in_executor(encoding, find)
         finally:
             num_searches -= 1
         return _json(wire.recommend_answer(answer))
@@ -311,7 +316,7 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
         **needs("read"),
     )
     async def item(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
-        """The item as the Bundle has it."""
+        """The item as it is now."""
         row = service.knowing(item_id).recommender.item(item_id)
         return _missing(request, f"no item {item_id!r} in the catalogue") if row is None else _json(row)
 
@@ -333,6 +338,49 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
                 "refused": service.refused,
             }
         )
+
+
+def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadPoolExecutor) -> None:
+    changes = ItemChanges(service, encoding)
+
+    def fixed(request: Request) -> Response | None:
+        """The answer where there is no store to write to."""
+        if service.items is not None:
+            return None
+        return problem(
+            409, "this server answers from one Bundle; for changes of its items serve a store", _request_id(request)
+        )
+
+    @app.put(
+        "/v1/items",
+        tags=["items"],
+        summary="Add items, or change them",
+        responses=_ok(wire.ItemsAnswer) | _problems(409) | _BODY_PROBLEMS,
+        **needs("admin"),
+    )
+    async def put(body: wire.ItemsBody, request: Request) -> Response:
+        """Answered once the change is durable; shown in seconds. A new item is found by those who like the items that
+        are most like it; the next Bundle learns from what is done with it.
+        """
+        if len(body.items) > max_items:
+            raise RequestError(f"{len(body.items)} items in one call, at most {max_items} are taken", field="items")
+        return fixed(request) or _json({"version": await changes.put(body.items)})
+
+    @app.delete(
+        "/v1/items/{item_id}",
+        tags=["items"],
+        summary="Take an item out of the catalogue",
+        responses=_ok(wire.ItemsAnswer) | _problems(404, 409),
+        **needs("admin"),
+    )
+    async def remove(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
+        """Not shown any more in seconds. Put again, it is back."""
+        if (refused := fixed(request)) is not None:
+            return refused
+        version = await changes.remove(item_id)
+        if version is None:
+            return _missing(request, f"no item {item_id!r} in the catalogue")
+        return _json({"version": version})
 
 
 def _add_operation(
@@ -412,7 +460,8 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
 
     @app.exception_handler(EventStoreError)
     @app.exception_handler(StageOverloadedError)
-    async def unavailable(request: Request, error: EventStoreError | StageOverloadedError) -> Response:
+    @app.exception_handler(BundleError)
+    async def unavailable(request: Request, error: RecsysError) -> Response:
         return problem(503, error.message, _request_id(request), headers=dict(retry_after))
 
     @app.exception_handler(HTTPException)
@@ -448,6 +497,7 @@ def _problems(*statuses: int) -> Answers:
         401: "No valid API key; `Authorization: Bearer KEY`",
         403: "The API key lacks the scope",
         404: "Nothing of that name",
+        409: "There is no store of Bundles to write to",
         413: "The body is too large",
         415: "The body is not announced as JSON",
         422: "The request is well-formed but not usable",

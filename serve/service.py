@@ -15,6 +15,8 @@ from typing import Any, Self
 import numpy as np
 
 from recsys.bundle import Bundle
+from recsys.bundle.changes import ItemLog
+from recsys.bundle.live import split_id
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
 from recsys.pipeline.catalogue import Catalogue
@@ -73,11 +75,17 @@ class Generation:
         :raises EventStoreError: when the store refuses.
         """
         if self.bundle.has("histories.parquet"):
-            store.seed(self.bundle_id, self.bundle.histories(), self.bundle.manifest.events_watermark)
+            store.seed(self.base_id, self.bundle.histories(), self.bundle.manifest.events_watermark)
 
     @property
     def bundle_id(self) -> str:
+        """Of the Bundle and the version of its catalogue, see :mod:`recsys.bundle.live`."""
         return self.bundle.bundle_id
+
+    @property
+    def base_id(self) -> str:
+        """Of the Bundle alone."""
+        return split_id(self.bundle_id)[0]
 
     @property
     def catalogue(self) -> Catalogue:
@@ -106,20 +114,22 @@ class Generation:
         :raises BundleError: when stages are still skipped after ``timeout_s`` seconds.
         """
         golden = self.bundle.golden
-        if golden is None:
-            _log.warning("Bundle %s has no golden query: nothing to prove", self.bundle_id)
-            self.proven = True
-            return
-        request = golden_request(golden, self.recommender.config)
+        now_ms: int | None = None
+        if golden is not None:
+            request, now_ms = golden_request(golden, self.recommender.config), golden.now_ms
+        else:
+            # Nothing to compare with, but every stage must answer.
+            request = RecommendRequest(deadline_ms=self.recommender.config.max_deadline_ms, request_id="golden")
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
-        while (answer := await self.recommender.arecommend(request, now_ms=golden.now_ms)).degraded:
+        while (answer := await self.recommender.arecommend(request, now_ms=now_ms)).degraded:
             if loop.time() > end:
                 raise BundleError(
                     f"the golden query of Bundle {self.bundle_id} is still answered without {answer.degraded}"
                 )
             await asyncio.sleep(_PROOF_PAUSE_S)
-        golden.check([item.item_id for item in answer.items], [item.score for item in answer.items])
+        if golden is not None:
+            golden.check([item.item_id for item in answer.items], [item.score for item in answer.items])
         self.proven = True
 
     @contextmanager
@@ -146,7 +156,7 @@ class Trial:
         """Whether this user is one of them; always the same ones for one Bundle. A stranger is not."""
         if user_id is None:
             return False
-        place = zlib.crc32(user_id.encode("utf-8", "surrogatepass"), zlib.crc32(self.generation.bundle_id.encode()))
+        place = zlib.crc32(user_id.encode("utf-8", "surrogatepass"), zlib.crc32(self.generation.base_id.encode()))
         return place < self.share * 2**32
 
 
@@ -156,6 +166,8 @@ class Service:
 
     store: EventStore
     current: Generation
+    items: ItemLog | None = None
+    """where changes of the catalogue go; None where one Bundle is served and no store"""
     trial: Trial | None = field(default=None, init=False)
     retired: list[Generation] = field(default_factory=list, init=False)
     """those that answered before, until their last request is answered"""

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from recsys.bundle import Bundle
+from recsys.bundle.live import live_id, split_id
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST
 from recsys.bundle.store import BundleStore
@@ -20,9 +22,15 @@ from recsys.errors import BundleError, RecsysError
 from recsys.pipeline.stage import Stage
 
 FORGET_S = 60.0
+FORGET_VERSION_S = 15.0
+"""the same for a version of the catalogue: there may be a new one every few seconds"""
 RETRY_S = 30.0
 """how long after a failure a Bundle that is still asked for is loaded once more"""
 _log = logging.getLogger(__name__)
+
+
+def _forget_s(bundle_id: str) -> float:
+    return FORGET_VERSION_S if split_id(bundle_id)[1] else FORGET_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ class Shelf:
                 self._failed_at.pop(bundle_id, None)
                 self._info[bundle_id] = StageInfo(self._name, bundle_id, "loading")
                 threading.Thread(target=self._load, args=(bundle_id,), name=f"load-{bundle_id}", daemon=True).start()
-        for bundle_id in [each for each, held in self._held.items() if now - held > FORGET_S]:
+        for bundle_id in [each for each, held in self._held.items() if now - held > _forget_s(each)]:
             if self._info[bundle_id].state != "loading":
                 self._stages.pop(bundle_id, None)
                 self._failed_at.pop(bundle_id, None)
@@ -117,6 +125,11 @@ class Shelf:
                 self._info[bundle_id] = StageInfo(self._name, bundle_id, "ready", present=stage is not None)
 
 
+_open: WeakValueDictionary[tuple[str, str], Bundle] = WeakValueDictionary()
+"""Bundles of this process that somebody has open: every version of the catalogue shares the parts of one"""
+_opening = threading.Lock()
+
+
 def is_store(uri: str) -> bool:
     """Whether ``uri`` is a store of Bundles, and not one Bundle."""
     return not (Location.of(uri) / MANIFEST).exists()
@@ -133,7 +146,8 @@ def wanted(uri: str) -> tuple[str, ...]:
     pointer = store.current()
     store.current_location()  # raises where the pointer was never set
     assert pointer is not None
-    return pointer.wanted
+    version = store.items.version()
+    return tuple(live_id(bundle_id, version) for bundle_id in pointer.wanted)
 
 
 def fallbacks(uri: str) -> list[str]:
@@ -146,12 +160,17 @@ def fallbacks(uri: str) -> list[str]:
 
 
 def open_bundle(uri: str, bundle_id: str) -> Bundle:
-    """This Bundle of ``uri``.
+    """This Bundle of ``uri``, with the changes of its catalogue that the id names.
 
     :raises BundleError: when it cannot be opened, or ``uri`` is another Bundle.
     """
     if is_store(uri):
-        return BundleStore(uri).open(bundle_id)
+        store, (base_id, version) = BundleStore(uri), split_id(bundle_id)
+        with _opening:
+            base = _open.get((uri, base_id)) if version else None  # the Bundle itself is checked whenever it is opened
+            if base is None:
+                base = _open[uri, base_id] = store.open(base_id)
+        return store.open_live(bundle_id, base)
     bundle = Bundle.open(uri)
     if bundle.bundle_id != bundle_id:
         raise BundleError(f"{uri} is Bundle {bundle.bundle_id}, not {bundle_id}")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
+from recsys.bundle.live import live_id, split_id
 from recsys.bundle.store import BundleStore, Pointer
 from recsys.errors import BundleError, PointerConflictError
 from recsys.events import EventStore
@@ -48,6 +49,7 @@ class Switch:
         self._follows = is_store(config.bundle_uri)
         self._refused_at: dict[str, float] = {}
         self._problems: dict[str, str] = {}
+        self._proven: set[str] = set()
         self._number = 0
         self._idle_since: dict[str, float] = {}
 
@@ -69,7 +71,8 @@ class Switch:
                 self._refuse(bundle_id, error)
                 first = first or error
             else:
-                service = Service(self._store, generation)
+                items = BundleStore(uri).items if self._follows else None
+                service = Service(self._store, generation, items)
                 service.refused = dict(self._problems)
                 return service
         assert first is not None, "a store points to something"
@@ -105,10 +108,12 @@ class Switch:
             self._refused_at.clear()
             self._problems.clear()
             self._number = pointer.number
+        version = await asyncio.to_thread(BundleStore(self._config.bundle_uri).items.version)
         self._end_trial(service, pointer)
-        await self._turn_to(service, pointer)
-        await self._try_out(service, pointer)
-        asked = {pointer.bundle_id, pointer.canary and pointer.canary.bundle_id}
+        await self._turn_to(service, pointer, version)
+        await self._try_out(service, pointer, version)
+        bases = {pointer.bundle_id, pointer.canary and pointer.canary.bundle_id} - {None}
+        asked = bases | {live_id(each, version) for each in bases if each}
         service.refused = {each: why for each, why in self._problems.items() if each in asked}
 
     async def tidy(self, service: Service) -> None:
@@ -118,7 +123,7 @@ class Switch:
         reason = trial and worse(trial.generation.tally, service.current.tally, self._config.canary)
         if trial is None or reason is None:
             return
-        bundle_id = trial.generation.bundle_id
+        bundle_id = trial.generation.base_id
         _log.error("Bundle %s is taken back: %s", bundle_id, reason)
         self._retire(service, trial)
         self._refuse(bundle_id, BundleError(reason), log=False)
@@ -129,43 +134,60 @@ class Switch:
         bundle_ids = [each.bundle_id for each in service.generations]
         await asyncio.gather(*(stage.hold(bundle_ids) for stage in self._remote.values()))
 
-    async def _turn_to(self, service: Service, pointer: Pointer) -> None:
-        if pointer.bundle_id == service.current.bundle_id:
+    async def _turn_to(self, service: Service, pointer: Pointer, version: int) -> None:
+        target = live_id(pointer.bundle_id, version)
+        if target == service.current.bundle_id:
             return
-        generation = await self._made(service, pointer.bundle_id)
+        generation = await self._made(service, target)
+        fresh = pointer.bundle_id != service.current.base_id
+        if generation is None and fresh and version:  # rather the Bundle alone than the one before
+            generation = await self._made(service, pointer.bundle_id)
         if generation is None or not await self._still(service, generation, pointer):
             return
-        try:
-            await asyncio.to_thread(generation.seed, self._store)
-        except Exception as error:  # noqa: BLE001 without its histories it does not answer
-            self._refuse(generation.bundle_id, error)
-            self._put_aside(service, generation)
-            return
+        if fresh:
+            try:
+                await asyncio.to_thread(generation.seed, self._store)
+            except Exception as error:  # noqa: BLE001 without its histories it does not answer
+                self._refuse(generation.bundle_id, error)
+                self._put_aside(service, generation)
+                return
+        else:
+            generation.tally = service.current.tally
         before, service.current = service.current, generation
         self._bring_back(service, generation)
         service.retired.append(before)
-        if service.trial is not None and service.trial.generation is generation:
+        trial = service.trial
+        if trial is not None and trial.generation.base_id == generation.base_id:
             service.trial = None
+            self._put_aside(service, trial.generation)
         _log.info("Bundle %s answers, after %s", generation.bundle_id, before.bundle_id)
 
     def _end_trial(self, service: Service, pointer: Pointer) -> None:
         trial, wished = service.trial, pointer.canary
-        if trial is None or trial.generation.bundle_id == pointer.bundle_id:
+        if trial is None or trial.generation.base_id == pointer.bundle_id:
             return  # none, or the one that becomes the current one
         if wished is None or wished.token != trial.token:
             self._retire(service, trial)
             _log.info("Bundle %s is on trial no more: %s", trial.generation.bundle_id, pointer.reason)
 
-    async def _try_out(self, service: Service, pointer: Pointer) -> None:
-        wished = pointer.canary
-        if wished is None or service.trial is not None or wished.bundle_id == service.current.bundle_id:
+    async def _try_out(self, service: Service, pointer: Pointer, version: int) -> None:
+        wished, trial = pointer.canary, service.trial
+        if wished is None or wished.bundle_id == service.current.base_id:
             return
-        generation = await self._made(service, wished.bundle_id)
+        target = live_id(wished.bundle_id, version)
+        if trial is not None and trial.generation.bundle_id == target:
+            return
+        generation = await self._made(service, target)
         if generation is None or not await self._still(service, generation, pointer):
             return
         self._bring_back(service, generation)
-        generation.tally, service.current.tally = Tally(), Tally()
+        if trial is None:
+            generation.tally, service.current.tally = Tally(), Tally()
+        else:  # the same Bundle with another catalogue: what is known of it stays
+            generation.tally = trial.generation.tally
         service.trial = Trial(generation, wished.share, wished.token)
+        if trial is not None:
+            self._put_aside(service, trial.generation)
         _log.info("Bundle %s is on trial with %g of the users", wished.bundle_id, wished.share)
 
     async def _still(self, service: Service, generation: Generation, pointer: Pointer) -> bool:
@@ -189,7 +211,8 @@ class Switch:
 
     async def _made(self, service: Service, bundle_id: str) -> Generation | None:
         """The generation of a Bundle, open or opened now; None where it is refused."""
-        if time.monotonic() < self._refused_at.get(bundle_id, -_RETRY_S) + _RETRY_S:
+        refused_at = max(self._refused_at.get(each, -_RETRY_S) for each in (bundle_id, split_id(bundle_id)[0]))
+        if time.monotonic() < refused_at + _RETRY_S:
             return None
         for generation in service.generations:
             if generation.bundle_id == bundle_id:
@@ -218,7 +241,10 @@ class Switch:
             service.retired.append(generation)
 
     async def _prepare(self, bundle_id: str, beside: Sequence[str] = ()) -> Generation:
-        """Open a Bundle here and in every stage, and prove it."""
+        """Open a Bundle here and in every stage, and prove it: itself, before any change of its catalogue."""
+        base_id = split_id(bundle_id)[0]
+        if base_id != bundle_id and base_id not in self._proven:
+            (await self._prepare(base_id, beside)).recommender.close()
         timeout_s = self._config.gateway.ready_timeout_s
         present: dict[str, AsyncStage] = {}
         absent: list[str] = []
@@ -238,6 +264,7 @@ class Switch:
         except BaseException:
             generation.recommender.close()
             raise
+        self._proven.add(bundle_id)
         return generation
 
     def _bring_back(self, service: Service, generation: Generation) -> None:

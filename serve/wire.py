@@ -161,6 +161,30 @@ class MergeBody(_Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"from_user_id": "visitor-8c6f1f6e"}]})
 
 
+class ItemBody(_Body):
+    item_id: Id
+    title: str = Field(min_length=1, max_length=1000)
+    description: str | None = Field(None, max_length=20_000)
+    categories: tuple[Id, ...] = Field((), max_length=100)
+    creator: Id | None = Field(None, description="who made it: author, artist, studio, brand")
+    price: float | None = Field(None, ge=0, le=1e30, description="in the catalogue's own unit")
+    created_at: Timestamp | None = Field(None, description="ISO 8601 with zone")
+    available: bool = Field(True, description="false: known, but not shown")
+    image: str | None = Field(None, max_length=2048)
+
+
+class ItemsBody(_Body):
+    """New items, and items that are different now: each as a whole."""
+
+    items: tuple[ItemBody, ...] = Field(min_length=1)
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"items": [{"item_id": "new-1", "title": "A film of today", "categories": ["Comedy"]}]}]
+        }
+    )
+
+
 class ItemAnswer(BaseModel):
     item_id: str
     title: str
@@ -179,7 +203,7 @@ class RemovedAnswer(BaseModel):
 
 class RecommendAnswer(BaseModel):
     request_id: str = Field(description="quote it in events that follow from this slate")
-    bundle_id: str = Field(description="the Bundle that answered")
+    bundle_id: str = Field(description="the Bundle that answered, with `+` and the number of changes to its catalogue")
     user_id: str | None = None
     items: list[ItemAnswer]
     degraded: list[str] = Field(description="parts that were skipped to answer in time; empty when all is well")
@@ -234,6 +258,12 @@ class EventsAnswer(BaseModel):
 
     accepted: int
     duplicates: int = Field(description="events whose event_id was known already")
+
+
+class ItemsAnswer(BaseModel):
+    """Given only once the change is durable."""
+
+    version: int = Field(description="of the catalogue: `+N` at the end of a `bundle_id` that has the change")
 
 
 class HistoryAnswer(BaseModel):

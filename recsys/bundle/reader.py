@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from recsys.models.ranking import Ranker
     from recsys.pipeline.catalogue import Catalogue
     from recsys.pipeline.config import PipelineConfig
+    from recsys.pipeline.search import Words
     from recsys.pipeline.slates import Slates
 
 CACHE_VARIABLE = "RECSYS_CACHE"
@@ -177,6 +180,26 @@ class Bundle:
 
         return self._load(layout.TEXT_INDEX, load)
 
+    @property
+    def knows_words(self) -> bool:
+        """Whether items can be found, and compared, by their texts."""
+        return self.has(layout.TEXT_INDEX) and self.has(layout.ENCODER)
+
+    def words(self) -> Words:
+        """The text encoder, loaded when it is used first."""
+        from recsys.models.text_encoder import TextEncoderConfig
+        from recsys.pipeline.search import Words
+
+        config = self._parsed(TextEncoderConfig, "encoder")
+        return self._load(layout.ENCODER, lambda path: Words(path, config))
+
+    @cached_property
+    def encoder_id(self) -> str:
+        """SHA-256 (hex) of the encoder and how it is used: the same for two Bundles whose text vectors compare."""
+        files = {name: each.sha256 for name, each in self.manifest.files.items() if name.startswith("encoder/")}
+        told = json.dumps([files, self.config["encoder"]], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
+
     def ranker(self) -> Ranker:
         """The fitted ranker, its item side as large as the manifest says."""
         from recsys.models import load_ranker
@@ -185,7 +208,8 @@ class Bundle:
             ranker = load_ranker(folder)
             num_items, dim = ranker.items.unit_vectors.shape
             self._same("ranker", "items", num_items, self.manifest.num_items)
-            if self.manifest.embedding_dim:
+            # It reads what items are compared by: the first dimensions of the retriever's vectors, or all of them.
+            if 0 < self.manifest.embedding_dim < dim:
                 self._same("ranker", "dimensions", dim, self.manifest.embedding_dim)
             return ranker
 

@@ -4,6 +4,7 @@
 
     bundles/<bundle_id>/       immutable, complete once manifest.json is in it
     current/00000001.json      the pointer is a log: the entry with the highest number holds
+    items/00000001.arrow       what was changed in the catalogue since, see recsys.bundle.changes
 
 Moving the pointer is creating the next number, which only one writer can do: compare-and-swap without a lock service.
 """
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from pydantic import Field
 
+from recsys.bundle.changes import ItemLog
+from recsys.bundle.live import LiveBundle, split_id
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest
 from recsys.bundle.reader import Bundle, read_manifest
@@ -90,6 +93,20 @@ class BundleStore:
         """The Bundle with this id, or the current one."""
         location = self.current_location() if bundle_id is None else self._folder(bundle_id)
         return Bundle.open(str(location), cache=cache)
+
+    @property
+    def items(self) -> ItemLog:
+        """What was changed in the catalogue since the Bundles were published."""
+        return ItemLog(self.root / "items")
+
+    def open_live(self, bundle_id: str, base: Bundle | None = None, *, cache: str | Path | None = None) -> Bundle:
+        """The Bundle and the changes of the catalogue that an id names, see :mod:`recsys.bundle.live`.
+
+        ``base`` is that Bundle, where it is open already.
+        """
+        base_id, version = split_id(bundle_id)
+        base = base or self.open(base_id, cache=cache)
+        return LiveBundle(base, self.items.read(version), version) if version else base
 
     def publish(self, folder: str | Path, expected_parent: str | None) -> Pointer:
         """Add the Bundle in the local ``folder`` and make it the current one.

@@ -56,7 +56,7 @@ class Catalogue:
         self._posting_offsets: Int32Array = postings.offsets.to_numpy()
         self.category_names: tuple[str, ...] = tuple(categories["category"].to_pylist())
         self._category_code = {name: code for code, name in enumerate(self.category_names)}
-        self.matching = lru_cache(maxsize=min(1024, max(4, _MASK_CACHE_BYTES // max(1, len(self)))))(self._matching)
+        self.matching = lru_cache(maxsize=mask_cache_size(len(self)))(self._matching)
 
     @classmethod
     def build(cls, items: pa.Table) -> Catalogue:
@@ -109,6 +109,10 @@ class Catalogue:
         """The whole row of one item, as plain values."""
         return self.items.slice(item_idx, 1).to_pylist()[0]
 
+    def is_removed(self, item_idx: int) -> bool:
+        """Whether an item is here for the sake of histories only."""
+        return False
+
     def titles(self, item_idx: Int32Array) -> list[str]:
         """The titles of some items."""
         return self._titles.take(item_idx)
@@ -144,10 +148,15 @@ class Catalogue:
         norms = np.sqrt(rows.sum(axis=1, keepdims=True))
         return rows / np.maximum(norms, 1.0)
 
+    def postings(self) -> tuple[tuple[str, ...], Int32Array, Int32Array]:
+        """Names of the G categories, and for each membership the item and the number of its category, both int32."""
+        codes = np.repeat(np.arange(len(self.category_names), dtype=np.int32), np.diff(self._posting_offsets))
+        return self.category_names, self._posting_items, codes
+
     @cached_property
     def _categories_by_item(self) -> tuple[Int64Array, Int32Array]:
         order = np.argsort(self._posting_items, kind="stable")
-        codes = np.repeat(np.arange(len(self.category_names), dtype=np.int32), np.diff(self._posting_offsets))[order]
+        codes = self.postings()[2][order]
         offsets = np.zeros(len(self) + 1, np.int64)
         np.cumsum(np.bincount(self._posting_items, minlength=len(self)), out=offsets[1:])
         return offsets, codes
@@ -208,6 +217,11 @@ class Catalogue:
                 found.append((reason, concerned))
                 left &= ~concerned
         return found
+
+
+def mask_cache_size(num_items: int) -> int:
+    """How many masks of so many items are remembered."""
+    return min(1024, max(4, _MASK_CACHE_BYTES // max(1, num_items)))
 
 
 def contains(items: Int32Array, item_idx: Int32Array) -> BoolArray:

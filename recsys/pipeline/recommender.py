@@ -331,7 +331,7 @@ class Recommender:
 
     def _item_idx(self, item_id: str) -> int | None:
         row = int(self.catalogue.id_map.rows([item_id])[0])
-        return row if row >= 0 else None
+        return None if row < 0 or self.catalogue.is_removed(row) else row
 
     def _told(self, history: Sequence[HistoryItem], now_ms: int) -> tuple[Profile, int]:
         """What a request tells of its user, and how many entries are unknown. One without an event is a positive."""

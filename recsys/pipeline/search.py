@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,37 +20,42 @@ if TYPE_CHECKING:
 SEARCH = "search"
 
 
-class TextSearch:
-    """The encoder is loaded when the first query comes. Safe to use from many threads."""
+class Words:
+    """A Bundle's encoder, loaded when the first text comes. Safe to use from many threads."""
 
-    def __init__(self, index: VectorIndex, encoder: Path, config: TextEncoderConfig) -> None:
-        """``index`` holds the vector of every item's text, of unit length; ``encoder`` is a Hugging Face folder."""
-        self._index = index
+    def __init__(self, encoder: Path, config: TextEncoderConfig) -> None:
+        """``encoder`` is a Hugging Face folder."""
+        self.config = config
         self._folder = encoder
-        self._config = config
         self._encoder: TextEncoder | None = None
         self._lock = threading.Lock()
 
-    @classmethod
-    def of(cls, bundle: Bundle) -> TextSearch | None:
-        """What ``bundle`` offers; None where it was trained on ids alone."""
-        if not (bundle.has("text_index") and bundle.has("encoder")):
-            return None
-        from recsys.models.text_encoder import TextEncoderConfig
-
-        config = TextEncoderConfig.parse(bundle.config["encoder"], where="encoder")
-        return cls(bundle.text_index(), bundle.part("encoder"), config)
-
-    def find(self, words: str, k: int, allowed: BoolArray) -> tuple[Int32Array, FloatArray]:
-        """The ``k`` allowed items (bool [N]) whose texts are nearest to ``words``, and their cosines, descending."""
-        score, found = self._index.search(self._vector(words), min(k, self._index.num_items), allowed)
-        there = found[0] >= 0
-        return found[0][there], score[0][there]
-
-    def _vector(self, words: str) -> FloatArray:
+    def encode(self, texts: Sequence[str]) -> FloatArray:
+        """float32 [B, D], unit length."""
         from recsys.models.text_encoder import TextEncoder
 
         with self._lock:  # a tokenizer is for one thread at a time
             if self._encoder is None:
-                self._encoder = TextEncoder.load(self._config, self._folder)
-            return np.ascontiguousarray(self._encoder.encode([words]))
+                self._encoder = TextEncoder.load(self.config, self._folder)
+            return np.ascontiguousarray(self._encoder.encode(texts))
+
+
+class TextSearch:
+    """Words and the index that is searched with them."""
+
+    def __init__(self, index: VectorIndex, words: Words) -> None:
+        """``index`` holds the vector of every item's text, of unit length."""
+        self._index = index
+        self._words = words
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> TextSearch | None:
+        """What ``bundle`` offers; None where it was trained on ids alone."""
+        return cls(bundle.text_index(), bundle.words()) if bundle.knows_words else None
+
+    def find(self, words: str, k: int, allowed: BoolArray) -> tuple[Int32Array, FloatArray]:
+        """The ``k`` allowed items (bool [N]) whose texts are nearest to ``words``, and their cosines, descending."""
+        vector = self._words.encode([words])
+        score, found = self._index.search(vector, min(k, self._index.num_items), allowed)
+        there = found[0] >= 0
+        return found[0][there], score[0][there]

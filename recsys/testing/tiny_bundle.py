@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfi
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
 from recsys.models.esasrec import ESASRec
 from recsys.models.ranking import RankingItems, item_content
+from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, item_texts
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.id_map import fingerprint_ids
@@ -57,10 +59,13 @@ def make_bundle(
     size: Size = TINY,
     index: IndexConfig | None = None,
     seed: int = 0,
+    titles: Sequence[str] | None = None,
+    encoder: TextEncoderConfig | None = None,
 ) -> Bundle:
     """``parent/<bundle_id>``: users ``u0``, ``u1``, ... with ratings of items ``i0``, ``i1``, ...
 
-    ``retriever`` None is a sequence model, ``index`` None an exact one.
+    ``retriever`` None is a sequence model, ``index`` None an exact one, ``titles`` None count ``Item 0`` and on;
+    with an ``encoder`` items are found by words, and models learn from their titles.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -68,7 +73,7 @@ def make_bundle(
     items = pa.table(
         {
             "item_id": [f"i{row}" for row in range(size.num_items)],
-            "title": [f"Item {row}" for row in range(size.num_items)],
+            "title": list(titles) if titles else [f"Item {row}" for row in range(size.num_items)],
             "description": pa.nulls(size.num_items, pa.string()),
             "categories": [["even" if row % 2 == 0 else "odd"] for row in range(size.num_items)],
             "creator": [f"creator {row % 7}" for row in range(size.num_items)],
@@ -97,6 +102,8 @@ def make_bundle(
     )
     text = generator.normal(size=(size.num_items, size.dim)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
+    if encoder is not None:
+        text = TextEncoder.load(encoder).encode(item_texts(items, encoder))
     log = Histories.from_lists(histories, times)
     settings = retriever or ESASRec.parse(
         {"dim": size.dim, "num_blocks": 1, "hidden_dim": size.dim, "train": {"epochs": 1}}, where="tiny bundle"
@@ -146,7 +153,11 @@ def make_bundle(
         writer.add_histories(pa.table(arrays, schema=HISTORIES_SCHEMA))
         settings_tree = (pipeline or PipelineConfig()).model_dump(mode="json")
         policy = PositivePolicy().model_dump(mode="json")
-        writer.add_config({"pipeline": settings_tree, "data": {"positives": policy}})
+        settings_of_encoder = {} if encoder is None else {"encoder": encoder.model_dump(mode="json")}
+        writer.add_config({"pipeline": settings_tree, "data": {"positives": policy}, **settings_of_encoder})
+        if encoder is not None:
+            writer.add("encoder", encoder.model_folder())
+            FlatIndex().build(text).save(writer.part("text_index"))
         question = GoldenQuery.model_construct(
             history=tuple(
                 GoldenEvent(item_id=f"i{item}", event="rating", timestamp_ms=time, value=5.0)

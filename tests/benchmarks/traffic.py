@@ -162,7 +162,8 @@ def report(
     ratio = saturation["fused"] / saturation["plain"]
     write_row(
         "serving", f"fused_saturation_ratio{suffix}", ratio, unit="x", bar=">= 0.9", passes=ratio >= 0.9,
-        protocol=protocol + f"; whole answers in a closed loop of {CALLERS} callers", command=COMMAND, seeds=[0], details=saturation,
+        protocol=protocol + f"; whole answers in a closed loop of {CALLERS} callers", command=COMMAND, seeds=[0],
+        details=saturation,
     )  # fmt: skip
     most = {name: max(by[name, fraction]["goodput"] for fraction in (*FRACTIONS, 0.0)) for name in names}
     goodput = {name: by[name, 0.0]["goodput"] / most[name] for name in ("graph", "fused")}

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from recsys.bundle import BundleStore
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import make_bundle
 from serve.config import GatewayConfig, KeyAccess, ServeConfig
@@ -28,6 +29,7 @@ def served(tmp_path_factory):
     )
     service = Service.open(config, {})
     service.current.proven = True
+    service.items = BundleStore(folder / "store").items
     yield http_app(service, config.gateway, config.access), {"Authorization": f"Bearer {key}"}
     service.close()
 
@@ -40,6 +42,8 @@ OPERATIONS = (
     "POST /v1/users/{user_id}/merge",
     "GET /v1/users/{user_id}",
     "GET /v1/items/{item_id}",
+    "PUT /v1/items",
+    "DELETE /v1/items/{item_id}",
     "GET /v1/bundle",
     "GET /v1/traces/{request_id}",
     "GET /healthz",

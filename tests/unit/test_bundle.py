@@ -312,7 +312,7 @@ def test_a_retriever_of_another_dimension_is_refused(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((5, DIM), r"ranker: items 5.*says 6"), ((6, 3), "ranker: dimensions 3")]
+    ("shape", "message"), [((5, DIM), r"ranker: items 5.*says 6"), ((6, DIM + 1), f"ranker: dimensions {DIM + 1}")]
 )
 def test_a_ranker_of_other_items_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], message: str

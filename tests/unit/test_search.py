@@ -1,18 +1,15 @@
 """Items by words: the same encoder for the query and for what is found."""
 
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from recsys.errors import RequestError
-from recsys.index import FlatIndex
-from recsys.models.text_encoder import TextEncoder, TextEncoderConfig
+from recsys.models.text_encoder import TextEncoderConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RequestFilters, SearchRequest
-from recsys.pipeline.search import TextSearch
-from recsys.testing.tiny_bundle import make_bundle
+from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle
 from recsys.testing.tiny_encoder import tiny_encoder
 
 WORDS = ["red", "green", "blue", "apple", "train", "river", "night", "ride"]
@@ -24,11 +21,9 @@ def recommender(tmp_path_factory):
     """A Bundle whose items ``i0``, ``i1``, ... have the texts above; ``i13`` is not to be had."""
     folder = tmp_path_factory.mktemp("search")
     config = TextEncoderConfig.parse({"model": str(tiny_encoder(folder / "bert", WORDS))}, where="test")
-    bundle = make_bundle(folder / "bundles")
-    texts = TEXTS + ["river"] * (bundle.manifest.num_items - len(TEXTS))
-    index = FlatIndex().build(TextEncoder.load(config).encode(texts))
+    config = config.model_copy(update={"fields": ("title",)})
+    bundle = make_bundle(folder / "bundles", titles=TEXTS + ["river"] * (NUM_ITEMS - len(TEXTS)), encoder=config)
     with Recommender.load(bundle.path, inline=True) as recommender:
-        recommender.words = TextSearch(index, folder / "bert", config)
         yield recommender
 
 
@@ -62,7 +57,6 @@ def test_a_bundle_of_ids_alone_says_so(tmp_path):
         pytest.raises(RequestError, match="knows no words"),
     ):
         recommender.search("river")
-    assert TextSearch.of(SimpleNamespace(has=lambda part: part == "encoder")) is None
 
 
 def test_threads_find_the_same(recommender):

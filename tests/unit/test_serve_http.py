@@ -443,6 +443,7 @@ async def test_openapi_describes_every_call(client):
         "/v1/events",
         "/v1/users/{user_id}",
         "/v1/users/{user_id}/merge",
+        "/v1/items",
         "/v1/items/{item_id}",
         "/v1/bundle",
         "/v1/traces/{request_id}",

@@ -1,0 +1,179 @@
+"""A Bundle and what was changed in the catalogue since: the same parts, grown by the new items, none fitted anew.
+
+Its id is that of the Bundle, ``+``, and the version of the changes, so that whatever pins one Bundle per request pins
+the catalogue with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from recsys.bundle import manifest as layout
+from recsys.bundle.reader import Bundle
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from recsys.bundle.golden import GoldenQuery
+    from recsys.index import VectorIndex
+    from recsys.models.base import Retriever
+    from recsys.models.ranking import Ranker
+    from recsys.models.stand_in import StandIns
+    from recsys.pipeline.catalogue import Catalogue
+    from recsys.pipeline.changed import ChangedCatalogue
+    from recsys.pipeline.search import Words
+
+NUM_STAND_INS = 10
+TEMPERATURE = 0.05
+"""cosines are divided by it before the softmax that weights the stand-ins"""
+_PLUS = "+"
+
+
+def live_id(bundle_id: str, version: int) -> str:
+    """The id of a Bundle with the changes up to ``version``; 0 for none."""
+    return f"{bundle_id}{_PLUS}{version}" if version else bundle_id
+
+
+def split_id(bundle_id: str) -> tuple[str, int]:
+    """The Bundle and the version of the changes that an id names."""
+    base, _, version = bundle_id.partition(_PLUS)
+    return base, int(version or 0)
+
+
+class LiveBundle(Bundle):
+    """Parts are made when they are asked for, and cached."""
+
+    def __init__(self, base: Bundle, changes: pa.Table, version: int) -> None:
+        """``changes`` as :meth:`recsys.bundle.changes.ItemLog.read` gives them for ``version``."""
+        super().__init__(base.path, base.manifest)
+        self.base = base
+        self._changes = changes
+        self.version = version
+
+    @property
+    def bundle_id(self) -> str:
+        return live_id(self.base.bundle_id, self.version)
+
+    @property
+    def golden(self) -> GoldenQuery | None:
+        """None: other items are another answer. The Bundle itself was proven."""
+        return None
+
+    def catalogue(self) -> Catalogue:
+        """See :meth:`Bundle.catalogue`; the new items follow on those of the Bundle."""
+        return self._changed()
+
+    def _changed(self) -> ChangedCatalogue:
+        from recsys.pipeline.changed import ChangedCatalogue
+
+        return self._load(layout.ITEMS, lambda _: ChangedCatalogue(self.base.catalogue(), self._changes))
+
+    def retriever(self) -> Retriever:
+        """See :meth:`Bundle.retriever`."""
+        from recsys.models.stand_in import with_new_items
+
+        return self._load(layout.RETRIEVER, lambda _: with_new_items(self.base.retriever(), self.stand_ins()))
+
+    def index(self) -> VectorIndex:
+        """See :meth:`Bundle.index`."""
+        from recsys.index.extended import ExtendedIndex
+        from recsys.models.stand_in import StandInVectors
+
+        def extend(_: Path) -> ExtendedIndex:
+            retriever = cast(StandInVectors, self.retriever())  # only vectors have an index
+            known = self.base.catalogue().num_items
+            item_idx = np.arange(known, retriever.num_items, dtype=np.int32)
+            return ExtendedIndex(self.base.index(), item_idx, retriever.new_vectors, retriever.num_items)
+
+        return self._load(layout.INDEX, extend)
+
+    def text_index(self) -> VectorIndex:
+        """See :meth:`Bundle.text_index`; changed texts are found by what they say now."""
+        from recsys.index.extended import ExtendedIndex
+
+        def extend(_: Path) -> ExtendedIndex:
+            catalogue = self._changed()
+            vectors = self._text_vectors()
+            return ExtendedIndex(self.base.text_index(), catalogue.changed_item_idx, vectors, len(catalogue))
+
+        return self._load(layout.TEXT_INDEX, extend)
+
+    def words(self) -> Words:
+        """See :meth:`Bundle.words`; loaded once for all versions."""
+        return self.base.words()
+
+    def ranker(self) -> Ranker:
+        """See :meth:`Bundle.ranker`."""
+        from recsys.models.stand_in import StandInRanker
+
+        return self._load(layout.RANKER, lambda _: StandInRanker(self.base.ranker(), self.stand_ins()))
+
+    def stand_ins(self) -> StandIns:
+        """The items of the Bundle that are most like each new one."""
+        return self._load(layout.ITEMS, lambda _: self._found_stand_ins(), "stand-ins")
+
+    def _found_stand_ins(self) -> StandIns:
+        from recsys.models.stand_in import StandIns
+
+        base, catalogue = self.base.catalogue(), self._changed()
+        known = len(base)
+        new = np.flatnonzero(catalogue.changed_item_idx >= known)
+        k = min(NUM_STAND_INS, known)
+        if self.knows_words:
+            likeness, found = self.base.text_index().search(self._text_vectors()[new], k)
+        else:
+            likeness, found = _by_categories(base, catalogue, catalogue.changed_item_idx[new], k, self._demand(known))
+        weight = np.exp((likeness - likeness.max(axis=1, initial=-np.inf, keepdims=True)) / TEMPERATURE)
+        weight = weight / weight.sum(axis=1, keepdims=True)
+        return StandIns(found.reshape(-1, k), weight.reshape(-1, k).astype(np.float32), known)
+
+    def _demand(self, num_items: int) -> NDArray[np.float32]:
+        demand = np.zeros(num_items, np.float32)
+        if self.has(layout.POPULAR):
+            item_idx, score = self.base.popular()
+            demand[item_idx] = score
+        return demand
+
+    def _text_vectors(self) -> NDArray[np.float32]:
+        """float32 [C, E]: of the texts of the changed items; as they came, or made here where they are another
+        encoder's.
+        """
+        return self._load(layout.ENCODER, lambda _: self._made_text_vectors(), "changed texts")
+
+    def _made_text_vectors(self) -> NDArray[np.float32]:
+        from recsys.models.text_encoder import item_texts
+
+        words = self.base.words()
+        vectors_CE = np.zeros((len(self._changes), self.base.text_index().dim), np.float32)
+        own = np.array([name == self.base.encoder_id for name in self._changes["encoder"].to_pylist()], np.bool_)
+        given = self._changes["text_vector"].filter(pa.array(own)).to_pylist()
+        if given:
+            vectors_CE[own] = np.array(given, np.float32)
+        others = np.flatnonzero(~own)
+        if len(others):
+            vectors_CE[others] = words.encode(item_texts(self._changes.take(pa.array(others)), words.config))
+        return vectors_CE
+
+
+def _by_categories(
+    base: Catalogue, catalogue: Catalogue, new_item_idx: NDArray[np.int32], k: int, demand: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """For each new item the ``k`` of ``base`` that share most of its categories, of equals those in most demand: how
+    alike they are (0 to 1), float32 [M, k], and which, int32 [M, k].
+    """
+    likeness_Mk = np.zeros((len(new_item_idx), k), np.float32)
+    found_Mk = np.zeros((len(new_item_idx), k), np.int32)
+    counts = np.maximum(np.bincount(base.postings()[1], minlength=len(base)), 1)
+    for row, item_idx in enumerate(new_item_idx.tolist()):
+        names: list[str] = catalogue.item(item_idx)["categories"]
+        shared = np.zeros(len(base), np.float32)
+        for name in dict.fromkeys(names):
+            shared[base.in_category(name)] += 1.0
+        alike = shared / np.sqrt(counts * max(1, len(names)))
+        best = np.lexsort((-demand, -alike))[:k]
+        likeness_Mk[row], found_Mk[row] = alike[best], best
+    return likeness_Mk, found_Mk
