@@ -141,14 +141,18 @@ def _tables(path: Path) -> Iterator[pa.Table]:
 def _store(where: str, settings: list[str] | None, *, create: bool = False) -> Generator[EventStore, None, None]:
     """The store, and errors as a person wants to read them."""
     try:
-        with _config(where, settings or [], create).open() as store:
+        with open_config(where, settings or [], create=create).open() as store:
             yield store
     except RecsysError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from error
 
 
-def _config(where: str, settings: list[str], create: bool) -> AnyEventStore:
+def open_config(where: str, settings: list[str], *, create: bool = False) -> AnyEventStore:
+    """The configuration of the store at ``where``, with ``settings`` (``key=value``) of its own.
+
+    :raises EventStoreError: when there is none, or with ``create`` no folder for one.
+    """
     pairs = [setting.partition("=") for setting in settings]
     tree: dict[str, Any] = {key: yaml.safe_load(value) for key, _, value in pairs}
     if "://" in where:

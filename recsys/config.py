@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -80,11 +80,14 @@ def load_config(
         raise ConfigError(f"{path}: the file must hold a mapping of keys, not {type(tree).__name__}", path=str(path))
     known = set(getattr(config_type, "model_fields", tree))
     for override in overrides:
-        _apply_override(tree, override, known=known, section=section)
+        apply_override(tree, override, known=known, section=section)
     return parse(config_type, tree, where=str(path))
 
 
-def _apply_override(tree: dict[str, Any], override: str, *, known: set[str], section: str | None) -> None:
+def apply_override(
+    tree: dict[str, Any], override: str, *, known: Collection[str] = (), section: str | None = None
+) -> None:
+    """Set ``key.sub`` of ``tree`` to the value that ``override`` (``key.sub=value``) gives, see :func:`load_config`."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override!r}: write it as key.sub=value", override=override)

@@ -6,6 +6,7 @@ have seen then. Shape legend: N items, C candidates, L history length, G categor
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ FEATURE_NAMES = (
 )
 NUM_FEATURES = len(FEATURE_NAMES)
 _RECENT = 10
+_NAMES = b"category_names"
 _POPULARITY, _POPULARITY_RECENT, _TREND, _MEAN_VALUE, _IS_COLD, _NUM_CATEGORIES, _LOG_PRICE = range(7)
 
 
@@ -69,17 +71,22 @@ class ItemFeatures:
     """int32 [N], -1 where unknown"""
     created_ms: NDArray[np.int64]
     """int64 [N]: creation, else first interaction before the cutoff, else ``NO_TIME``"""
+    category_names: tuple[str, ...] = ()
+    """G: what the columns of :attr:`categories` stand for; where there are :data:`MAX_CATEGORIES`, the last one stands
+    for all others as well"""
 
     @classmethod
-    def of(cls, dataset: Dataset, until: Split) -> ItemFeatures:
+    def of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...] = ()) -> ItemFeatures:
         """Features from the interactions up to and with the split ``until``.
+
+        ``category_names`` keeps the columns that a ranker was trained with; without them they are chosen anew.
 
         :raises LeakageError: when they depend on what came after.
         """
-        return check_blind("item features", lambda source: cls._of(source, until), dataset, until)
+        return check_blind("item features", lambda source: cls._of(source, until, category_names), dataset, until)
 
     @classmethod
-    def _of(cls, dataset: Dataset, until: Split) -> ItemFeatures:
+    def _of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...]) -> ItemFeatures:
         log = dataset.log
         rows = log.split <= until
         num_items = dataset.num_items
@@ -117,11 +124,14 @@ class ItemFeatures:
             ],
             axis=1,
         )
+        lists = categories.combine_chunks()
+        names = category_names or category_columns(lists)
         return cls(
             numeric.astype(np.float32),
-            _category_rows(categories.combine_chunks(), num_items),
+            _category_rows(lists, num_items, names),
             _codes(dataset.items["creator"].combine_chunks()),
             created,
+            names,
         )
 
     def save(self, path: str | Path) -> None:
@@ -135,7 +145,7 @@ class ItemFeatures:
                     "creator": self.creator,
                     "created_ms": self.created_ms,
                 }
-            ),
+            ).replace_schema_metadata({_NAMES: json.dumps(self.category_names)}),
         )
 
     @classmethod
@@ -147,6 +157,7 @@ class ItemFeatures:
             matrix(table["categories"]),
             table["creator"].to_numpy(),
             table["created_ms"].to_numpy(),
+            tuple(json.loads((table.schema.metadata or {}).get(_NAMES, b"[]"))),
         )
 
 
@@ -173,21 +184,26 @@ def _codes(values: pa.Array) -> NDArray[np.int32]:
     return values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
-def _category_rows(categories: pa.ListArray, num_items: int) -> NDArray[np.float32]:
-    flat = categories.flatten()
+def category_columns(categories: pa.ListArray) -> tuple[str, ...]:
+    """The categories that get a column, most frequent first; ties by name, so that equal data gives equal columns."""
+    encoded = categories.flatten().dictionary_encode()
+    counts = np.bincount(encoded.indices.to_numpy(zero_copy_only=False), minlength=len(encoded.dictionary))
+    names: list[str] = encoded.dictionary.to_pylist()
+    order = np.lexsort((np.array(names, dtype=object).astype(str), -counts)) if names else np.zeros(0, np.int64)
+    return tuple(names[place] for place in order[:MAX_CATEGORIES].tolist())
+
+
+def _category_rows(categories: pa.ListArray, num_items: int, names: tuple[str, ...]) -> NDArray[np.float32]:
     lengths = pc.fill_null(_lengths(categories), 0).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(num_items), lengths)
-    encoded = flat.dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
-    counts = np.bincount(codes, minlength=len(encoded.dictionary))
-    # Most frequent first; ties by name, so that equal data gives equal columns.
-    names = np.array(encoded.dictionary.to_pylist(), dtype=object)
-    order = np.lexsort((names.astype(str), -counts)) if len(names) else np.zeros(0, np.int64)
-    width = max(1, min(len(names), MAX_CATEGORIES))
-    column_of = np.full(len(names), width - 1)
-    column_of[order[:width]] = np.arange(width)
+    encoded = categories.flatten().dictionary_encode()
+    width = max(1, len(names))
+    column_of = {name: column for column, name in enumerate(names)}
+    other = width - 1 if len(names) == MAX_CATEGORIES else -1
+    columns = np.array([column_of.get(name, other) for name in encoded.dictionary.to_pylist()], np.int64)
+    column = columns[encoded.indices.to_numpy(zero_copy_only=False)]
     result = np.zeros((num_items, width), np.float32)
-    result[rows, column_of[codes]] = 1.0
+    result[rows[column >= 0], column[column >= 0]] = 1.0
     norm = np.linalg.norm(result, axis=1, keepdims=True)
     return result / np.maximum(norm, 1.0)
 

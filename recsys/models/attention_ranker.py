@@ -44,6 +44,7 @@ from recsys.models.ranking import (
 from recsys.training.runtime import Runtime
 
 if TYPE_CHECKING:
+    from recsys.models.base import UpdateConfig
     from recsys.training.ranking_examples import RankingExamples
 
 NUM_AGE_BUCKETS = 12
@@ -70,8 +71,6 @@ class AttentionRankerConfig(RankerConfig):
         holdout: RankingExamples | None,
         seed: int,
     ) -> AttentionRanker:
-        from recsys.training.ranking_loop import listwise_loss, train_ranker
-
         content = catalogue.content
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -82,6 +81,39 @@ class AttentionRankerConfig(RankerConfig):
         spread = values.std(axis=0)
         # A feature that was constant in training tells nothing, and must not shout when it varies in serving.
         network.feature_scale.copy_(torch.from_numpy(np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)))
+
+        return self._trained(network, examples, catalogue, runtime, holdout, seed)
+
+    def update(
+        self,
+        fitted: Ranker,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        how: UpdateConfig,
+        *,
+        seed: int,
+    ) -> AttentionRanker:
+        """Train on from the weights of ``fitted``, whose features keep their scale."""
+        assert isinstance(fitted, AttentionRanker)
+        network = RankerNetwork(self, catalogue.content.shape[1])
+        network.load_state_dict(fitted.network.state_dict())
+        train = {"epochs": how.epochs, "learning_rate": self.learning_rate * how.rate}
+        done = self.model_copy(update=train)._trained(network, examples, catalogue, runtime, None, seed)
+        return AttentionRanker(self, network, done.items, done.projected, done.history, uses_time=fitted.uses_time)
+
+    def _trained(
+        self,
+        network: RankerNetwork,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        holdout: RankingExamples | None,
+        seed: int,
+    ) -> AttentionRanker:
+        from recsys.training.ranking_loop import listwise_loss, train_ranker
+
+        content = catalogue.content
 
         def ranker(history: Sequence[Mapping[str, float]] = ()) -> AttentionRanker:
             projected = project(network, content)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
 
 from recsys.config import StrictConfig
 from recsys.data.dataset import Dataset, Split, Targets
@@ -22,6 +23,23 @@ from recsys.data.histories import Histories
 from recsys.data.leaks import check_blind
 from recsys.files import write_json
 from recsys.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from recsys.models.stand_in import StandIns
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The part of a log that is learned when a model goes on from what it knows; all of it may be read."""
+
+    histories: Histories
+    """B stretches of the log"""
+    heads: NDArray[np.bool_]
+    """bool [B]: whether a stretch begins with its user's first interaction"""
+    weight: NDArray[np.float32]
+    """float32 [R]: by what the weight of each row of the log is multiplied"""
+    stand_ins: StandIns | None = None
+    """known items as which new ones begin, where there is no text to begin from"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,8 @@ class FitData:
     valid: Targets | None = None
     """for choosing the number of epochs; None when refitting with a number already chosen"""
     seed: int = 0
+    lesson: Lesson | None = None
+    """what to learn of the histories; None for all"""
 
     @property
     def num_items(self) -> int:
@@ -76,6 +96,21 @@ class FitData:
         return read if packed.timestamp_ms is None else {**read, "times": packed.timestamp_ms}
 
 
+class UpdateConfig(StrictConfig):
+    """How a fitted model goes on learning."""
+
+    epochs: int = Field(default=3, ge=1, le=1000, description="passes over what is new and what is replayed")
+    rate: float = Field(
+        default=0.3, gt=0, le=1, description="step size, as a share of the one that the model was trained with"
+    )
+    replay: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="against forgetting: share of the loss that comes from interactions of before",
+    )
+
+
 class RetrieverConfig(StrictConfig, ABC):
     """Hyper-parameters of one family. Subclasses add ``kind: Literal["..."]``."""
 
@@ -88,6 +123,13 @@ class RetrieverConfig(StrictConfig, ABC):
     @abstractmethod
     def load(self, folder: Path) -> Retriever:
         """Read what :meth:`Retriever.save` wrote with this very configuration."""
+
+    def update(self, fitted: Retriever, data: FitData, runtime: Runtime, how: UpdateConfig) -> Retriever:
+        """Go on from ``fitted`` with ``data``, whose first items are its items, in their order.
+
+        A family that can continues with :attr:`FitData.lesson`; any other is fitted anew on all of ``data``.
+        """
+        return self.fit(replace(data, lesson=None), runtime)
 
     @property
     def learns_in_epochs(self) -> bool:

@@ -20,7 +20,7 @@ from pydantic import Field, SerializeAsAny, StringConstraints, field_validator
 
 from recsys.config import StrictConfig, parse
 from recsys.data.histories import Histories
-from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig
 from recsys.training.phases import Phase
 from recsys.training.runtime import Runtime
 
@@ -74,6 +74,15 @@ class Blend(RetrieverConfig):
         for name, source in self.sources.items():
             phase = Phase(runtime, name, done)
             done[name] = phase.finished() or source.retriever.fit(data, phase)
+        return BlendRetriever(self, done)
+
+    def update(self, fitted: Retriever, data: FitData, runtime: Runtime, how: UpdateConfig) -> BlendRetriever:
+        """Each source goes on as its kind does."""
+        assert isinstance(fitted, BlendRetriever)
+        done: dict[str, Retriever] = {}
+        for name, source in self.sources.items():
+            phase = Phase(runtime, name, done)
+            done[name] = phase.finished() or source.retriever.update(fitted.parts[name], data, phase, how)
         return BlendRetriever(self, done)
 
     def load(self, folder: Path) -> BlendRetriever:

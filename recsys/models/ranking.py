@@ -26,6 +26,7 @@ from recsys.files import map_arrow, write_arrow
 from recsys.training.runtime import Runtime
 
 if TYPE_CHECKING:
+    from recsys.models.base import UpdateConfig
     from recsys.training.ranking_examples import RankingExamples
 
 PADDING = -1
@@ -162,6 +163,19 @@ class RankerConfig(StrictConfig, ABC):
         seed: int,
     ) -> Ranker:
         """Train on ``examples``; with a ``holdout`` stop at its best NDCG@10, else run ``epochs`` epochs."""
+
+    def update(
+        self,
+        fitted: Ranker,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        how: UpdateConfig,
+        *,
+        seed: int,
+    ) -> Ranker:
+        """Go on from ``fitted`` with ``examples``; a family that cannot keeps its weights, over the new catalogue."""
+        return fitted.with_items(catalogue)
 
     def learning_rate_of(self, parameter: str) -> float:
         """The peak step size of a parameter by its name in the network."""

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
-from recsys.models.base import FitData, ItemBonus
+from recsys.models.base import FitData, ItemBonus, Retriever, UpdateConfig
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.habit import Habits, PastOfTargets
 from recsys.models.layers.items import ItemTower
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.trend import Trends, TrendWeights
 from recsys.models.towers import (
+    NetworkRetriever,
     Plan,
     TowerConfig,
     TowerNetwork,
@@ -42,6 +43,7 @@ from recsys.models.towers import (
     target_weights,
 )
 from recsys.training.losses import Habit, Trend, softmax_loss
+from recsys.training.runtime import Runtime
 from recsys.training.sampling import (
     PackedWindows,
     Windows,
@@ -105,6 +107,10 @@ class SequenceConfig(TowerConfig, ABC):
             trends = plan.trends if isinstance(plan, SequencePlan) else None
             trend_MFN = torch.zeros(0, num_trends, num_items) if trends is None else torch.from_numpy(trends.table_MFN)
         return SequenceNetwork(self, items, trend_MFN)
+
+    def update(self, fitted: Retriever, data: FitData, runtime: Runtime, how: UpdateConfig) -> NetworkRetriever:
+        """Continue with the lesson of ``data``."""
+        return self.continued(fitted, data, runtime, how)
 
     def retriever(
         self, network: TowerNetwork, num_items: int, item_vectors_NV: Tensor | None = None
@@ -341,6 +347,8 @@ class SequencePlan:
             raise NoTimeError("objective next_basket needs timestamps to tell baskets apart: use next_item")
         self.sampler = sampler_of(config, data)
         self.weights = target_weights(config, data)
+        if data.lesson is not None:
+            self.weights = self.weights * data.lesson.weight
         self.running_weight = np.concatenate([np.zeros(1), np.cumsum(self.weights, dtype=np.float64)])
         self.trends: Trends | None = None
         if config.trend_half_lives_days:
@@ -351,7 +359,11 @@ class SequencePlan:
 
     def epoch(self, epoch: int) -> Sequence[_Step]:
         rng = rng_for(self.data.seed, 3, epoch)
-        windows = cut_windows(self.data.histories, self.config.max_length, rng)
+        lesson = self.data.lesson
+        if lesson is None:
+            windows = cut_windows(self.data.histories, self.config.max_length, rng)
+        else:
+            windows = cut_windows(lesson.histories, self.config.max_length, rng, lesson.heads)
         batches = plan_epoch(windows, self.config.train.batch_tokens, rng)
         shown = None
         if self.config.item_mask_share:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, ModelError
 from recsys.files import read_json, write_json
-from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig, VectorRetriever
 from recsys.models.layers.items import ItemTower, ItemVectors
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.loop import Step, TrainConfig, best_epoch, sample_targets, train, validation_ndcg
@@ -120,10 +121,31 @@ class TowerConfig(RetrieverConfig, ABC):
         """Train on all positives; with ``data.valid`` the weights of the best epoch are kept."""
         if not data.histories.lengths.sum():
             raise EmptyDataError("there is no positive interaction to train on: check the positives' configuration")
+        plan, network = self._begun(data)
+        return self._trained(network, plan, data, runtime, self.train)
+
+    def continued(self, fitted: Retriever, data: FitData, runtime: Runtime, how: UpdateConfig) -> NetworkRetriever:
+        """Train on from the weights of ``fitted``; new items begin as what stands in for them, or as what they say."""
+        assert isinstance(fitted, NetworkRetriever)
+        plan, network = self._begun(data)
+        known = dict(fitted.network.named_parameters())
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                _continue(name, known[name], parameter, data)
+        train_config = self.train.model_copy(
+            update={"epochs": how.epochs, "learning_rate": self.train.learning_rate * how.rate, "warmup_steps": 5}
+        )
+        return self._trained(network, plan, replace(data, valid=None), runtime, train_config)
+
+    def _begun(self, data: FitData) -> tuple[Plan, TowerNetwork]:
         plan = self.plan(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(data.seed)
-            network = self.network(self.items(data), plan)
+            return plan, self.network(self.items(data), plan)
+
+    def _trained(
+        self, network: TowerNetwork, plan: Plan, data: FitData, runtime: Runtime, how: TrainConfig
+    ) -> NetworkRetriever:
         retriever = self.retriever(network, data.num_items)
         valid = None
         if data.valid is not None and len(data.valid):
@@ -139,10 +161,10 @@ class TowerConfig(RetrieverConfig, ABC):
             network,
             plan=plan.epoch,
             validate=None if valid is None else validate,
-            config=self.train,
+            config=how,
             runtime=runtime,
             seed=data.seed,
-            fingerprint=_fingerprint(self, data),
+            fingerprint=_fingerprint(self, data, how),
         )
         network.to("cpu")
         retriever.refresh()
@@ -180,6 +202,11 @@ class NetworkRetriever(Retriever):
         self.num_items = num_items
         self._network = network
         self._items_NV = item_vectors_NV
+
+    @property
+    def network(self) -> TowerNetwork:
+        """The weights."""
+        return self._network
 
     def refresh(self) -> None:
         """Forget the cached item vectors, after the network has changed."""
@@ -224,6 +251,20 @@ class TowerRetriever(NetworkRetriever, VectorRetriever):
         with torch.inference_mode():
             vectors = self._network.items.of_new(items, text)
         return np.pad(vectors.cpu().numpy(), [(0, 0), (0, items_NV.shape[1] - self.config.dim)])
+
+
+def _continue(name: str, before: Tensor, parameter: Tensor, data: FitData) -> None:
+    """Write weights of before into ``parameter``, which may have more rows: those of new items."""
+    if before.shape == parameter.shape:
+        parameter.copy_(before)
+        return
+    num_known = len(before)
+    if before.shape[1:] != parameter.shape[1:] or len(parameter) != data.num_items or num_known > data.num_items:
+        raise ModelError(f"{name} of shape {tuple(before.shape)} does not continue as {tuple(parameter.shape)}")
+    parameter[:num_known] = before
+    stand_ins = None if data.lesson is None else data.lesson.stand_ins
+    if stand_ins is not None and data.text_vectors is None:
+        parameter[num_known:] = torch.from_numpy(stand_ins.mean(before.numpy(force=True))).to(parameter.device)
 
 
 def saved_id_and_text(tensors: Mapping[str, Tensor], dim: int, text_hidden_dim: int) -> ItemVectors:
@@ -272,9 +313,11 @@ def text_of(data: FitData) -> Tensor | None:
     return torch.tensor(data.text_vectors, dtype=torch.float32)
 
 
-def _fingerprint(config: TowerConfig, data: FitData) -> str:
+def _fingerprint(config: TowerConfig, data: FitData, how: TrainConfig) -> str:
     parts: Mapping[str, object] = {
         "config": config.content_hash(),
+        "train": how.content_hash(),
+        "lesson": None if data.lesson is None else float(data.lesson.weight.sum()),
         "seed": data.seed,
         "validated": data.valid is not None,
         "rows": int(data.histories.lengths.sum()),

@@ -105,6 +105,10 @@ class Catalogue:
 
     # Look-ups
 
+    def table(self) -> pa.Table:
+        """All items as they are now (``ITEMS``)."""
+        return self.items
+
     def item(self, item_idx: int) -> dict[str, Any]:
         """The whole row of one item, as plain values."""
         return self.items.slice(item_idx, 1).to_pylist()[0]

@@ -99,6 +99,16 @@ class ChangedCatalogue(Catalogue):
         self.category_names = tuple(code_of)
         self._category_code = code_of
 
+    def table(self) -> pa.Table:
+        """See :meth:`Catalogue.table`; what was removed is there, and not available."""
+        names = schema.ITEMS.names
+        whole = pa.concat_tables([self.items, self._changes.select(names)]).combine_chunks()
+        rows = np.arange(len(self))
+        rows[self.changed_item_idx] = len(self) + np.arange(len(self._changes))
+        table = whole.take(pa.array(rows))
+        available = pa.array(self._available)
+        return table.set_column(names.index("available"), schema.ITEMS.field("available"), available)
+
     def item(self, item_idx: int) -> dict[str, Any]:
         """See :meth:`Catalogue.item`."""
         place = self._change_of.get(item_idx)

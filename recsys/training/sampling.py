@@ -58,11 +58,14 @@ class PackedWindows:
     """False for a part that only keeps its worker in step: it must weigh nothing"""
 
 
-def cut_windows(histories: Histories, max_length: int, rng: np.random.Generator) -> Windows:
+def cut_windows(
+    histories: Histories, max_length: int, rng: np.random.Generator, heads: NDArray[np.bool_] | None = None
+) -> Windows:
     """Cut every non-empty history into windows of at most ``max_length`` targets.
 
     The first cut of a long history is random, so that from epoch to epoch every item is seen with different
-    contexts; every target is in exactly one window.
+    contexts; every target is in exactly one window. ``heads`` (bool [B], None for all) tells of each history whether
+    it begins with its user's first interaction.
     """
     rows = np.flatnonzero(histories.lengths > 0)
     starts, lengths = histories.starts[rows], histories.lengths[rows]
@@ -72,7 +75,8 @@ def cut_windows(histories: Histories, max_length: int, rng: np.random.Generator)
     ordinal = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     stops = np.minimum(first[user] + ordinal * max_length, lengths[user])
     begins = np.where(ordinal == 0, 0, first[user] + (ordinal - 1) * max_length)
-    return Windows(starts[user] + begins, starts[user] + stops, ordinal == 0)
+    is_head = ordinal == 0 if heads is None else (ordinal == 0) & heads[rows][user]
+    return Windows(starts[user] + begins, starts[user] + stops, is_head)
 
 
 def plan_epoch(windows: Windows, batch_tokens: int, rng: np.random.Generator) -> list[Windows]:

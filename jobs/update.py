@@ -1,0 +1,369 @@
+"""``python -m jobs.update``: the served models go on learning from the event log, once or as a loop.
+
+Reads the log from the Bundle's watermark; teaches retriever and ranker what is new; judges the result, beside the
+parent, on the newest events before it learns them too; and where it passes the gate, publishes a child Bundle, which
+takes over through a trial. Where it does not, the parent stays, and it is said why. Killed at any moment, it leaves
+nothing behind but a folder of scratch files.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import typer
+from numpy.typing import NDArray
+from pydantic import Field
+from rich.console import Console
+
+from jobs._ray import discard, fit_distributed
+from jobs.cli import show_progress
+from jobs.config import JobConfig
+from jobs.events import open_config
+from jobs.publish import golden, histories, popular
+from recsys import schema
+from recsys.bundle.live import LiveBundle
+from recsys.bundle.reader import Bundle
+from recsys.bundle.store import BundleStore
+from recsys.bundle.writer import BundleWriter
+from recsys.config import StrictConfig, apply_override
+from recsys.data.dataset import Dataset, Split
+from recsys.errors import BundleError, RecsysError
+from recsys.events import AnyEventStore, EventStore
+from recsys.files import write_json
+from recsys.models import load_retriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.ranking import Ranker
+from recsys.models.text_encoder import item_texts
+from recsys.online.config import OnlineConfig
+from recsys.online.gate import Contestant, Verdict, judge
+from recsys.online.learn import (
+    category_names,
+    compressed_like,
+    embeddings_of,
+    lesson_data,
+    ranking_catalogue,
+    ranking_lesson,
+    teach_ranker,
+    teach_retriever,
+)
+from recsys.online.log import GrownLog, grow
+from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.offline import staged
+from recsys.pipeline.stages.ranking import RankingStage
+from recsys.pipeline.stages.retrieval import RetrievalStage
+from recsys.training.runtime import Runtime
+
+console = Console(stderr=True)
+_SCRATCH = "updating"
+
+
+class TrialConfig(StrictConfig):
+    """How a child takes over."""
+
+    share: float = Field(default=0.1, ge=0, le=1, description="of the users who get it first; 0: all at once")
+    seconds: float = Field(
+        default=60.0, ge=0, le=86_400, description="how long gateways may take it back before all get it (seconds)"
+    )
+
+
+class UpdateJobConfig(StrictConfig):
+    """Arguments of this job."""
+
+    store: str = Field(min_length=1, description="folder or fsspec URI of the store of Bundles")
+    events: AnyEventStore = Field(description="the event store of the gateways")
+    online: OnlineConfig = Field(default=OnlineConfig(), description="what is learned, and the gate")
+    trial: TrialConfig = Field(default=TrialConfig(), description="how a child takes over")
+    num_workers: int | None = Field(
+        default=None, ge=0, le=4096, description="Ray workers of the training; null: as the Bundle's own configuration"
+    )
+    workdir: str = Field(default="runs/updates", description="folder for scratch files and a record of every update")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an update."""
+
+    state: str
+    """``published``, ``kept`` (the parent) or ``waiting`` (for more events)"""
+    parent: str
+    child: str | None
+    verdict: Verdict | None
+    record: dict[str, Any]
+    """figures, for the file"""
+
+
+@dataclass(frozen=True)
+class _Payload:
+    config: RetrieverConfig
+    fitted: Retriever
+    data: FitData
+    online: OnlineConfig
+
+
+def fit(payload: _Payload, runtime: Runtime) -> Callable[[Path], None]:
+    """Teach the retriever; for one worker or many."""
+    taught = teach_retriever(payload.config, payload.fitted, payload.data, runtime, payload.online)
+    return taught.save
+
+
+def run(config: UpdateJobConfig, events: EventStore) -> Outcome:
+    """One update.
+
+    :raises BundleError: when there is no Bundle to go on from, or it does not say how it was trained.
+    """
+    started = time.perf_counter()
+    store = BundleStore(config.store)
+    parent = store.open()
+    job = _job_of(parent)
+    if config.num_workers is not None:
+        job = job.model_copy(update={"compute": job.compute.model_copy(update={"num_workers": config.num_workers})})
+    version = store.items.version()
+    live = LiveBundle(parent, store.items.read(version), version) if version else parent
+    watermark = events.watermark()
+    new = _read(events, parent.manifest.events_watermark, watermark)
+    record: dict[str, Any] = {"parent": parent.bundle_id, "watermark": watermark, "num_events": len(new)}
+
+    def done(state: str, child: str | None = None, verdict: Verdict | None = None) -> Outcome:
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        told = {"state": state, "child": child, "verdict": None if verdict is None else verdict.to_json(), **record}
+        write_json(Path(config.workdir) / f"{time.time_ns() // 1_000_000}.json", told)
+        return Outcome(state, parent.bundle_id, child, verdict, record)
+
+    if len(new) < config.online.min_events:
+        return done("waiting")
+    log = grow(
+        live,
+        new,
+        log_only=config.events.log_only,
+        judge_share=config.online.gate.judge_share,
+        protocol=job.data.split.protocol,
+    )
+    record |= {"num_new": log.num_new, "num_unknown_items": log.num_unknown_items, "num_new_users": log.num_new_users}
+    scratch = Path(config.workdir).absolute() / _SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        models = _learned(job, live, log, config.online, scratch)
+        verdict = judge(*models.contestants(job), log.dataset, job.evaluation, config.online.gate)
+        record["event_to_weights_s"] = round(time.perf_counter() - started, 3)
+        if not verdict.passed:
+            return done("kept", verdict=verdict)
+        final = models.finished(job, log.dataset, config.online, scratch)
+        child = _published(job, live, log.dataset, final, watermark, scratch, record | verdict.figures)
+        store.add(child)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    state = _take_over(store, parent.bundle_id, child.bundle_id, config.trial)
+    if state == "published":
+        store.collect(job.publish.keep)
+    return done(state, child.bundle_id, verdict)
+
+
+def _job_of(bundle: Bundle) -> JobConfig:
+    try:
+        return JobConfig.parse(bundle.config, where=f"Bundle {bundle.bundle_id}")
+    except RecsysError as error:
+        raise BundleError(f"Bundle {bundle.bundle_id} does not say how it was trained: {error}") from error
+
+
+def _read(events: EventStore, after: str | None, until: str) -> pa.Table:
+    """The log after ``after``, up to ``until``."""
+    last = int(until.rpartition(":")[2])
+    tables = [table.filter(pa.array(table["position"].to_numpy() <= last)) for table in events.log(after)]
+    return pa.concat_tables([schema.EVENT_LOG.empty_table(), *tables])
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Those of the parent as it is served, and those of the child."""
+
+    live: Bundle
+    text: NDArray[np.float32] | None
+    retriever: Retriever
+    ranker: Ranker | None
+    names: tuple[str, ...]
+
+    def stage(self, job: JobConfig, retriever: Retriever) -> RetrievalStage:
+        """Retrieval as it will be served."""
+        index = job.index.build(retriever.item_vectors()) if isinstance(retriever, VectorRetriever) else None
+        return RetrievalStage("", retriever, index, self.live.catalogue())
+
+    def contestants(self, job: JobConfig) -> tuple[Contestant, Contestant]:
+        """The parent with what stands in for new items, and the child."""
+        live = self.live
+        index = live.index() if live.has("index") else None
+        before = RetrievalStage("", live.retriever(), index, live.catalogue())
+        sides = [
+            (before, live.ranker() if live.has("ranker") else None),
+            (self.stage(job, self.retriever), self.ranker),
+        ]
+        asked = {
+            "num_candidates": job.pipeline.num_candidates,
+            "max_history": job.pipeline.max_history,
+            "depth": job.evaluation.depth,
+        }
+        made = [
+            Contestant(
+                staged([stage] if ranker is None else [stage, RankingStage("", ranker)], **asked), stage.retriever
+            )
+            for stage, ranker in sides
+        ]
+        return made[0], made[1]
+
+    def finished(self, job: JobConfig, dataset: Dataset, online: OnlineConfig, scratch: Path) -> _Models:
+        """What passed the gate, once it has learned what judged it, too."""
+        data = lesson_data(job.retriever, dataset, Split.TEST, self.text, online)
+        retriever = _taught(job, self.retriever, data, online, scratch / "last")
+        ranker = self.ranker
+        if ranker is not None:
+            ranker = ranker.with_items(
+                ranking_catalogue(dataset, Split.TEST, embeddings_of(retriever), self.text, self.names)
+            )
+        return _Models(self.live, self.text, retriever, ranker, self.names)
+
+
+def _learned(job: JobConfig, live: Bundle, log: GrownLog, online: OnlineConfig, scratch: Path) -> _Models:
+    """The child before it learns what judges it."""
+    dataset = log.dataset
+    base = live.base if isinstance(live, LiveBundle) else live
+    text = None
+    if base.has("encoder"):
+        words = base.words()
+        console.print(f"encoding the texts of {dataset.num_items} items", highlight=False)
+        text = words.encode(item_texts(dataset.items, words.config))
+    stand_ins = live.stand_ins() if isinstance(live, LiveBundle) else None
+    data = lesson_data(job.retriever, dataset, Split.VALID, text, online, stand_ins)
+    retriever = _taught(job, base.retriever(), data, online, scratch / "first")
+    if not base.has("ranker"):
+        return _Models(live, text, retriever, None, ())
+    served = base.ranker()
+    names = category_names(served, base.catalogue().table())
+    index = live.index() if live.has("index") else None
+    before = RetrievalStage("", live.retriever(), index, live.catalogue())
+    known = ranking_catalogue(dataset, Split.TRAIN, embeddings_of(before.retriever), text, names)
+    examples = ranking_lesson(before, dataset, known, job.pipeline, served.max_history, online)
+    taught = teach_ranker(served, examples, known, Runtime("cuda" if job.compute.use_gpu else "cpu"), online)
+    now = ranking_catalogue(dataset, Split.VALID, embeddings_of(retriever), text, names)
+    ranker = compressed_like(served, taught.with_items(now), job.ranking.export, examples)
+    return _Models(live, text, retriever, ranker, names)
+
+
+def _taught(job: JobConfig, fitted: Retriever, data: FitData, online: OnlineConfig, folder: Path) -> Retriever:
+    payload = _Payload(job.retriever, fitted, data, online)
+    result = fit_distributed(fit, payload, compute=job.compute, name="update", storage=folder)
+    retriever = load_retriever(result.path)
+    discard(result)
+    return retriever
+
+
+def _published(
+    job: JobConfig,
+    live: Bundle,
+    dataset: Dataset,
+    models: _Models,
+    watermark: str,
+    scratch: Path,
+    figures: dict[str, Any],
+) -> Bundle:
+    """The child, complete, in ``scratch``."""
+    base = live.base if isinstance(live, LiveBundle) else live
+    with BundleWriter(scratch / "bundle") as writer:
+        Catalogue.build(dataset.items).save(writer.part("items"))
+        models.retriever.save(writer.part("retriever"))
+        dim = 0
+        if isinstance(models.retriever, VectorRetriever):
+            vectors = models.retriever.item_vectors()
+            dim = vectors.shape[1]
+            job.index.build(vectors).save(writer.part("index"))
+        if models.ranker is not None:
+            models.ranker.save(writer.part("ranker"))
+        for part in ("encoder", "slates.arrow"):
+            if base.has(part):
+                writer.add(part, base.path / part)
+        if base.has("text_index") and models.text is not None:
+            job.index.build(models.text).save(writer.part("text_index"))
+        writer.add_popular(*popular(job, dataset))
+        writer.add_histories(histories(dataset, job.publish.max_history))
+        writer.add_config(base.config)
+        note = "updated from the event log; figures are those of the gate, on events that neither model had learned"
+        writer.add_metrics({"note": note, "update": figures, "parent": base.metrics})
+        writer.add_golden(golden(writer.draft(dataset.info, embedding_dim=dim), dataset))
+        return writer.finish(dataset.info, embedding_dim=dim, parent=base.bundle_id, events_watermark=watermark)
+
+
+def _take_over(store: BundleStore, parent: str, child: str, trial: TrialConfig) -> str:
+    """Through a trial to all users; ``kept`` where gateways took it back, or somebody moved the pointer meanwhile."""
+    if child == parent:
+        return "published"
+    if not trial.share:
+        store.activate(child, parent)
+        return "published"
+    token = store.try_out(child, trial.share, reason="updated from the event log").canary
+    assert token is not None
+    console.print(f"on trial with {trial.share:.0%} of the users for {trial.seconds:g} s", highlight=False)
+    end = time.monotonic() + trial.seconds
+    while True:
+        pointer = store.current()
+        if pointer is None or pointer.canary is None or pointer.canary.token != token.token:
+            return "kept"
+        if time.monotonic() >= end:
+            store.promote(reason="the trial went well")
+            return "published"
+        time.sleep(min(1.0, trial.seconds))
+
+
+def tell(outcome: Outcome) -> str:
+    """One line about it."""
+    if outcome.state == "waiting":
+        return f"{outcome.record['num_events']} new events are too few: Bundle {outcome.parent[:12]} stays"
+    verdict = outcome.verdict
+    assert verdict is not None
+    if not verdict.passed:
+        return f"Bundle {outcome.parent[:12]} stays: {'; '.join(verdict.reasons)}"
+    figures = verdict.figures
+    found = f"{figures['metric']} {figures['child']:.4f} after {figures['parent']:.4f}"
+    if outcome.state == "kept":
+        return f"Bundle {outcome.child} passed the gate ({found}) and was taken back in its trial"
+    return f"Bundle {outcome.child} answers: {found} on {figures['num_queries']} queries"
+
+
+def main(
+    store: Annotated[str, typer.Option(help="folder or fsspec URI of the store of Bundles, such as runs/NAME/bundles")],
+    events: Annotated[str, typer.Option(help="file of the embedded event store, or redis://HOST:PORT/DB")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override one key, such as online.min_events=1000", metavar="K=V")
+    ] = None,
+    every: Annotated[float, typer.Option(help="again and again, so many seconds apart; 0: once", min=0)] = 0,
+    events_set: Annotated[
+        list[str] | None,
+        typer.Option(help="a setting of the gateways' event_store, where it is not the default", metavar="K=V"),
+    ] = None,
+) -> None:
+    """Let the served models learn from what users did since."""
+    show_progress()
+    try:
+        event_config = open_config(events, events_set or [])
+        tree = {"store": store, "events": event_config.model_dump(mode="json")}
+        for override in set_ or ():
+            apply_override(tree, override)
+        config = UpdateJobConfig.parse(tree, where="--set")
+        with config.events.open() as log:
+            while True:
+                outcome = run(config, log)
+                console.print(tell(outcome), highlight=False, soft_wrap=True)
+                if not every:
+                    break
+                time.sleep(every)
+    except RecsysError as error:
+        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

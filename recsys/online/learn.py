@@ -1,0 +1,120 @@
+"""Retriever and ranker of a Bundle, taken on by what is new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.data.dataset import Dataset, Split
+from recsys.data.features import ItemFeatures
+from recsys.evaluation.protocol import EvaluationConfig, sample_queries, select
+from recsys.models.attention_ranker import AttentionRanker
+from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker
+from recsys.models.ranking import Ranker, RankingCatalogue, RankingItems, item_content
+from recsys.models.stand_in import StandIns
+from recsys.online.config import OnlineConfig
+from recsys.online.replay import lesson_of
+from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.offline import retrieved_examples
+from recsys.pipeline.stages.retrieval import RetrievalStage
+from recsys.training.ranking_examples import RankingExamples
+from recsys.training.runtime import Runtime
+
+FloatArray = NDArray[np.float32]
+
+
+def lesson_data(
+    config: RetrieverConfig,
+    dataset: Dataset,
+    split: Split,
+    text: FloatArray | None,
+    online: OnlineConfig,
+    stand_ins: StandIns | None = None,
+) -> FitData:
+    """What a retriever learns when ``split`` is new to it and all before it is not."""
+    data = FitData.of(dataset, split, text_vectors=text, seed=online.seed)
+    lesson = lesson_of(
+        data.histories,
+        dataset.positives.split == split,
+        max_length=int(getattr(config, "max_length", 0)) or 100,
+        replay=online.learning.replay,
+        seed=online.seed + int(split),
+        stand_ins=stand_ins,
+    )
+    return FitData(data.histories, data.weights, data.items, text, None, online.seed, lesson)
+
+
+def teach_retriever(
+    config: RetrieverConfig, fitted: Retriever, data: FitData, runtime: Runtime, online: OnlineConfig
+) -> Retriever:
+    """``fitted`` and what ``data`` adds; as it is where there is nothing to learn."""
+    assert data.lesson is not None
+    if not data.lesson.histories.lengths.sum() and data.num_items == fitted.num_items:
+        return fitted
+    return config.update(fitted, data, runtime, online.learning)
+
+
+def ranking_catalogue(
+    dataset: Dataset, until: Split, embeddings: FloatArray | None, text: FloatArray | None, names: tuple[str, ...]
+) -> RankingCatalogue:
+    """What a ranker may know of the items at the end of ``until``; ``names`` are the categories it was trained with.
+
+    ``embeddings`` None compares items by what they are.
+    """
+    features = ItemFeatures.of(dataset, until, names)
+    content = item_content(text, features)
+    return RankingCatalogue(
+        RankingItems.of(features, content if embeddings is None else embeddings), content, dataset.items
+    )
+
+
+def ranking_lesson(
+    stage: RetrievalStage,
+    dataset: Dataset,
+    catalogue: RankingCatalogue,
+    pipeline: PipelineConfig,
+    max_history: int,
+    online: OnlineConfig,
+) -> RankingExamples:
+    """The new events up to ``VALID`` among the candidates of a ``stage`` that has not learned them."""
+    targets = dataset.targets(Split.VALID)
+    some = EvaluationConfig(max_queries=online.max_ranking_queries, seed=online.seed)
+    return retrieved_examples(
+        stage,
+        select(targets, sample_queries(targets, some)),
+        catalogue.items,
+        num_candidates=pipeline.num_candidates,
+        max_history=pipeline.max_history,
+        ranker_history=max_history,
+    )
+
+
+def teach_ranker(
+    fitted: Ranker, examples: RankingExamples, catalogue: RankingCatalogue, runtime: Runtime, online: OnlineConfig
+) -> Ranker:
+    """``fitted`` and what ``examples`` add, uncompressed."""
+    base = fitted.reference if isinstance(fitted, ExportedRanker) else fitted
+    return base.config.update(base, examples, catalogue, runtime, online.ranker, seed=online.seed)
+
+
+def compressed_like(fitted: Ranker, ranker: Ranker, config: ExportConfig, examples: RankingExamples) -> Ranker:
+    """``ranker`` in the form in which ``fitted`` is served, where this machine can make it."""
+    if not isinstance(fitted, ExportedRanker) or not isinstance(ranker, AttentionRanker) or not len(examples):
+        return ranker
+    wanted = config.model_copy(update={"precisions": (fitted.precision,)})
+    return next(iter(export_ranker(ranker, wanted, examples.batch)), ranker)
+
+
+def embeddings_of(retriever: Retriever) -> FloatArray | None:
+    """What items are compared by; None where the retriever has no vectors."""
+    return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else None
+
+
+def category_names(ranker: Ranker, items: Any) -> tuple[str, ...]:
+    """The categories that the ranker's features have columns for; those of ``items`` where it does not say."""
+    from recsys.data.features import category_columns
+
+    return ranker.items.features.category_names or category_columns(items["categories"].combine_chunks())

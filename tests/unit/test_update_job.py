@@ -1,0 +1,252 @@
+"""The models go on learning from the log: a child Bundle where it is better, the parent where it is not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from jobs import pipeline, update
+from jobs.config import JobConfig
+from recsys import schema
+from recsys.bundle.changes import ITEM_CHANGES
+from recsys.bundle.store import BundleStore
+from recsys.config import load_config
+from recsys.events import Event, SqliteEventStoreConfig
+from recsys.pipeline.recommender import Recommender
+from recsys.pipeline.users import HistoriesTable
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_ITEMS, NUM_CLUSTERS = 100, 10
+AFTER_MS = 1_736_000_000_000
+"""after the year of the synthetic data"""
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A store with one small trained Bundle."""
+    home = tmp_path_factory.mktemp("published")
+    changes = [
+        f"workdir={home}",
+        "compute.num_workers=0",
+        f"data.source={{kind: synthetic, num_users: 300, num_items: {NUM_ITEMS}, num_clusters: {NUM_CLUSTERS}}}",
+        "retriever.train.epochs=3",
+        "retriever.dim=16",
+        "ranking.model.epochs=1",
+        "baselines=[{kind: popularity}]",
+    ]
+    config = load_config(JobConfig, ROOT / "configs/synthetic.yaml", overrides=changes)
+    pipeline.run(config)
+    return Path(config.store)
+
+
+@pytest.fixture
+def store(published, tmp_path):
+    """A copy of it."""
+    shutil.copytree(published, tmp_path / "bundles")
+    return BundleStore(tmp_path / "bundles")
+
+
+@pytest.fixture
+def events(tmp_path):
+    with SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")).open() as log:
+        yield log
+
+
+def walk(num_users, length, *, step, first="new", start_ms=AFTER_MS, seed=0, items=NUM_ITEMS):
+    """Events of users who go on ``step`` places on the ring of a cluster."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for user in range(num_users):
+        item = int(generator.integers(items))
+        for place in range(length):
+            time_ms = start_ms + 60_000 * (place * num_users + user)
+            made.append(Event(f"{first}{user}-{place}", f"{first}-{user}", f"item-{item}", "interaction", time_ms))
+            item = (item + step * NUM_CLUSTERS) % items
+    return made
+
+
+def config_of(store, events, **online):
+    tree = {
+        "store": str(store),
+        "events": {"kind": "sqlite", "path": str(events)},
+        "online": {"learning": {"epochs": 4, "rate": 1.0}} | online,
+        "trial": {"share": 0},
+        "workdir": f"{Path(str(store)).parent}/updates",
+    }
+    return update.UpdateJobConfig.parse(tree, where="test")
+
+
+def test_a_new_habit_is_learned(store, events, tmp_path):
+    """All new users go backwards on the rings. The child foretells that, knows them, and the events count once."""
+    parent = store.open()
+    events.append(walk(60, 12, step=-1))
+    outcome = update.run(config_of(store, tmp_path / "events.sqlite"), events)
+    figures = outcome.verdict.figures
+    assert outcome.state == "published", outcome
+    assert figures["child"] > 1.5 * figures["parent"]
+    child = store.open()
+    assert child.bundle_id == outcome.child
+    assert child.manifest.parent == parent.bundle_id
+    assert child.manifest.events_watermark == events.watermark()
+    assert outcome.record["num_new_users"] == 60
+    events.seed(child.bundle_id, child.histories(), child.manifest.events_watermark)
+    assert len(events.user("new-0")) == 12
+    with Recommender.load(child.path) as recommender:
+        last = events.user("new-0").item_ids[-1]
+        wanted = f"item-{(int(last[5:]) - NUM_CLUSTERS) % NUM_ITEMS}"
+        ranked = recommender.recommend(user_id="new-0", exclude_seen=False, top_k=5)
+        assert ranked.degraded == ()
+        assert wanted in ranked.item_ids
+    record = json.loads(next((tmp_path / "updates").glob("*.json")).read_text())
+    assert record["state"] == "published"
+    assert not (tmp_path / "updates" / "updating").exists()
+    # What is contained is not learned twice.
+    assert update.run(config_of(store, tmp_path / "events.sqlite"), events).state == "waiting"
+
+
+def test_noise_is_not_published_and_the_reason_is_told(store, events, tmp_path):
+    """New users who mean nothing: whoever learns that forgets what there was to know."""
+    generator = np.random.default_rng(0)
+    usual = walk(60, 8, step=1, first="usual", start_ms=AFTER_MS + 10**9)
+    noise = [
+        Event(f"n{row}", f"noise-{row % 60}", f"item-{generator.integers(NUM_ITEMS)}", "interaction", AFTER_MS + row)
+        for row in range(1200)
+    ]
+    events.append(noise + usual)
+    parent = store.current()
+    forgets = {"epochs": 20, "rate": 1.0, "replay": 0.0}
+    gate = {"judge_share": 0.25, "max_loss": 0.02}
+    config = config_of(store, tmp_path / "events.sqlite", gate=gate, learning=forgets)
+    outcome = update.run(config, events)
+    assert outcome.state == "kept"
+    assert "worse than the parent" in update.tell(outcome) or "more is lost" in update.tell(outcome)
+    assert store.current() == parent
+    assert [manifest.bundle_id for manifest in store.list()] == [parent.bundle_id]
+
+
+def test_too_few_events_wait(store, events, tmp_path):
+    events.append(walk(5, 5, step=1))
+    assert update.run(config_of(store, tmp_path / "events.sqlite"), events).state == "waiting"
+    outcome = update.run(config_of(store, tmp_path / "events.sqlite", min_events=1), events)
+    assert outcome.state == "kept"
+    assert "nothing is settled yet" in update.tell(outcome)
+
+
+def test_new_items_enter(store, events, tmp_path):
+    """An item that was put while serving gets a vector of its own; one that nobody knows is counted."""
+    row = dict.fromkeys(ITEM_CHANGES.names) | {
+        "item_id": f"item-{NUM_ITEMS}", "title": "new", "categories": [], "available": True, "removed": False,
+    }  # fmt: skip
+    store.items.append(pa.Table.from_pylist([row], schema=ITEM_CHANGES))
+    told = walk(60, 12, step=1, items=NUM_ITEMS + 1) + walk(1, 3, step=1, first="odd", items=10**6)
+    odd = [Event(f"odd-{n}", "odd", "nobody-knows-it", "interaction", AFTER_MS) for n in range(3)]
+    events.append([*told, *odd])
+    outcome = update.run(config_of(store, tmp_path / "events.sqlite", gate={"max_loss": 1}), events)
+    assert outcome.record["num_unknown_items"] >= 3
+    assert outcome.state == "published", outcome
+    child = store.open()
+    assert child.manifest.num_items == NUM_ITEMS + 1
+    assert child.catalogue().item(NUM_ITEMS)["title"] == "new"
+    live = store.open_live(f"{child.bundle_id}+1")
+    assert len(live.catalogue()) == NUM_ITEMS + 1  # the change names what is known now
+    with Recommender.of(live, users=HistoriesTable(child.histories())) as recommender:
+        assert recommender.recommend(user_id="new-3", top_k=5).degraded == ()
+
+
+def test_a_child_goes_through_its_trial(store, events, tmp_path, monkeypatch):
+    events.append(walk(60, 12, step=-1))
+    config = config_of(store, tmp_path / "events.sqlite")
+    on_trial = config.model_copy(update={"trial": update.TrialConfig(share=0.2, seconds=0)})
+    parent = store.current().bundle_id
+    moves = []
+    monkeypatch.setattr(BundleStore, "try_out", spied(BundleStore.try_out, moves))
+    outcome = update.run(on_trial, events)
+    assert (outcome.state, moves) == ("published", [(outcome.child, 0.2)])
+    assert store.current().previous == parent
+
+
+def test_a_child_that_is_taken_back_leaves_the_parent(store, events, tmp_path, monkeypatch):
+    events.append(walk(60, 12, step=-1))
+    config = config_of(store, tmp_path / "events.sqlite")
+    parent = store.current().bundle_id
+    real = BundleStore.try_out
+
+    def taken_back(self, bundle_id, share, *, reason=None):
+        pointer = real(self, bundle_id, share, reason=reason)
+        self.withdraw(bundle_id, reason="too slow")
+        return pointer
+
+    monkeypatch.setattr(BundleStore, "try_out", taken_back)
+    outcome = update.run(config.model_copy(update={"trial": update.TrialConfig(share=0.2, seconds=5)}), events)
+    assert outcome.state == "kept"
+    assert "taken back in its trial" in update.tell(outcome)
+    assert store.current().bundle_id == parent
+
+
+def spied(real, calls):
+    def call(self, bundle_id, share, *, reason=None):
+        calls.append((bundle_id, share))
+        return real(self, bundle_id, share, reason=reason)
+
+    return call
+
+
+def test_the_command_says_what_it_did(store, events, tmp_path):
+    events.append(walk(5, 5, step=1))
+    import typer
+
+    app = typer.Typer()
+    app.command()(update.main)
+    words = ["--store", str(store), "--events", str(tmp_path / "events.sqlite")]
+    told = CliRunner().invoke(app, [*words, "--set", f"workdir={tmp_path}/updates"])
+    assert told.exit_code == 0
+    assert "25 new events are too few" in told.output.replace("\n", " ")
+    told = CliRunner().invoke(app, [*words, "--set", "online.min_evnts=1"])
+    assert told.exit_code == 2
+    assert "min_evnts" in told.output
+
+
+def test_killed_at_any_moment_it_leaves_all_as_it_was(store, events, tmp_path):
+    events.append(walk(60, 12, step=-1))
+    before, parent = snapshot(tmp_path / "bundles"), store.current()
+    command = [sys.executable, "-m", "jobs.update", "--store", str(store), "--events", str(tmp_path / "events.sqlite")]
+    for setting in (
+        "trial.share=0",
+        f"workdir={tmp_path}/updates",
+        "online.learning.epochs=4",
+        "online.learning.rate=1",
+    ):
+        command += ["--set", setting]
+    for after_s in (3.0, 5.0, 6.5):
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(after_s)
+        os.killpg(process.pid, signal.SIGKILL)
+        if process.wait() == 0 or store.current() != parent:
+            break  # it was quicker
+        assert store.open().bundle_id == parent.bundle_id
+        known = {manifest.bundle_id for manifest in store.list()}
+        assert {path: size for path, size in snapshot(tmp_path / "bundles").items() if path in before} == before
+        assert parent.bundle_id in known
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    child = store.open()
+    assert child.manifest.parent == parent.bundle_id
+    child.check()
+    assert not (tmp_path / "updates" / "updating").exists()
+
+
+def snapshot(folder):
+    return {str(path): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_schema_of_the_log_is_what_it_reads(events):
+    """The job reads the log as a table; an empty one has its columns too."""
+    assert update._read(events, None, events.watermark()).schema.equals(schema.EVENT_LOG)
