@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-quality bench-training bench-families peers wheel clean
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-quality bench-training bench-families peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -73,6 +73,9 @@ bench-faults: .venv/.installed-dev  ## kill, lock and take away parts of a serve
 
 bench-realtime: .venv/.installed-dev  ## measure how soon and how surely events count
 	python tests/benchmarks/realtime.py
+
+bench-online: .venv/.installed-dev  ## replay a year of Online Retail week by week: models that go on learning
+	python tests/benchmarks/online.py
 
 bench-quality: .venv/.installed-dev .venv-peers/.installed  ## train and judge the suites; hours; goes on where it was stopped
 	python tests/benchmarks/quality.py

@@ -51,6 +51,8 @@ class Payload:
     holdout: RankingExamples
     everything: RankingExamples
     seed: int
+    num_missed: int = 0
+    """queries of VALID whose target retrieval did not bring"""
 
 
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
@@ -76,42 +78,50 @@ def ranking_embeddings(retriever: Retriever, content: NDArray[np.float32]) -> ND
     return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else content
 
 
+def learned_from(
+    config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact, *, test: bool = False
+) -> Payload:
+    """What the ranker is taught; with ``test`` the queries of TEST are in ``everything``, too."""
+    model = config.ranking.model
+    dataset = Dataset.load(prepared.path)
+    base_retriever = load_retriever(retriever.path / "base")
+    features = ItemFeatures.of(dataset, Split.TRAIN)
+    content = item_content(text_vectors(embedded), features)
+    items = RankingItems.of(features, ranking_embeddings(base_retriever, content))
+    stage = retrieval_stage(config.index, dataset, base_retriever)
+    sampling = config.evaluation.model_copy(update={"max_queries": config.ranking.max_queries, "seed": config.seed})
+
+    def examples(split: Split) -> RankingExamples:
+        targets = dataset.targets(split)
+        return retrieved_examples(
+            stage,
+            select(targets, sample_queries(targets, sampling)),
+            items,
+            num_candidates=config.ranking.num_candidates,
+            max_history=config.pipeline.max_history,
+            ranker_history=model.max_history,
+        )
+
+    valid = examples(Split.VALID)
+    everything = valid.concat(examples(Split.TEST)) if test else valid
+    train, holdout = valid.split_by_user(config.ranking.holdout_share, config.seed)
+    catalogue = RankingCatalogue(items, content, dataset.items)
+    return Payload(model, catalogue, train, holdout, everything, config.seed, valid.num_missed)
+
+
 def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact) -> Artifact:
     """The artefact of this step."""
-    model = config.ranking.model
 
     def make(folder: Path) -> dict[str, Any]:
         dataset = Dataset.load(prepared.path)
-        texts = text_vectors(embedded)
-        base_retriever = load_retriever(retriever.path / "base")
-        features = ItemFeatures.of(dataset, Split.TRAIN)
-        content = item_content(texts, features)
-        items = RankingItems.of(features, ranking_embeddings(base_retriever, content))
-        stage = retrieval_stage(config.index, dataset, base_retriever)
-
-        sampling = config.evaluation.model_copy(update={"max_queries": config.ranking.max_queries, "seed": config.seed})
-
-        def examples(split: Split) -> RankingExamples:
-            targets = dataset.targets(split)
-            return retrieved_examples(
-                stage,
-                select(targets, sample_queries(targets, sampling)),
-                items,
-                num_candidates=config.ranking.num_candidates,
-                max_history=config.pipeline.max_history,
-                ranker_history=model.max_history,
-            )
-
-        valid, test = examples(Split.VALID), examples(Split.TEST)
-        train, holdout = valid.split_by_user(config.ranking.holdout_share, config.seed)
-        catalogue = RankingCatalogue(items, content, dataset.items)
-        payload = Payload(model, catalogue, train, holdout, valid.concat(test), config.seed)
+        payload = learned_from(config, prepared, embedded, retriever, test=True)
+        train, holdout, content = payload.train, payload.holdout, payload.catalogue.content
         fitted = fit_distributed(
             fit, payload, compute=config.compute, name=f"ranker-{folder.name}", storage=folder / "training"
         )
         metrics: dict[str, Any] = {
             "num_queries": {"train": len(train), "holdout": len(holdout), "final": len(payload.everything)},
-            "num_missed": valid.num_missed,
+            "num_missed": payload.num_missed,
         }
         for name, until in (("judged", Split.VALID), ("final", Split.TEST)):
             vectors = ranking_embeddings(load_retriever(retriever.path / name), content)

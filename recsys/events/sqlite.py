@@ -45,6 +45,7 @@ from recsys.events.state import GENERATION_BITS, POSITION_MASK, history_rows, me
 
 FORMAT = 2
 _COMMIT_EVENTS = 10_000
+_DAY_MS = 86_400_000
 _LOG_ROWS = 10_000
 _SEED_ROWS = 512
 _SEED_PAUSE_S = 0.005
@@ -112,6 +113,13 @@ class SqliteEventStoreConfig(EventStoreConfig):
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="longest wait for another process that is writing (seconds, up to 600)"
     )
+    ttl_days: float = Field(
+        default=0,
+        ge=0,
+        le=36_500,
+        description="a user without events for so long is a stranger again (days; 0 for never); `jobs.events compact` "
+        "removes the events",
+    )
     take_over: bool = Field(
         default=False, description="claim a file that another machine made; only when no process there uses it any more"
     )
@@ -161,6 +169,16 @@ class SqliteEventStore(EventStore):
         return request.done.result()
 
     def user(self, user_id: str) -> UserState | None:
+        """See :meth:`EventStore.user`; none of somebody whose newest interaction is older than ``ttl_days``."""
+        state = self._user(user_id)
+        if state is None or not self.config.ttl_days or not len(state):
+            return state
+        newest_ms = int(state.timestamps_ms.max())
+        # What has order only has no age.
+        forgotten = 0 < newest_ms < time.time_ns() // 1_000_000 - round(self.config.ttl_days * _DAY_MS)
+        return None if forgotten else state
+
+    def _user(self, user_id: str) -> UserState | None:
         cached = self._states.get(user_id)
         with self._errors("cannot be read"), self._reader() as connection:
             connection.execute("BEGIN")  # all reads see the same state of the file

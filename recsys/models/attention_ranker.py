@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recsys.data.features import NUM_FEATURES, fixed_size_list, matrix
+from recsys.data.features import FEATURE_NAMES, NUM_FEATURES, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import atomic_path, map_arrow, read_json, write_arrow, write_json
 from recsys.models.ranking import (
@@ -61,6 +61,19 @@ class AttentionRankerConfig(RankerConfig):
     num_heads: int = Field(default=2, ge=1, description="attention heads")
     hidden: int = Field(default=64, ge=8, description="width of the MLP's first layer; the second has half")
     dropout: float = Field(default=0.2, ge=0, lt=1, description="dropout of attention output and MLP, share of units")
+    left_out: tuple[str, ...] = Field(
+        default=(), description="features that are not read, by name; `python -m jobs.features` says which"
+    )
+
+    @field_validator("left_out")
+    @classmethod
+    def _known_features(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        strange = [name for name in names if name not in FEATURE_NAMES[1:]]
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)}: not a feature that can be left out of {', '.join(FEATURE_NAMES[1:])}"
+            )
+        return names
 
     def fit(
         self,
@@ -80,7 +93,9 @@ class AttentionRankerConfig(RankerConfig):
         network.feature_mean.copy_(torch.from_numpy(values.mean(axis=0)))
         spread = values.std(axis=0)
         # A feature that was constant in training tells nothing, and must not shout when it varies in serving.
-        network.feature_scale.copy_(torch.from_numpy(np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)))
+        scale = np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)
+        scale[[FEATURE_NAMES.index(name) for name in self.left_out]] = 0.0
+        network.feature_scale.copy_(torch.from_numpy(scale))
 
         return self._trained(network, examples, catalogue, runtime, holdout, seed)
 

@@ -41,6 +41,7 @@ COMMAND = "make bench-faults"
 WINDOW_S = 40.0
 FAULT_AT_S = 10.0
 FAULT_S = 10.0
+STORE_DOWN_S = 5.0
 RATE, EVENT_RATE = 20.0, 5.0
 LIMIT_S, NODE_LIMIT_S = 10.0, 30.0
 RUN, NODE = "RECSYS_BENCH_RUN", "RECSYS_BENCH_NODE"
@@ -92,9 +93,13 @@ def lose_node(served: Served) -> None:
         end(pid)
 
 
-def kill_control_store(served: Served) -> None:
-    """The head's control store dies and stays dead: nothing can be started any more, so this fault comes last."""
+def restart_control_store(served: Served) -> None:
+    """The head's control store dies, comes back from its files, and has to replace a gateway that dies after it."""
     served.cluster.head_node.kill_gcs_server()
+    time.sleep(STORE_DOWN_S)
+    served.cluster.head_node.start_gcs_server()
+    time.sleep(STORE_DOWN_S)
+    kill("ServeReplica:recsys:gateway")(served)
 
 
 def lock_store(served: Served) -> None:
@@ -150,8 +155,8 @@ FAULTS: dict[str, Callable[[Served], None]] = {
     "event store full 10 s": fill_store,
     "event store away 10 s": take_store_away,
     "Bundle's disk read-only, gateway killed": forbid_writing,
+    "head's control store down 5 s, then a gateway killed": restart_control_store,
     "node lost": lose_node,
-    "head's control store killed": kill_control_store,
 }
 
 
@@ -178,6 +183,7 @@ def two_nodes(bundle: Bundle, folder: Path) -> Iterator[Served]:
 
     run = uuid.uuid4().hex
     (folder / "haproxy").mkdir()
+    (folder / "control").mkdir()
     fastpath.apply(
         fastpath.fast_path(folder / "haproxy")
         | {
@@ -185,6 +191,9 @@ def two_nodes(bundle: Bundle, folder: Path) -> Iterator[Served]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            # Fault tolerance of the head: its control store writes what it knows to disk.
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(folder / "control"),
         }
     )
     from ray.cluster_utils import Cluster

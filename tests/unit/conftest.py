@@ -1,10 +1,15 @@
-"""A store of Bundles, for whoever tests what moves between them."""
+"""Stores of Bundles, for whoever tests what moves between them: three made-up ones, and one that jobs have trained."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from jobs import pipeline
+from jobs.config import JobConfig
 from recsys.bundle.store import BundleStore
+from recsys.config import load_config
 from recsys.testing.tiny_bundle import make_bundle
 
 
@@ -23,3 +28,27 @@ def store(tmp_path, bundles):
         store.add(bundle)
     store.activate(bundles[0].bundle_id, None)
     return store
+
+
+@pytest.fixture(scope="session")
+def trained_job(tmp_path_factory):
+    """The configuration of a small pipeline that has run: 100 items, item ``n`` in the ring ``n % 10``."""
+    home = tmp_path_factory.mktemp("published")
+    changes = [
+        f"workdir={home}",
+        "compute.num_workers=0",
+        "data.source={kind: synthetic, num_users: 300, num_items: 100, num_clusters: 10}",
+        "retriever.train.epochs=15",
+        "retriever.dim=32",
+        "ranking.model.epochs=3",
+        "baselines=[{kind: popularity}]",
+    ]
+    config = load_config(JobConfig, Path(__file__).resolve().parents[2] / "configs/synthetic.yaml", overrides=changes)
+    pipeline.run(config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def published(trained_job):
+    """The store of its one Bundle."""
+    return Path(trained_job.store)

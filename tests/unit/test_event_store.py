@@ -367,3 +367,16 @@ def test_what_was_acknowledged_survives_sigkill_exactly_once(tmp_path):
         for event_id in kept:
             batches.setdefault(event_id.rsplit("-", 1)[0], []).append(event_id)
         assert {len(batch) for batch in batches.values()} == {3}
+
+
+def test_who_does_nothing_for_long_is_a_stranger_again(config):
+    now_ms = time.time_ns() // 1_000_000
+    with config.model_copy(update={"ttl_days": 30.0}).open() as store:
+        store.append([event("a", user_id="gone", at=now_ms - 31 * DAY_MS), event("b", at=now_ms - 29 * DAY_MS)])
+        store.append([event("c", at=now_ms - 31 * DAY_MS)])
+        assert store.user("gone") is None
+        assert store.user("u").item_ids == ("a", "a")  # the newest decides, whatever else there is
+        store.append([event("d", "z", user_id="gone", at=now_ms)])
+        assert store.user("gone").item_ids[-1] == "z"
+    with config.open() as store:
+        assert store.user("gone") is not None

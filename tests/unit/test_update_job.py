@@ -14,12 +14,10 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from jobs import pipeline, update
-from jobs.config import JobConfig
+from jobs import update
 from recsys import schema
 from recsys.bundle.changes import ITEM_CHANGES
 from recsys.bundle.store import BundleStore
-from recsys.config import load_config
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.users import HistoriesTable
@@ -28,24 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_ITEMS, NUM_CLUSTERS = 100, 10
 AFTER_MS = 1_736_000_000_000
 """after the year of the synthetic data"""
-
-
-@pytest.fixture(scope="session")
-def published(tmp_path_factory):
-    """A store with one small trained Bundle."""
-    home = tmp_path_factory.mktemp("published")
-    changes = [
-        f"workdir={home}",
-        "compute.num_workers=0",
-        f"data.source={{kind: synthetic, num_users: 300, num_items: {NUM_ITEMS}, num_clusters: {NUM_CLUSTERS}}}",
-        "retriever.train.epochs=3",
-        "retriever.dim=16",
-        "ranking.model.epochs=1",
-        "baselines=[{kind: popularity}]",
-    ]
-    config = load_config(JobConfig, ROOT / "configs/synthetic.yaml", overrides=changes)
-    pipeline.run(config)
-    return Path(config.store)
 
 
 @pytest.fixture

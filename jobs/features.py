@@ -1,0 +1,137 @@
+"""``python -m jobs.features``: what each feature is worth to the ranker, and which of them it can do without.
+
+Trains what ``--config`` says as far as the ranker (finished steps are reused); judges on users that the ranker has not
+learned from. The features that are not shown to be worth anything are left out together, the ranker is trained once
+more without them, and both are compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs import pipeline
+from jobs.artifacts import Artifact, build
+from jobs.cli import show_progress
+from jobs.config import JobConfig
+from jobs.train_ranker import learned_from
+from recsys.config import load_config
+from recsys.errors import ConfigError, RecsysError
+from recsys.evaluation.importance import Selection, ndcg10, permutation_importance, worthless
+from recsys.evaluation.significance import Interval, bootstrap
+from recsys.files import write_json
+from recsys.models.attention_ranker import AttentionRankerConfig
+from recsys.training.runtime import Runtime
+
+STEP = "features"
+console = Console(stderr=True)
+
+
+def run(config: JobConfig) -> Artifact:
+    """The artefact of this job: ``features.json`` and ``features.md``.
+
+    :raises ConfigError: for a ranker that reads words instead of features.
+    """
+    model = config.ranking.model
+    if not isinstance(model, AttentionRankerConfig):
+        raise ConfigError(f"ranking.model of kind {model.kind} reads texts, not features")
+    done = pipeline.run(config, until="train_ranker")
+    prepared, embedded, retriever = done["prepare"], done.get("embed"), done["train_retriever"]
+
+    def make(folder: Path) -> dict[str, Any]:
+        lesson = learned_from(config, prepared, embedded, retriever)
+        runtime = Runtime("cuda" if config.compute.use_gpu else "cpu")
+
+        def fitted(left_out: tuple[str, ...]):
+            one = model.model_copy(update={"left_out": tuple(sorted({*model.left_out, *left_out}))})
+            return one.fit(lesson.train, lesson.catalogue, runtime, holdout=lesson.holdout, seed=config.seed)
+
+        whole = fitted(())
+        importance = permutation_importance(whole.score, lesson.holdout, seed=config.seed)
+        left_out = worthless(importance)
+        without = fitted(left_out)
+        before, after = ndcg10(whole.score, lesson.holdout), ndcg10(without.score, lesson.holdout)
+        (difference,) = bootstrap((after - before)[:, None], lesson.holdout.user_idx, seed=config.seed)
+        selection = Selection(left_out, float(before.mean()), float(after.mean()), difference)
+        record = {
+            "importance": {name: vars(each) for name, each in importance.items()},
+            "left_out": list(left_out),
+            "ndcg@10": {"all": selection.all_ndcg10, "selected": selection.selected_ndcg10},
+            "difference": vars(difference),
+            "num_queries": len(lesson.holdout),
+        }
+        write_json(folder / "features.json", record)
+        (folder / "features.md").write_text(markdown(importance, selection))
+        show(importance, selection, len(lesson.holdout))
+        return record
+
+    settings = {"ranking": config.ranking.model_dump(mode="json"), "seed": config.seed}
+    parents = [each for each in (prepared, embedded, retriever) if each is not None]
+    return build(config.workdir, STEP, settings, parents, make)
+
+
+def rows(importance: dict[str, Interval] | Any, selection: Selection) -> list[tuple[str, str, str, str]]:
+    """Name, loss, interval and what becomes of it, the most worth first."""
+    ordered = sorted(importance.items(), key=lambda pair: -pair[1].mean)
+    return [
+        (
+            name,
+            f"{each.mean:+.5f}",
+            f"{each.low:+.5f} to {each.high:+.5f}",
+            "" if name not in selection.left_out else "no",
+        )
+        for name, each in ordered
+    ]
+
+
+def show(importance: Any, selection: Selection, num_queries: int) -> None:
+    """The table for people."""
+    table = Table(title=f"what NDCG@10 loses without a feature, {num_queries} queries", show_edge=False)
+    for column in ("feature", "loss", "95 %", "worth"):
+        table.add_column(column, justify="left" if column in {"feature", "worth"} else "right")
+    for row in rows(importance, selection):
+        table.add_row(*row)
+    console.print(table)
+    console.print(advice(selection), highlight=False, soft_wrap=True)
+
+
+def advice(selection: Selection) -> str:
+    """One sentence."""
+    if not selection.left_out:
+        return "every feature is worth something: keep them all"
+    names = ", ".join(selection.left_out)
+    found = f"NDCG@10 {selection.selected_ndcg10:.4f} without them, {selection.all_ndcg10:.4f} with all"
+    if selection.worse:
+        return f"none can be left out: together they matter ({found}): {names}"
+    return f"{found}; to leave them out: --set 'ranking.model.left_out=[{names}]'"
+
+
+def markdown(importance: Any, selection: Selection) -> str:
+    """The table for a file."""
+    lines = ["| feature | loss of NDCG@10 | 95 % | worth |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(importance, selection)]
+    return "\n".join([*lines, "", advice(selection), ""])
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML configuration; see configs/ for complete ones")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override one key, as key.sub=value", metavar="K=V")
+    ] = None,
+) -> None:
+    """What each feature is worth to the ranker, and which of them it can do without."""
+    show_progress()
+    try:
+        artifact = run(load_config(JobConfig, config, overrides=set_ or (), section="ranking"))
+    except RecsysError as error:
+        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+    console.print(f"{artifact.path}/features.md", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

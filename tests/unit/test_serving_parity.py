@@ -1,0 +1,118 @@
+"""What is served is what was trained: the same features and the same scores, computed online and offline.
+
+And what a user does now shows in what they are shown next.
+"""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from jobs import pipeline
+from recsys.bundle.store import BundleStore
+from recsys.data.dataset import Dataset, Split
+from recsys.data.features import ItemFeatures, candidate_features
+from recsys.events import Event, SqliteEventStoreConfig
+from recsys.models import load_ranker, load_retriever
+from recsys.models.ranking import RankingItems
+from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
+from recsys.pipeline.recommender import Recommender
+from recsys.pipeline.requests import RecommendRequest
+from recsys.pipeline.stages.ranking import RankingStage
+
+NUM_CLUSTERS = 10
+
+
+@pytest.fixture(scope="module")
+def steps(trained_job):
+    """The results of the steps, found again."""
+    return pipeline.run(trained_job)
+
+
+@pytest.fixture(scope="module")
+def dataset(steps):
+    return Dataset.load(steps["prepare"].path)
+
+
+@pytest.fixture
+def recommender(published):
+    with Recommender.load(published) as recommender:
+        yield recommender
+
+
+def test_served_requests_come_out_the_same_offline(recommender, steps, dataset, trained_job):
+    """Every request is replayed through the stages of the jobs, over the prepared data: same items, same scores."""
+    targets = dataset.everybody()[:60]
+    now_ms = int(targets.now_ms[0])
+    asked = {"num_candidates": trained_job.pipeline.num_candidates, "max_history": trained_job.pipeline.max_history}
+    retriever = load_retriever(steps["train_retriever"].path / "final")
+    ranker = load_ranker(steps["train_ranker"].path / "final")
+    stages = [retrieval_stage(trained_job.index, dataset, retriever), RankingStage("", ranker)]
+    offline = run_stages(stages, queries_of(targets, **asked, top_k=10))
+    ids = dataset.items["item_id"].to_pylist()
+    for user, expected in zip(targets.user_idx.tolist(), offline, strict=True):
+        request = RecommendRequest(user_id=dataset.users["user_id"][user].as_py(), top_k=10, diversity=0.0)
+        served = asyncio.run(recommender.arecommend(request, now_ms=now_ms))
+        assert served.degraded == ()
+        assert served.item_ids == [ids[item] for item in expected.item_idx[:10]]
+        for stage in ("retrieval", "ranking"):
+            online = [item.stage_scores[stage] for item in served.items]
+            np.testing.assert_allclose(online, expected.stage_scores[stage][:10], rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_the_same_online_and_offline(recommender, steps, dataset, published):
+    """The item side that the Bundle carries gives, for a served request, what the prepared data gives at its end."""
+    bundle = BundleStore(published).open()
+    held = bundle.ranker().items
+    retriever = load_retriever(steps["train_retriever"].path / "final")
+    made = RankingItems.of(ItemFeatures.of(dataset, Split.TEST), retriever.item_embeddings())
+    for user_id in ("user-1", "user-7", "user-42"):
+        answer = recommender.recommend(user_id=user_id, top_k=10)
+        query, shown = answer.slate.query, answer.slate.selected
+        user = dataset.users["user_id"].to_pylist().index(user_id)
+        history = dataset.positives.histories(Split.TEST)[np.array([user])].pack()
+        online, offline = (
+            candidate_features(
+                items.features,
+                items.unit_vectors,
+                history_item_idx=item_idx,
+                history_timestamp_ms=times,
+                candidate_item_idx=shown.item_idx,
+                retrieval_score=shown.stage_scores["retrieval"],
+                now_ms=query.now_ms,
+            )
+            for items, item_idx, times in (
+                (held, query.history_item_idx, query.history_timestamp_ms),
+                (made, history.item_idx, history.timestamp_ms),
+            )
+        )
+        np.testing.assert_allclose(online, offline, rtol=1e-5, atol=1e-6)
+
+
+def test_three_events_of_a_new_kind_move_the_next_slate(published, tmp_path):
+    """Users of one ring take three items of another, one after the next, and half of what comes is from there."""
+    moved = []
+    with SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")).open() as store:
+        bundle = BundleStore(published).open()
+        store.seed(bundle.bundle_id, bundle.histories(), None)
+        with Recommender.load(published, store) as recommender:
+            for user in range(40):
+                state = store.user(f"user-{user}")
+                rings = {int(item_id[5:]) % NUM_CLUSTERS for item_id in state.item_ids[-10:]}
+                ring = next(number for number in range(NUM_CLUSTERS) if number not in rings)
+                before = share_of(recommender.recommend(user_id=f"user-{user}"), ring)
+                first_ms = int(state.timestamps_ms[-1]) + 1000
+                for step in range(3):
+                    item_id = f"item-{ring + step * NUM_CLUSTERS}"
+                    event = Event(f"{user}-{step}", f"user-{user}", item_id, "interaction", first_ms + step)
+                    store.append([event])
+                moved.append((before, share_of(recommender.recommend(user_id=f"user-{user}"), ring)))
+    before, after = np.array(moved).T
+    assert np.mean(before) < 0.2
+    assert np.median(after) >= 0.5
+
+
+def share_of(answer, ring):
+    """Of the new ring's seven items that are left, or of the slate, whichever is smaller: how much is shown."""
+    shown = sum(int(item_id[5:]) % NUM_CLUSTERS == ring for item_id in answer.item_ids)
+    return shown / min(len(answer.item_ids), 7)
