@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-quality bench-training bench-families peers wheel clean
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -76,6 +76,9 @@ bench-realtime: .venv/.installed-dev  ## measure how soon and how surely events 
 
 bench-online: .venv/.installed-dev  ## replay a year of Online Retail week by week: models that go on learning
 	python tests/benchmarks/online.py
+
+bench-cold-start: .venv/.installed-dev  ## how much is known after 0, 1, 2, 5 and 10 interactions of a user or an item
+	python tests/benchmarks/cold_start.py
 
 bench-quality: .venv/.installed-dev .venv-peers/.installed  ## train and judge the suites; hours; goes on where it was stopped
 	python tests/benchmarks/quality.py
