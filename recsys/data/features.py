@@ -86,7 +86,7 @@ class ItemFeatures:
         return check_blind("item features", lambda source: cls._of(source, until, category_names), dataset, until)
 
     @classmethod
-    def _of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...]) -> ItemFeatures:
+    def _of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...] = ()) -> ItemFeatures:
         log = dataset.log
         rows = log.split <= until
         num_items = dataset.num_items
