@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -26,8 +27,10 @@ from recsys.errors import EmptyDataError, ModelError, NoTimeError
 from recsys.evaluation.protocol import select
 from recsys.index.flat import FlatIndex
 from recsys.models import AnyRetriever, load_retriever
-from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig, VectorRetriever
+from recsys.models.stand_in import StandIns
 from recsys.models.towers import TowerConfig
+from recsys.online.replay import lesson_of
 from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
 from recsys.testing.planted import dataset_of, planted_clusters
 from recsys.training.loop import validation_ndcg
@@ -217,6 +220,32 @@ class RetrieverContract:
         ndcg = validation_ndcg(fitted.score, self.dataset.targets(Split.VALID), Runtime("cpu"))
         assert ndcg >= self.min_ndcg
 
+    def test_goes_on_learning(self, fitted: Retriever, histories: Histories) -> None:
+        """With newer interactions and one item more: it still answers for what it knew, and for the item too."""
+        data = self.fit_data(self.dataset)
+        items = pa.concat_tables([data.items, _named_anew(data.items.slice(0, 1))])
+        text = data.text_vectors
+        text = None if text is None else np.concatenate([text, text[:1]])
+        log = self.dataset.positives
+        whole = log.histories(Split.TEST)
+        fresh = log.split > Split.TRAIN
+        twin = StandIns(np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32), data.num_items)
+        lesson = lesson_of(whole, fresh, max_length=20, replay=0.5, seed=0, stand_ins=twin)
+        grown = FitData(whole, log.weight, items, text, None, data.seed, lesson)
+        how = UpdateConfig(epochs=1, rate=0.1)
+        first, second = (self.config.update(fitted, grown, Runtime("cpu"), how) for _ in range(2))
+        assert first.num_items == data.num_items + 1
+        now_ms = np.full(len(histories), 1_600_000_000_000, np.int64)
+        scores = first.score(histories, now_ms)
+        assert scores.shape == (len(histories), data.num_items + 1)
+        assert np.isfinite(scores).all()
+        np.testing.assert_array_equal(second.score(histories, now_ms), scores)
+
+        def known_items(part: Histories, times: NDArray[np.int64] | None) -> NDArray[np.float32]:
+            return first.score(part, times)[:, : data.num_items]
+
+        assert validation_ndcg(known_items, self.dataset.targets(Split.VALID), Runtime("cpu")) >= self.min_ndcg
+
     def test_empty_data(self) -> None:
         """Nothing to learn from is an error that says so."""
         dataset = self.dataset
@@ -237,6 +266,11 @@ class RetrieverContract:
         if bonus is not None:
             bonus.add_to(scores)
         _close(scores, fitted.score(histories))
+
+
+def _named_anew(items: pa.Table) -> pa.Table:
+    place = items.column_names.index("item_id")
+    return items.set_column(place, items.schema.field(place), pa.array(["new"] * len(items), pa.string()))
 
 
 def _lists(histories: Histories) -> list[list[int]]:
