@@ -1,8 +1,8 @@
 """``python -m jobs.features``: what each feature is worth to the ranker, and which of them it can do without.
 
-Trains what ``--config`` says as far as the ranker (finished steps are reused); judges on users that the ranker has not
-learned from. The features that are not shown to be worth anything are left out together, the ranker is trained once
-more without them, and both are compared.
+Trains what ``--config`` says as far as the ranker (finished steps are reused); judges on the users that decide when its
+training stops, from whom it does not learn otherwise. The features that are not shown to be worth anything are left out
+together, the ranker is trained once more without them, and both are compared.
 """
 
 from __future__ import annotations

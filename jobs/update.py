@@ -2,16 +2,19 @@
 
 Reads the log from the Bundle's watermark; teaches retriever and ranker what is new; judges the result, beside the
 parent, on the newest events before it learns them too; and where it passes the gate, publishes a child Bundle, which
-takes over through a trial. Where it does not, the parent stays, and it is said why. Killed at any moment, it leaves
-nothing behind but a folder of scratch files.
+takes over through a trial. Where it does not, the parent stays, and it is said why. Killed at any moment, it leaves the
+Bundle that answers as it is; what it may leave besides (scratch files, a trial that nobody ends) the next run removes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +36,9 @@ from recsys.bundle.reader import Bundle
 from recsys.bundle.store import BundleStore
 from recsys.bundle.writer import BundleWriter
 from recsys.config import StrictConfig, apply_override
+from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
-from recsys.errors import BundleError, RecsysError
+from recsys.errors import BundleError, PointerConflictError, RecsysError
 from recsys.events import AnyEventStore, EventStore
 from recsys.files import write_json
 from recsys.models import load_retriever
@@ -42,7 +46,7 @@ from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetrie
 from recsys.models.ranking import Ranker
 from recsys.models.text_encoder import item_texts
 from recsys.online.config import OnlineConfig
-from recsys.online.gate import Contestant, Verdict, judge
+from recsys.online.gate import Contestant, Verdict, judge, unsettled
 from recsys.online.learn import (
     category_names,
     compressed_like,
@@ -53,7 +57,7 @@ from recsys.online.learn import (
     teach_ranker,
     teach_retriever,
 )
-from recsys.online.log import GrownLog, grow
+from recsys.online.log import GrownLog, grow, with_unknown
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.offline import staged
 from recsys.pipeline.stages.ranking import RankingStage
@@ -62,6 +66,9 @@ from recsys.training.runtime import Runtime
 
 console = Console(stderr=True)
 _SCRATCH = "updating"
+_REASON = "updated from the event log"
+_PATIENCE_S = 60.0
+"""beyond the time of a trial, before it is taken for one that nobody ends"""
 
 
 class TrialConfig(StrictConfig):
@@ -116,18 +123,26 @@ def fit(payload: _Payload, runtime: Runtime) -> Callable[[Path], None]:
 def run(config: UpdateJobConfig, events: EventStore) -> Outcome:
     """One update.
 
-    :raises BundleError: when there is no Bundle to go on from, or it does not say how it was trained.
+    :raises BundleError: when there is no Bundle to go on from, it does not say how it was trained, or another update
+        is at work.
     """
+    with _alone(config.workdir):
+        return _run(config, events)
+
+
+def _run(config: UpdateJobConfig, events: EventStore) -> Outcome:
     started = time.perf_counter()
     store = BundleStore(config.store)
+    _end_orphan(store, config.trial)
     parent = store.open()
     job = _job_of(parent)
     if config.num_workers is not None:
         job = job.model_copy(update={"compute": job.compute.model_copy(update={"num_workers": config.num_workers})})
+    # In this order: what is done with an item comes after the item.
+    watermark = events.watermark()
     version = store.items.version()
     live = LiveBundle(parent, store.items.read(version), version) if version else parent
-    watermark = events.watermark()
-    new = _read(events, parent.manifest.events_watermark, watermark)
+    new = _read(events, parent.manifest.events_watermark, watermark, config.events.log_only)
     record: dict[str, Any] = {"parent": parent.bundle_id, "watermark": watermark, "num_events": len(new)}
 
     def done(state: str, child: str | None = None, verdict: Verdict | None = None) -> Outcome:
@@ -146,6 +161,8 @@ def run(config: UpdateJobConfig, events: EventStore) -> Outcome:
         protocol=job.data.split.protocol,
     )
     record |= {"num_new": log.num_new, "num_unknown_items": log.num_unknown_items, "num_new_users": log.num_new_users}
+    if (verdict := unsettled(log.dataset, config.online.gate)) is not None:
+        return done("kept", verdict=verdict)
     scratch = Path(config.workdir).absolute() / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -155,14 +172,14 @@ def run(config: UpdateJobConfig, events: EventStore) -> Outcome:
         if not verdict.passed:
             return done("kept", verdict=verdict)
         final = models.finished(job, log.dataset, config.online, scratch)
-        child = _published(job, live, log.dataset, final, watermark, scratch, record | verdict.figures)
+        child = _published(job, live, log, final, watermark, scratch, record | verdict.figures)
         store.add(child)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    state = _take_over(store, parent.bundle_id, child.bundle_id, config.trial)
-    if state == "published":
-        store.collect(job.publish.keep)
-    return done(state, child.bundle_id, verdict)
+    why = _take_over(store, parent.bundle_id, child.bundle_id, config.trial)
+    store.collect(job.publish.keep)
+    record["taken_back"] = why
+    return done("kept" if why else "published", child.bundle_id, verdict)
 
 
 def _job_of(bundle: Bundle) -> JobConfig:
@@ -172,10 +189,14 @@ def _job_of(bundle: Bundle) -> JobConfig:
         raise BundleError(f"Bundle {bundle.bundle_id} does not say how it was trained: {error}") from error
 
 
-def _read(events: EventStore, after: str | None, until: str) -> pa.Table:
-    """The log after ``after``, up to ``until``."""
+def _read(events: EventStore, after: str | None, until: str, log_only: tuple[str, ...]) -> pa.Table:
+    """The log after ``after``, up to ``until``, without what is no interaction."""
     last = int(until.rpartition(":")[2])
-    tables = [table.filter(pa.array(table["position"].to_numpy() <= last)) for table in events.log(after)]
+    told = pa.array(log_only, pa.string())
+    tables = [
+        table.filter(pc.and_(pc.less_equal(table["position"], last), pc.invert(pc.is_in(table["event"], told))))
+        for table in events.log(after)
+    ]
     return pa.concat_tables([schema.EVENT_LOG.empty_table(), *tables])
 
 
@@ -218,7 +239,7 @@ class _Models:
 
     def finished(self, job: JobConfig, dataset: Dataset, online: OnlineConfig, scratch: Path) -> _Models:
         """What passed the gate, once it has learned what judged it, too."""
-        data = lesson_data(job.retriever, dataset, Split.TEST, self.text, online)
+        data = lesson_data(self.retriever.config, dataset, Split.TEST, self.text, online)
         retriever = _taught(job, self.retriever, data, online, scratch / "last")
         ranker = self.ranker
         if ranker is not None:
@@ -232,14 +253,11 @@ def _learned(job: JobConfig, live: Bundle, log: GrownLog, online: OnlineConfig, 
     """The child before it learns what judges it."""
     dataset = log.dataset
     base = live.base if isinstance(live, LiveBundle) else live
-    text = None
-    if base.has("encoder"):
-        words = base.words()
-        console.print(f"encoding the texts of {dataset.num_items} items", highlight=False)
-        text = words.encode(item_texts(dataset.items, words.config))
+    text = _texts(live, dataset) if base.has("encoder") else None
     stand_ins = live.stand_ins() if isinstance(live, LiveBundle) else None
-    data = lesson_data(job.retriever, dataset, Split.VALID, text, online, stand_ins)
-    retriever = _taught(job, base.retriever(), data, online, scratch / "first")
+    fitted = base.retriever()
+    data = lesson_data(fitted.config, dataset, Split.VALID, text, online, stand_ins, log.late)
+    retriever = _taught(job, fitted, data, online, scratch / "first")
     if not base.has("ranker"):
         return _Models(live, text, retriever, None, ())
     served = base.ranker()
@@ -254,8 +272,25 @@ def _learned(job: JobConfig, live: Bundle, log: GrownLog, online: OnlineConfig, 
     return _Models(live, text, retriever, ranker, names)
 
 
+def _texts(live: Bundle, dataset: Dataset) -> NDArray[np.float32]:
+    """float32 [N, X]: of all items; those that the Bundle holds as they are need not be encoded again."""
+    base = live.base if isinstance(live, LiveBundle) else live
+    words = base.words()
+    held = base.text_index().vectors() if base.has("text_index") else None
+    if held is None:
+        console.print(f"encoding the texts of {dataset.num_items} items", highlight=False)
+        return words.encode(item_texts(dataset.items, words.config))
+    vectors = np.zeros((dataset.num_items, held.shape[1]), np.float32)
+    vectors[: len(held)] = held
+    if isinstance(live, LiveBundle):
+        changed = live.changed_item_idx
+        vectors[changed] = words.encode(item_texts(dataset.items.take(pa.array(changed)), words.config))
+    return vectors
+
+
 def _taught(job: JobConfig, fitted: Retriever, data: FitData, online: OnlineConfig, folder: Path) -> Retriever:
-    payload = _Payload(job.retriever, fitted, data, online)
+    # Its own configuration: it says for how many epochs it was fitted, which a kind that is fitted anew needs.
+    payload = _Payload(fitted.config, fitted, data, online)
     result = fit_distributed(fit, payload, compute=job.compute, name="update", storage=folder)
     retriever = load_retriever(result.path)
     discard(result)
@@ -265,7 +300,7 @@ def _taught(job: JobConfig, fitted: Retriever, data: FitData, online: OnlineConf
 def _published(
     job: JobConfig,
     live: Bundle,
-    dataset: Dataset,
+    log: GrownLog,
     models: _Models,
     watermark: str,
     scratch: Path,
@@ -273,6 +308,7 @@ def _published(
 ) -> Bundle:
     """The child, complete, in ``scratch``."""
     base = live.base if isinstance(live, LiveBundle) else live
+    dataset, max_history = log.dataset, job.publish.max_history
     with BundleWriter(scratch / "bundle") as writer:
         Catalogue.build(dataset.items).save(writer.part("items"))
         models.retriever.save(writer.part("retriever"))
@@ -289,7 +325,7 @@ def _published(
         if base.has("text_index") and models.text is not None:
             job.index.build(models.text).save(writer.part("text_index"))
         writer.add_popular(*popular(job, dataset))
-        writer.add_histories(histories(dataset, job.publish.max_history))
+        writer.add_histories(with_unknown(histories(dataset, max_history), log.unknown, max_history))
         writer.add_config(base.config)
         note = "updated from the event log; figures are those of the gate, on events that neither model had learned"
         writer.add_metrics({"note": note, "update": figures, "parent": base.metrics})
@@ -297,25 +333,60 @@ def _published(
         return writer.finish(dataset.info, embedding_dim=dim, parent=base.bundle_id, events_watermark=watermark)
 
 
-def _take_over(store: BundleStore, parent: str, child: str, trial: TrialConfig) -> str:
-    """Through a trial to all users; ``kept`` where gateways took it back, or somebody moved the pointer meanwhile."""
+def _take_over(store: BundleStore, parent: str, child: str, trial: TrialConfig) -> str | None:
+    """Through a trial to all users; None, or why the parent stays: gateways took the child back, or somebody else has
+    moved the pointer meanwhile.
+    """
     if child == parent:
-        return "published"
-    if not trial.share:
-        store.activate(child, parent)
-        return "published"
-    token = store.try_out(child, trial.share, reason="updated from the event log").canary
-    assert token is not None
+        return None
+    try:
+        if not trial.share:
+            store.activate(child, parent)
+            return None
+        canary = store.try_out(child, trial.share, expected=parent, reason=_REASON).canary
+    except PointerConflictError as error:
+        return str(error)
+    assert canary is not None
     console.print(f"on trial with {trial.share:.0%} of the users for {trial.seconds:g} s", highlight=False)
     end = time.monotonic() + trial.seconds
-    while True:
-        pointer = store.current()
-        if pointer is None or pointer.canary is None or pointer.canary.token != token.token:
-            return "kept"
-        if time.monotonic() >= end:
-            store.promote(reason="the trial went well")
-            return "published"
-        time.sleep(min(1.0, trial.seconds))
+    try:
+        while (pointer := store.current()) and pointer.canary is not None and pointer.canary.token == canary.token:
+            if time.monotonic() >= end:
+                store.promote(token=canary.token, reason="the trial went well")
+                return None
+            time.sleep(min(1.0, trial.seconds))
+    except PointerConflictError as error:
+        return str(error)
+    except BaseException:
+        with suppress(BundleError):
+            store.withdraw(child, reason="the update was interrupted")
+        raise
+    return (pointer and pointer.reason) or "the trial was ended"
+
+
+def _end_orphan(store: BundleStore, trial: TrialConfig) -> None:
+    """A trial of ours that an update has begun and did not live to end."""
+    pointer = store.current()
+    if pointer is None or pointer.canary is None or pointer.reason != _REASON:
+        return
+    if (datetime.now(UTC) - pointer.moved_at).total_seconds() > trial.seconds + _PATIENCE_S:
+        store.withdraw(pointer.canary.bundle_id, reason="the update that began this trial is gone")
+
+
+@contextmanager
+def _alone(workdir: str) -> Generator[None]:
+    """One update at a time in one folder.
+
+    :raises BundleError: when another one is at work.
+    """
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BundleError(f"{folder}: another update is at work here") from error
+        yield
 
 
 def tell(outcome: Outcome) -> str:
@@ -329,7 +400,7 @@ def tell(outcome: Outcome) -> str:
     figures = verdict.figures
     found = f"{figures['metric']} {figures['child']:.4f} after {figures['parent']:.4f}"
     if outcome.state == "kept":
-        return f"Bundle {outcome.child} passed the gate ({found}) and was taken back in its trial"
+        return f"Bundle {outcome.child} passed the gate ({found}) and was taken back: {outcome.record['taken_back']}"
     return f"Bundle {outcome.child} answers: {found} on {figures['num_queries']} queries"
 
 
@@ -355,10 +426,15 @@ def main(
         config = UpdateJobConfig.parse(tree, where="--set")
         with config.events.open() as log:
             while True:
-                outcome = run(config, log)
-                console.print(tell(outcome), highlight=False, soft_wrap=True)
+                try:
+                    console.print(tell(run(config, log)), highlight=False, soft_wrap=True)
+                except RecsysError as error:
+                    if not every:
+                        raise
+                    # Whatever it was, the next time it may be over.
+                    console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
                 if not every:
-                    break
+                    return
                 time.sleep(every)
     except RecsysError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from recsys.bundle import Bundle
 from recsys.bundle.changes import ITEM_CHANGES, ItemLog
+from recsys.data.arrow import pc
 from recsys.errors import RequestError, StageOverloadedError
 from serve import wire
 from serve.service import Service
@@ -51,13 +52,14 @@ class ItemChanges:
 
     async def remove(self, item_id: str) -> int | None:
         """Take an item out of the catalogue; the version without it, None where there is no such item."""
-        current = self._service.current
+        knowing = self._service.knowing(item_id)
 
         def write() -> int | None:
-            row = current.recommender.item(item_id)
+            row = knowing.recommender.item(item_id)
             if row is None:  # it may have been put a moment ago
                 changed = self._log().read()
-                found = [each for each in changed.to_pylist() if each["item_id"] == item_id]
+                rows = changed.filter(pc.equal(changed["item_id"], item_id))
+                found = rows.drop_columns(["text_vector"]).to_pylist()
                 row = None if not found or found[0]["removed"] else found[0]
             if row is None:
                 return None

@@ -22,7 +22,7 @@ from recsys.errors import BundleError, RecsysError
 from recsys.pipeline.stage import Stage
 
 FORGET_S = 60.0
-FORGET_VERSION_S = 15.0
+FORGET_VERSION_S = 45.0
 """the same for a version of the catalogue: there may be a new one every few seconds"""
 RETRY_S = 30.0
 """how long after a failure a Bundle that is still asked for is loaded once more"""
@@ -57,13 +57,16 @@ class Shelf:
         self._uri = uri
         self._build = build
         self._stages: dict[str, Stage | None] = {}
+        self._bundles: dict[str, Bundle] = {}  # open as long as their stages are: versions share the parts of one
         self._info: dict[str, StageInfo] = {}
         self._held: dict[str, float] = {}
         self._failed_at: dict[str, float] = {}
         self._loading = threading.Lock()
         # Loading takes a while, and the pointer may move meanwhile.
-        while missing := [each for each in wanted(uri) if each not in self._info]:
+        loaded: set[str] = set()
+        while missing := [each for each in wanted(uri) if split_id(each)[0] not in loaded]:
             for bundle_id in missing:
+                loaded.add(split_id(bundle_id)[0])
                 self._first(bundle_id)
         # Where the newest are no good, gateways answer from one before.
         for bundle_id in fallbacks(uri):
@@ -84,6 +87,8 @@ class Shelf:
         stage = self._stages.get(bundle_id)
         if stage is None:
             self.hold([bundle_id])
+        else:
+            self._held[bundle_id] = time.monotonic()
         return stage
 
     @property
@@ -106,6 +111,7 @@ class Shelf:
         for bundle_id in [each for each, held in self._held.items() if now - held > _forget_s(each)]:
             if self._info[bundle_id].state != "loading":
                 self._stages.pop(bundle_id, None)
+                self._bundles.pop(bundle_id, None)
                 self._failed_at.pop(bundle_id, None)
                 del self._held[bundle_id], self._info[bundle_id]
         return {bundle_id: self._info[bundle_id] for bundle_id in bundle_ids}
@@ -113,7 +119,8 @@ class Shelf:
     def _load(self, bundle_id: str) -> None:
         with self._loading:  # one at a time: two would need the memory of both
             try:
-                stage = self._build(open_bundle(self._uri, bundle_id))
+                bundle = open_bundle(self._uri, bundle_id)
+                stage = self._build(bundle)
             except Exception as error:  # noqa: BLE001 a Bundle that cannot be loaded takes no replica down
                 problem = f"{type(error).__name__}: {error}"
                 unexpected = None if isinstance(error, RecsysError) else error
@@ -121,6 +128,7 @@ class Shelf:
                 self._failed_at[bundle_id] = time.monotonic()
                 self._info[bundle_id] = StageInfo(self._name, bundle_id, "failed", problem=problem)
             else:
+                self._bundles[bundle_id] = bundle
                 self._stages[bundle_id] = stage
                 self._info[bundle_id] = StageInfo(self._name, bundle_id, "ready", present=stage is not None)
 

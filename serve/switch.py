@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from recsys.bundle.live import live_id, split_id
-from recsys.bundle.store import BundleStore, Pointer
+from recsys.bundle.store import BundleStore, Canary, Pointer
 from recsys.errors import BundleError, PointerConflictError
 from recsys.events import EventStore
 from recsys.pipeline.stage import AsyncStage
@@ -61,6 +61,9 @@ class Switch:
         first: Exception | None = None
         uri = self._config.bundle_uri
         bundle_ids = [*await asyncio.to_thread(wanted, uri), *await asyncio.to_thread(fallbacks, uri)]
+        version = await asyncio.to_thread(BundleStore(uri).items.version) if self._follows else 0
+        bundle_ids += [live_id(each, version) for each in bundle_ids if not split_id(each)[1]]
+        bundle_ids.sort(key=lambda each: split_id(each)[1] != version)  # with the changes first, else in this order
         if self._follows and (pointer := await asyncio.to_thread(BundleStore(uri).current)) is not None:
             self._number = pointer.number
         for bundle_id in dict.fromkeys(bundle_ids):
@@ -127,7 +130,8 @@ class Switch:
         _log.error("Bundle %s is taken back: %s", bundle_id, reason)
         self._retire(service, trial)
         self._refuse(bundle_id, BundleError(reason), log=False)
-        await asyncio.to_thread(self._withdraw, trial, reason)
+        wished = Canary(bundle_id=bundle_id, share=trial.share, token=trial.token)
+        await asyncio.to_thread(self._withdraw, wished, reason)
 
     async def hold(self, service: Service) -> None:
         """Stages forget what no gateway names."""
@@ -135,16 +139,16 @@ class Switch:
         await asyncio.gather(*(stage.hold(bundle_ids) for stage in self._remote.values()))
 
     async def _turn_to(self, service: Service, pointer: Pointer, version: int) -> None:
-        target = live_id(pointer.bundle_id, version)
-        if target == service.current.bundle_id:
-            return
-        generation = await self._made(service, target)
-        fresh = pointer.bundle_id != service.current.base_id
-        if generation is None and fresh and version:  # rather the Bundle alone than the one before
-            generation = await self._made(service, pointer.bundle_id)
+        generation: Generation | None = None
+        # Where the Bundle is no good, the one that answers goes on, with the catalogue as it is now.
+        for target in (live_id(pointer.bundle_id, version), live_id(service.current.base_id, version)):
+            if target == service.current.bundle_id:
+                return
+            if (generation := await self._made(service, target)) is not None:
+                break
         if generation is None or not await self._still(service, generation, pointer):
             return
-        if fresh:
+        if generation.base_id != service.current.base_id:
             try:
                 await asyncio.to_thread(generation.seed, self._store)
             except Exception as error:  # noqa: BLE001 without its histories it does not answer
@@ -178,7 +182,12 @@ class Switch:
         if trial is not None and trial.generation.bundle_id == target:
             return
         generation = await self._made(service, target)
-        if generation is None or not await self._still(service, generation, pointer):
+        if generation is None:
+            # Nobody shall take it for one that goes well.
+            why = self._problems.get(target) or self._problems.get(wished.bundle_id) or "it cannot be served"
+            await asyncio.to_thread(self._withdraw, wished, why)
+            return
+        if not await self._still(service, generation, pointer):
             return
         self._bring_back(service, generation)
         if trial is None:
@@ -198,12 +207,12 @@ class Switch:
         self._put_aside(service, generation)
         return False
 
-    def _withdraw(self, trial: Trial, reason: str) -> None:
+    def _withdraw(self, trial: Canary, reason: str) -> None:
         """End the trial in the store, unless somebody has done so."""
         store = BundleStore(self._config.bundle_uri)
         while (pointer := store.current()) and pointer.canary is not None and pointer.canary.token == trial.token:
             try:
-                store.withdraw(trial.generation.bundle_id, reason=reason)
+                store.withdraw(trial.bundle_id, reason=reason)
             except PointerConflictError:
                 continue  # somebody moved it at the same time, perhaps for another reason
             except BundleError:
@@ -243,8 +252,10 @@ class Switch:
     async def _prepare(self, bundle_id: str, beside: Sequence[str] = ()) -> Generation:
         """Open a Bundle here and in every stage, and prove it: itself, before any change of its catalogue."""
         base_id = split_id(bundle_id)[0]
+        proven: Generation | None = None  # its Bundle stays open for the one with the changes
         if base_id != bundle_id and base_id not in self._proven:
-            (await self._prepare(base_id, beside)).recommender.close()
+            proven = await self._prepare(base_id, beside)
+            proven.recommender.close()
         timeout_s = self._config.gateway.ready_timeout_s
         present: dict[str, AsyncStage] = {}
         absent: list[str] = []
@@ -265,6 +276,7 @@ class Switch:
             generation.recommender.close()
             raise
         self._proven.add(bundle_id)
+        del proven
         return generation
 
     def _bring_back(self, service: Service, generation: Generation) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from recsys.events.base import MAX_ID_LENGTH
 from recsys.pipeline.requests import (
@@ -33,6 +33,12 @@ def _only_text(value: Any) -> Any:
         raise ValueError(  # noqa: TRY004 pydantic reports it as a bad value
             'write the time as an ISO 8601 string with its zone, such as "2025-06-01T12:00:00Z"'
         )
+    return value
+
+
+def _of_our_time(value: datetime) -> datetime:
+    if not 1000 <= value.year <= 2999:
+        raise ValueError(f"the year {value.year} is not in 1000 to 2999")
     return value
 
 
@@ -168,7 +174,9 @@ class ItemBody(_Body):
     categories: tuple[Id, ...] = Field((), max_length=100)
     creator: Id | None = Field(None, description="who made it: author, artist, studio, brand")
     price: float | None = Field(None, ge=0, le=1e30, description="in the catalogue's own unit")
-    created_at: Timestamp | None = Field(None, description="ISO 8601 with zone")
+    created_at: Annotated[Timestamp, AfterValidator(_of_our_time)] | None = Field(
+        None, description="ISO 8601 with zone, of the years 1000 to 2999"
+    )
     available: bool = Field(True, description="false: known, but not shown")
     image: str | None = Field(None, max_length=2048)
 

@@ -35,6 +35,8 @@ ITEM_CHANGES = pa.schema(
 encoder with the fingerprint ``encoder`` makes it, both null where there was none."""
 
 FOLD_EVERY = 64
+KEPT_VERSIONS = 1024
+"""so many versions can still be read, at least: somebody may be about to open one"""
 _NAME = re.compile(r"(\d{8})(\.all)?\.arrow")
 
 
@@ -61,7 +63,7 @@ class ItemLog:
             name = f"{number:08d}.all.arrow" if fold else f"{number:08d}.arrow"
             if self._create(number, name, table):
                 if fold:
-                    self._forget(number - FOLD_EVERY)
+                    self._forget(number - KEPT_VERSIONS)
                 return number
         raise BundleError(f"{self._root}: other writers were quicker a hundred times")
 
@@ -104,7 +106,7 @@ class ItemLog:
             raise BundleError(f"{self._root / name} cannot be written: {error}") from error
 
     def _forget(self, before: int) -> None:
-        """Remove what a fold contains; the files of the last :data:`FOLD_EVERY` versions stay for who reads them."""
+        """Remove what a fold contains."""
         for number, name in self._files().items():
             if number < before:
                 with suppress(FileNotFoundError):  # another writer does the same

@@ -67,6 +67,11 @@ class LiveBundle(Bundle):
         """See :meth:`Bundle.catalogue`; the new items follow on those of the Bundle."""
         return self._changed()
 
+    @property
+    def changed_item_idx(self) -> NDArray[np.int32]:
+        """int32 [C]: the items that were put or removed."""
+        return self._changed().changed_item_idx
+
     def _changed(self) -> ChangedCatalogue:
         from recsys.pipeline.changed import ChangedCatalogue
 
@@ -76,12 +81,17 @@ class LiveBundle(Bundle):
         """See :meth:`Bundle.retriever`."""
         from recsys.models.stand_in import with_new_items
 
+        if not len(self.stand_ins()):
+            return self.base.retriever()
         return self._load(layout.RETRIEVER, lambda _: with_new_items(self.base.retriever(), self.stand_ins()))
 
     def index(self) -> VectorIndex:
         """See :meth:`Bundle.index`."""
         from recsys.index.extended import ExtendedIndex
         from recsys.models.stand_in import StandInVectors
+
+        if not len(self.stand_ins()):
+            return self.base.index()
 
         def extend(_: Path) -> ExtendedIndex:
             retriever = cast(StandInVectors, self.retriever())  # only vectors have an index
@@ -110,6 +120,8 @@ class LiveBundle(Bundle):
         """See :meth:`Bundle.ranker`."""
         from recsys.models.stand_in import StandInRanker
 
+        if not len(self.stand_ins()):
+            return self.base.ranker()
         return self._load(layout.RANKER, lambda _: StandInRanker(self.base.ranker(), self.stand_ins()))
 
     def stand_ins(self) -> StandIns:
@@ -126,7 +138,9 @@ class LiveBundle(Bundle):
         if self.knows_words:
             likeness, found = self.base.text_index().search(self._text_vectors()[new], k)
         else:
-            likeness, found = _by_categories(base, catalogue, catalogue.changed_item_idx[new], k, self._demand(known))
+            likeness, found = _by_categories(
+                base, catalogue, catalogue.changed_item_idx[new], k, self._demand(known), self.base.remembered
+            )
         weight = np.exp((likeness - likeness.max(axis=1, initial=-np.inf, keepdims=True)) / TEMPERATURE)
         weight = weight / weight.sum(axis=1, keepdims=True)
         return StandIns(found.reshape(-1, k), weight.reshape(-1, k).astype(np.float32), known)
@@ -150,9 +164,9 @@ class LiveBundle(Bundle):
         words = self.base.words()
         vectors_CE = np.zeros((len(self._changes), self.base.text_index().dim), np.float32)
         own = np.array([name == self.base.encoder_id for name in self._changes["encoder"].to_pylist()], np.bool_)
-        given = self._changes["text_vector"].filter(pa.array(own)).to_pylist()
-        if given:
-            vectors_CE[own] = np.array(given, np.float32)
+        given = self._changes["text_vector"].filter(pa.array(own)).combine_chunks()
+        if len(given):
+            vectors_CE[own] = given.flatten().to_numpy().reshape(len(given), -1)
         others = np.flatnonzero(~own)
         if len(others):
             vectors_CE[others] = words.encode(item_texts(self._changes.take(pa.array(others)), words.config))
@@ -160,20 +174,37 @@ class LiveBundle(Bundle):
 
 
 def _by_categories(
-    base: Catalogue, catalogue: Catalogue, new_item_idx: NDArray[np.int32], k: int, demand: NDArray[np.float32]
+    base: Catalogue,
+    catalogue: Catalogue,
+    new_item_idx: NDArray[np.int32],
+    k: int,
+    demand: NDArray[np.float32],
+    known: dict[tuple[str, ...], tuple[NDArray[np.float32], NDArray[np.int32]]],
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """For each new item the ``k`` of ``base`` that share most of its categories, of equals those in most demand: how
-    alike they are (0 to 1), float32 [M, k], and which, int32 [M, k].
+    alike they are (0 to 1), float32 [M, k], and which, int32 [M, k]. ``known`` remembers what was found.
     """
     likeness_Mk = np.zeros((len(new_item_idx), k), np.float32)
     found_Mk = np.zeros((len(new_item_idx), k), np.int32)
-    counts = np.maximum(np.bincount(base.postings()[1], minlength=len(base)), 1)
     for row, item_idx in enumerate(new_item_idx.tolist()):
-        names: list[str] = catalogue.item(item_idx)["categories"]
-        shared = np.zeros(len(base), np.float32)
-        for name in dict.fromkeys(names):
-            shared[base.in_category(name)] += 1.0
-        alike = shared / np.sqrt(counts * max(1, len(names)))
-        best = np.lexsort((-demand, -alike))[:k]
-        likeness_Mk[row], found_Mk[row] = alike[best], best
+        names = tuple(sorted(set(catalogue.item(item_idx)["categories"])))
+        if names not in known:
+            known[names] = _most_alike(base, names, k, demand)
+        likeness_Mk[row], found_Mk[row] = known[names]
     return likeness_Mk, found_Mk
+
+
+def _most_alike(
+    base: Catalogue, names: tuple[str, ...], k: int, demand: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    shared = [base.in_category(name) for name in names]
+    rows, number = np.unique(np.concatenate([np.zeros(0, np.int32), *shared]), return_counts=True)
+    alike = (number / np.sqrt(np.maximum(base.num_categories(rows), 1) * max(1, len(names)))).astype(np.float32)
+    best = np.lexsort((-demand[rows], -alike))[:k]
+    found, likeness = rows[best].astype(np.int32), alike[best]
+    if len(found) < k:  # too few have any of them: what most people like stands in as well
+        popular = np.argsort(-demand, kind="stable")[: k + len(found)].astype(np.int32)
+        popular = popular[~np.isin(popular, found)][: k - len(found)]
+        found = np.concatenate([found, popular])
+        likeness = np.concatenate([likeness, np.zeros(len(popular), np.float32)])
+    return likeness, found

@@ -70,6 +70,8 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._parts: dict[str, Any] = {}
+        self.remembered: dict[Any, Any] = {}
+        """what versions of the catalogue found out about these items"""
 
     @classmethod
     def open(cls, uri: str | Path, *, cache: str | Path | None = None) -> Bundle:

@@ -178,27 +178,37 @@ class BundleStore:
         before = next((entry.previous for entry in log if entry.bundle_id == target), None)
         return self._move(pointer, target, previous=before)
 
-    def try_out(self, bundle_id: str, share: float, *, reason: str | None = None) -> Pointer:
+    def try_out(
+        self, bundle_id: str, share: float, *, expected: str | None = None, reason: str | None = None
+    ) -> Pointer:
         """Give ``bundle_id``, which is in the store, to ``share`` (above 0, up to 1) of the users.
+
+        Where ``expected`` is given, it must be current and no other trial may be going on; else one ends with it.
 
         :raises BundleNotFoundError: when the store does not hold it, or nothing is current.
         :raises BundleError: when it is current already.
-        :raises PointerConflictError: when somebody moves the pointer at the same time.
+        :raises PointerConflictError: when somebody moves the pointer at the same time, or did before.
         """
         read_manifest(self._folder(bundle_id))
         pointer = self._pointer()
+        if expected is not None:
+            self._expect(pointer, expected)
+            if pointer.canary is not None:
+                raise PointerConflictError(f"{self.root}: Bundle {pointer.canary.bundle_id} is on trial already")
         if pointer.bundle_id == bundle_id:
             raise BundleError(f"{self.root}: Bundle {bundle_id} is current already, there is nothing to try out")
         canary = Canary.parse({"bundle_id": bundle_id, "share": share, "token": uuid.uuid4().hex}, where="canary")
         return self._move(pointer, pointer.bundle_id, previous=pointer.previous, canary=canary, reason=reason)
 
-    def promote(self, *, reason: str | None = None) -> Pointer:
-        """Make the Bundle on trial the current one.
+    def promote(self, *, token: str | None = None, reason: str | None = None) -> Pointer:
+        """Make the Bundle on trial the current one; with a ``token`` only if it is that trial.
 
         :raises BundleError: when none is.
-        :raises PointerConflictError: when somebody moves the pointer at the same time.
+        :raises PointerConflictError: when it is another trial, or somebody moves the pointer at the same time.
         """
         pointer, canary = self._on_trial()
+        if token is not None and canary.token != token:
+            raise PointerConflictError(f"{self.root}: another trial is going on, of Bundle {canary.bundle_id}")
         return self._move(pointer, canary.bundle_id, previous=pointer.bundle_id, reason=reason)
 
     def withdraw(self, bundle_id: str | None = None, *, reason: str | None = None) -> Pointer:

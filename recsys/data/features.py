@@ -71,22 +71,22 @@ class ItemFeatures:
     """int32 [N], -1 where unknown"""
     created_ms: NDArray[np.int64]
     """int64 [N]: creation, else first interaction before the cutoff, else ``NO_TIME``"""
-    category_names: tuple[str, ...] = ()
+    category_names: tuple[str, ...] | None = None
     """G: what the columns of :attr:`categories` stand for; where there are :data:`MAX_CATEGORIES`, the last one stands
-    for all others as well"""
+    for all others as well; None where that was not written down"""
 
     @classmethod
-    def of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...] = ()) -> ItemFeatures:
+    def of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...] | None = None) -> ItemFeatures:
         """Features from the interactions up to and with the split ``until``.
 
-        ``category_names`` keeps the columns that a ranker was trained with; without them they are chosen anew.
+        ``category_names`` keeps the columns that a ranker was trained with; None chooses them anew.
 
         :raises LeakageError: when they depend on what came after.
         """
         return check_blind("item features", lambda source: cls._of(source, until, category_names), dataset, until)
 
     @classmethod
-    def _of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...] = ()) -> ItemFeatures:
+    def _of(cls, dataset: Dataset, until: Split, category_names: tuple[str, ...] | None = None) -> ItemFeatures:
         log = dataset.log
         rows = log.split <= until
         num_items = dataset.num_items
@@ -125,7 +125,7 @@ class ItemFeatures:
             axis=1,
         )
         lists = categories.combine_chunks()
-        names = category_names or category_columns(lists)
+        names = category_columns(lists) if category_names is None else category_names
         return cls(
             numeric.astype(np.float32),
             _category_rows(lists, num_items, names),
@@ -152,12 +152,13 @@ class ItemFeatures:
     def load(cls, path: str | Path) -> ItemFeatures:
         """Memory-map what :meth:`save` wrote."""
         table = map_arrow(path)
+        names = json.loads((table.schema.metadata or {}).get(_NAMES, b"null"))
         return cls(
             matrix(table["numeric"]),
             matrix(table["categories"]),
             table["creator"].to_numpy(),
             table["created_ms"].to_numpy(),
-            tuple(json.loads((table.schema.metadata or {}).get(_NAMES, b"[]"))),
+            None if names is None else tuple(names),
         )
 
 

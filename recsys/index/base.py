@@ -168,6 +168,12 @@ class VectorIndex:
             f"give bool [{self.num_items}] or packed uint8 [{(self.num_items + 7) // 8}]"
         )
 
+    def vectors(self) -> FloatArray | None:
+        """float32 [N, D] as they were indexed; None where the index holds them less exactly, or not in order."""
+        if not isinstance(self._index, faiss.IndexFlat):
+            return None
+        return self._index.reconstruct_n(0, self.num_items)
+
     def save(self, folder: str | Path) -> None:
         """Write ``index.faiss`` and, last, ``index.json``."""
         folder = Path(folder)

@@ -57,6 +57,10 @@ class ExtendedIndex(VectorIndex):
         # What was not found has no place in the order of items.
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(items, order, axis=1)
 
+    def vectors(self) -> FloatArray | None:
+        """None: nobody needs them."""
+        return None
+
     def save(self, folder: object) -> None:
         """Refused: the next Bundle has an index of its own."""
         raise ModelError("an extended index is for serving; build one over all vectors")

@@ -132,6 +132,9 @@ class TowerConfig(RetrieverConfig, ABC):
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 _continue(name, known[name], parameter, data)
+            # Histories are cut, but who was learned once is known.
+            met = fitted.network.items.has_id
+            network.items.has_id[: len(met)] |= met
         train_config = self.train.model_copy(
             update={"epochs": how.epochs, "learning_rate": self.train.learning_rate * how.rate, "warmup_steps": 5}
         )

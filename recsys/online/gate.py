@@ -21,6 +21,8 @@ from recsys.online.config import GateConfig
 
 _CALIBRATION_QUERIES = 512
 _TOP = 10
+_MAX_SCORES = 1 << 23
+"""scores held at once"""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,9 @@ def judge(
     parent: Contestant, child: Contestant, dataset: Dataset, evaluation: EvaluationConfig, gate: GateConfig
 ) -> Verdict:
     """Judge ``child`` on ``TEST``."""
+    if (verdict := unsettled(dataset, gate)) is not None:
+        return verdict
     targets = dataset.targets(Split.TEST)
-    if len(targets) < gate.min_queries:
-        why = f"{len(targets)} new events to judge by, fewer than {gate.min_queries}: nothing is settled yet"
-        return Verdict(False, (why,), {"num_queries": len(targets)})
     evaluation = evaluation.model_copy(update={"max_queries": gate.max_queries})
     metric = evaluation.main_metric
     values: list[NDArray[np.float64]] = []
@@ -101,6 +102,15 @@ def judge(
     return Verdict(not reasons, tuple(reasons), figures)
 
 
+def unsettled(dataset: Dataset, gate: GateConfig) -> Verdict | None:
+    """The verdict where there are too few events to judge by, before anything is learned; else None."""
+    number = len(dataset.targets(Split.TEST))
+    if number >= gate.min_queries:
+        return None
+    why = f"{number} new events to judge by, fewer than {gate.min_queries}: nothing is settled yet"
+    return Verdict(False, (why,), {"num_queries": number})
+
+
 def _overlap(a: NDArray[np.int32], b: NDArray[np.int32]) -> float:
     """The mean share of the ten best that two rankings, int32 [B, K], have in common."""
     a, b = a[:, :_TOP], b[:, :_TOP]
@@ -112,10 +122,14 @@ def _miscalibration(retriever: Retriever, targets: Targets) -> float:
     """How far the share of targets among the ten best is from what the softmax of the scores promises: the absolute
     logarithm of their ratio, each with half a hit added.
     """
-    scores_BN = retriever.score(targets.histories, targets.now_ms).astype(np.float64)
-    chance_BN = np.exp(scores_BN - scores_BN.max(axis=1, keepdims=True))
-    chance_BN /= chance_BN.sum(axis=1, keepdims=True)
-    best_Bk = np.argpartition(-scores_BN, min(_TOP, scores_BN.shape[1] - 1), axis=1)[:, :_TOP]
-    promised = float(np.take_along_axis(chance_BN, best_Bk, axis=1).sum())
-    kept = sum(bool(np.isin(targets.relevant(row), best_Bk[row]).any()) for row in range(len(targets)))
+    promised, kept = 0.0, 0
+    size = max(1, _MAX_SCORES // retriever.num_items)
+    for first in range(0, len(targets), size):
+        batch = targets[first : first + size]
+        scores_BN = retriever.score(batch.histories, batch.now_ms).astype(np.float64)
+        chance_BN = np.exp(scores_BN - scores_BN.max(axis=1, keepdims=True))
+        chance_BN /= chance_BN.sum(axis=1, keepdims=True)
+        best_Bk = np.argpartition(-scores_BN, min(_TOP, scores_BN.shape[1] - 1), axis=1)[:, :_TOP]
+        promised += float(np.take_along_axis(chance_BN, best_Bk, axis=1).sum())
+        kept += sum(bool(np.isin(batch.relevant(row), best_Bk[row]).any()) for row in range(len(batch)))
     return float(abs(np.log((promised + 0.5) / (kept + 0.5))))

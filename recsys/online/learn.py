@@ -33,12 +33,18 @@ def lesson_data(
     text: FloatArray | None,
     online: OnlineConfig,
     stand_ins: StandIns | None = None,
+    late: NDArray[np.bool_] | None = None,
 ) -> FitData:
-    """What a retriever learns when ``split`` is new to it and all before it is not."""
+    """What a retriever learns when ``split`` is new to it and all before it is not, but the rows of the interactions
+    that are ``late`` (bool [R]).
+    """
     data = FitData.of(dataset, split, text_vectors=text, seed=online.seed)
+    fresh = dataset.positives.split == split
+    if late is not None:
+        fresh = fresh | late[dataset.log.weight > 0]
     lesson = lesson_of(
         data.histories,
-        dataset.positives.split == split,
+        fresh,
         max_length=int(getattr(config, "max_length", 0)) or 100,
         replay=online.learning.replay,
         seed=online.seed + int(split),
@@ -58,7 +64,11 @@ def teach_retriever(
 
 
 def ranking_catalogue(
-    dataset: Dataset, until: Split, embeddings: FloatArray | None, text: FloatArray | None, names: tuple[str, ...]
+    dataset: Dataset,
+    until: Split,
+    embeddings: FloatArray | None,
+    text: FloatArray | None,
+    names: tuple[str, ...] | None,
 ) -> RankingCatalogue:
     """What a ranker may know of the items at the end of ``until``; ``names`` are the categories it was trained with.
 
@@ -117,4 +127,5 @@ def category_names(ranker: Ranker, items: Any) -> tuple[str, ...]:
     """The categories that the ranker's features have columns for; those of ``items`` where it does not say."""
     from recsys.data.features import category_columns
 
-    return ranker.items.features.category_names or category_columns(items["categories"].combine_chunks())
+    names = ranker.items.features.category_names
+    return category_columns(items["categories"].combine_chunks()) if names is None else names

@@ -25,10 +25,14 @@ class GrownLog:
     """What :func:`grow` found."""
 
     dataset: Dataset
+    late: NDArray[np.bool_]
+    """bool [R], of the rows of ``dataset.interactions``: new, and yet ``TRAIN``, as they lie among what was there"""
+    unknown: pa.Table
+    """interactions with items that no catalogue knows: user_id, item_id, timestamp_ms, event, value"""
     num_new: int
     """new events that are in the dataset"""
     num_unknown_items: int
-    """new events left out because no catalogue knows their item"""
+    """new events whose item no catalogue knows: nothing can be learned of them, and histories keep them"""
     num_new_users: int
 
 
@@ -59,6 +63,18 @@ def grow(bundle: Bundle, events: pa.Table, *, log_only: tuple[str, ...], judge_s
     is_new = np.arange(len(user)) >= len(old_times)
 
     unknown = item < 0
+    ids = pa.chunked_array([*_chunks(old["item_ids"]), *_chunks(events["item_id"])], pa.string())
+    user_ids = np.array(list(row_of), object)
+    left_out = np.flatnonzero(unknown)
+    nobody_knows = pa.table(
+        {
+            "user_id": pa.array(user_ids[user[left_out]], pa.string()),
+            "item_id": ids.take(pa.array(left_out)),
+            "timestamp_ms": time_ms[left_out],
+            "event": event.take(pa.array(left_out)),
+            "value": value.take(pa.array(left_out)),
+        }
+    )
     order = np.lexsort((np.arange(len(user)), time_ms, user))
     order = order[~unknown[order]]
     user, item, time_ms, is_new = user[order], item[order], time_ms[order], is_new[order]
@@ -98,7 +114,36 @@ def grow(bundle: Bundle, events: pa.Table, *, log_only: tuple[str, ...], judge_s
         counts_by_split={each.name.lower(): int(counts[each]) for each in Split},
     )
     num_unknown = int(unknown[len(old_times) :].sum())
-    return GrownLog(Dataset(interactions, items, users, info), int(is_new.sum()), num_unknown, len(users) - len(known))
+    late = is_new & (split == Split.TRAIN)
+    num_new, num_new_users = int(is_new.sum()), len(users) - len(known)
+    return GrownLog(Dataset(interactions, items, users, info), late, nobody_knows, num_new, num_unknown, num_new_users)
+
+
+def with_unknown(histories: pa.Table, unknown: pa.Table, max_history: int) -> pa.Table:
+    """``histories`` (``HISTORIES_SCHEMA``) with the interactions of ``unknown`` in their places: who comes to know an
+    item later, knows what was done with it.
+    """
+    if not len(unknown):
+        return histories
+    rows = {user_id: row for row, user_id in enumerate(histories["user_id"].to_pylist())}
+    of_user: dict[str, list[tuple[int, str, str, float]]] = {}
+    for each in unknown.to_pylist():
+        value = float("nan") if each["value"] is None else each["value"]
+        told = (each["timestamp_ms"], each["item_id"], each["event"], value)
+        of_user.setdefault(each["user_id"], []).append(told)
+    touched = sorted((rows[user_id], user_id) for user_id in of_user if user_id in rows)
+    changed: list[dict[str, Any]] = []
+    for row, user_id in touched:
+        (one,) = histories.slice(row, 1).to_pylist()
+        columns = (one["timestamps_ms"], one["item_ids"], one["events"], one["values"])
+        whole = sorted([*zip(*columns, strict=True), *of_user[user_id]], key=lambda entry: entry[0])[-max_history:]
+        times, items, events, values = (list(column) for column in zip(*whole, strict=True))
+        changed.append(
+            {"user_id": user_id, "item_ids": items, "timestamps_ms": times, "events": events, "values": values}
+        )
+    kept = np.ones(len(histories), np.bool_)
+    kept[[row for row, _ in touched]] = False
+    return pa.concat_tables([histories.filter(pa.array(kept)), pa.Table.from_pylist(changed, schema=histories.schema)])
 
 
 def _splits(

@@ -157,6 +157,11 @@ class Catalogue:
         codes = np.repeat(np.arange(len(self.category_names), dtype=np.int32), np.diff(self._posting_offsets))
         return self.category_names, self._posting_items, codes
 
+    def num_categories(self, item_idx: Int32Array) -> Int64Array:
+        """int64 [n]: how many categories each item has."""
+        offsets = self._categories_by_item[0]
+        return offsets[item_idx + 1] - offsets[item_idx]
+
     @cached_property
     def _categories_by_item(self) -> tuple[Int64Array, Int32Array]:
         order = np.argsort(self._posting_items, kind="stable")

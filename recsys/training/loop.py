@@ -240,6 +240,8 @@ def _run_epoch(
         state.step += 1
         average.update(state.step)
     loss, weight = runtime.all_reduce_sum(totals).tolist()
+    if not weight:
+        return 0.0  # there was nothing to learn
     if not np.isfinite(loss):
         raise ModelError(f"the loss became {loss} in epoch {state.epoch + 1}: lower train.learning_rate", loss=loss)
     return loss / weight

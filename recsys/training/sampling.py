@@ -80,7 +80,9 @@ def cut_windows(
 
 
 def plan_epoch(windows: Windows, batch_tokens: int, rng: np.random.Generator) -> list[Windows]:
-    """Shuffle windows and group them into global batches of about ``batch_tokens`` targets."""
+    """Shuffle windows and group them into global batches of about ``batch_tokens`` targets; none for no window."""
+    if not len(windows):
+        return []
     shuffled = windows[rng.permutation(len(windows))]
     ends = np.cumsum(shuffled.lengths)
     borders = np.searchsorted(ends, np.arange(batch_tokens, ends[-1] + batch_tokens, batch_tokens)) + 1

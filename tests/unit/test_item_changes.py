@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys.bundle import changes as changes_module
 from recsys.bundle.changes import FOLD_EVERY, ITEM_CHANGES, ItemLog, last_word
 from recsys.bundle.live import LiveBundle, live_id, split_id
 from recsys.bundle.location import Location
@@ -56,7 +57,8 @@ def test_versions_count_calls_and_the_last_word_holds(log):
     assert log.read(1)["price"].to_pylist() == [1.0, None]
 
 
-def test_a_fold_says_all_and_what_it_contains_goes(log, tmp_path):
+def test_a_fold_says_all_and_what_it_contains_goes(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(changes_module, "KEPT_VERSIONS", FOLD_EVERY)
     for number in range(1, 2 * FOLD_EVERY + 2):
         assert log.append(changes(change(f"i{number % 5}", price=float(number)))) == number
     names = sorted(path.name for path in (tmp_path / "items").iterdir())
