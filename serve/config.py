@@ -14,8 +14,6 @@ from serve.logs import LogLevel
 STAGES = ("retrieval", "ranking", "reranking")
 IMPRESSION = "impression"
 """the event that something was shown"""
-INLINE = frozenset({"reranking"})
-"""stages so short that handing them to a thread would cost more than they do"""
 
 
 class ScalingConfig(StrictConfig):

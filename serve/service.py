@@ -26,7 +26,7 @@ from recsys.pipeline.runner import LocalStage
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
 from serve.canary import Tally
-from serve.config import INLINE, ServeConfig
+from serve.config import ServeConfig
 
 _PROOF_PAUSE_S = 0.2
 _log = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ class Generation:
                 stages.append(remote[name])
             elif name not in absent and (stage := build_stage(bundle, name)) is not None:
                 local.append(stage)
-                stages.append(
-                    LocalStage(stage, threads=settings.threads, max_queued=settings.max_queued, inline=name in INLINE)
-                )
+                stages.append(LocalStage(stage, threads=settings.threads, max_queued=settings.max_queued))
         if not remote:
             warm_up(local)
         return cls(bundle, Recommender.of(bundle, stages, store))

@@ -45,7 +45,7 @@ from recsys.pipeline.similarity import ItemSimilarity
 from recsys.pipeline.slates import Slates
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
-from recsys.pipeline.stages.reranking import PINNED, RerankingStage
+from recsys.pipeline.stages.reranking import PINNED
 from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Query
 from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates
 
@@ -430,14 +430,16 @@ def golden_request(golden: GoldenQuery, config: PipelineConfig) -> RecommendRequ
 
 
 def local_stages(bundle: Bundle, config: PipelineConfig, *, inline: bool) -> list[LocalStage]:
-    """The stages of ``bundle``, in this process. Reranking is so short that a thread would cost more than it does."""
+    """The stages of ``bundle``, in this process. Unless ``inline``, even the shortest is in a thread: one that hangs in
+    the event loop would take everything with it.
+    """
     stages = [stage for name in STAGES if (stage := build_stage(bundle, name)) is not None]
     return [
         LocalStage(
             stage,
             threads=config.threads,
             max_queued=config.max_queued,
-            inline=inline or stage.name == RerankingStage.name,
+            inline=inline,
         )
         for stage in stages
     ]
