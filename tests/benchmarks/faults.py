@@ -155,8 +155,9 @@ FAULTS: dict[str, Callable[[Served], None]] = {
     "event store full 10 s": fill_store,
     "event store away 10 s": take_store_away,
     "Bundle's disk read-only, gateway killed": forbid_writing,
-    "head's control store down 5 s, then a gateway killed": restart_control_store,
     "node lost": lose_node,
+    # The last one: what is started again in its course carries the mark of the second node.
+    "head's control store down 5 s, then a gateway killed": restart_control_store,
 }
 
 
