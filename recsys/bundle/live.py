@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from recsys.pipeline.search import Words
 
 NUM_STAND_INS = 10
-TEMPERATURE = 0.05
-"""cosines are divided by it before the softmax that weights the stand-ins"""
 _PLUS = "+"
 
 
@@ -141,9 +139,7 @@ class LiveBundle(Bundle):
             likeness, found = _by_categories(
                 base, catalogue, catalogue.changed_item_idx[new], k, self._demand(known), self.base.remembered
             )
-        weight = np.exp((likeness - likeness.max(axis=1, initial=-np.inf, keepdims=True)) / TEMPERATURE)
-        weight = weight / weight.sum(axis=1, keepdims=True)
-        return StandIns(found.reshape(-1, k), weight.reshape(-1, k).astype(np.float32), known)
+        return StandIns.by_likeness(likeness.reshape(-1, k), found.reshape(-1, k), known)
 
     def _demand(self, num_items: int) -> NDArray[np.float32]:
         demand = np.zeros(num_items, np.float32)

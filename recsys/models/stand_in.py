@@ -23,6 +23,8 @@ from recsys.models.base import ItemBonus, Retriever, VectorRetriever
 from recsys.models.blend import BlendRetriever
 from recsys.models.ranking import Ranker, RankingBatch, RankingCatalogue, RankingQuery
 
+TEMPERATURE = 0.05
+"""cosines are divided by it before the softmax that weights the stand-ins"""
 FloatArray = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
 
@@ -37,6 +39,14 @@ class StandIns:
     """float32 [M, K], each row adding up to 1"""
     num_known: int
     """N"""
+
+    @classmethod
+    def by_likeness(cls, likeness: FloatArray, item_idx: Int32Array, num_known: int) -> StandIns:
+        """Those at ``item_idx`` int32 [M, K], weighted by the softmax of how alike they are, float32 [M, K], over
+        :data:`TEMPERATURE`.
+        """
+        weight = np.exp((likeness - likeness.max(axis=1, initial=-np.inf, keepdims=True)) / TEMPERATURE)
+        return cls(item_idx, (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32), num_known)
 
     def __len__(self) -> int:
         return len(self.item_idx)

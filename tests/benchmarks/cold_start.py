@@ -22,7 +22,7 @@ from rows import RESULTS, write_row
 
 from jobs.benchmark import SUITES, BenchmarkConfig
 from recsys import schema
-from recsys.bundle.live import NUM_STAND_INS, TEMPERATURE
+from recsys.bundle.live import NUM_STAND_INS
 from recsys.config import load_config
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.prepare import prepare
@@ -86,9 +86,7 @@ def stand_ins_of(text: NDArray[np.float32], new: NDArray[np.int32]) -> tuple[Sta
     """Stand-ins of ``new`` among the other items, and the order of all items with the new ones last."""
     others = np.setdiff1d(np.arange(len(text), dtype=np.int32), new)
     likeness, found = FlatIndex().build(text[others]).search(text[new], NUM_STAND_INS)
-    weight = np.exp((likeness - likeness.max(axis=1, keepdims=True)) / TEMPERATURE)
-    weight = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
-    return StandIns(found, weight, len(others)), np.concatenate([others, new])
+    return StandIns.by_likeness(likeness, found, len(others)), np.concatenate([others, new])
 
 
 class Reordered(Retriever):
