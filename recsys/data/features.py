@@ -1,7 +1,10 @@
 """Features of a candidate for a user at a moment: one definition, used by training and by serving.
 
 Item features are frozen at a cutoff (nothing from after it enters), so what a ranker sees in training is what it would
-have seen then. Shape legend: N items, C candidates, L history length, G categories, D retriever dimension, F features.
+have seen then. A new feature is a name in ``FEATURE_NAMES`` and a line that fills its column.
+
+Shape legend: N items, I columns of an item, C candidates, L history length, G categories, D retriever dimension,
+F features.
 """
 
 from __future__ import annotations
@@ -15,14 +18,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys import schema
 from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
 from recsys.data.leaks import check_blind
+from recsys.errors import ModelError
 from recsys.files import map_arrow, write_arrow
 
 MAX_CATEGORIES = 64
 """The most frequent categories that get a column of their own; the rest share the last."""
 RECENT_DAYS = 30.0
+WEEK_DAYS = 7.0
+SALE = "purchase"
+"""the event that counts as a sale"""
+NUM_PRICE_BANDS = 10
+"""the catalogue in order of price, cut into as many parts of equal size"""
 DAY_MS = 86_400_000.0
 NO_TIME = np.iinfo(np.int64).min
 """``created_ms`` of an item whose age is unknown"""
@@ -51,11 +61,37 @@ FEATURE_NAMES = (
     "request_hour_cos",
     "request_weekday_sin",
     "request_weekday_cos",
+    "item_log_popularity_week",
+    "item_log_sales",
+    "item_price_band",
+    "price_band_share",
+    "user_purchasing_power",
+    "user_log_events_week",
 )
+"""Per candidate. Of the item alone, of the user and the moment alone, and of both (crosses): similarity to what the
+user had, overlap of categories, share of creators, price and popularity beside the user's own, and how much of the
+history lies in the candidate's price band. ``user_purchasing_power`` is the mean price band of the history."""
 NUM_FEATURES = len(FEATURE_NAMES)
+ITEM_COLUMNS = (
+    "log_popularity",
+    "log_popularity_recent",
+    "popularity_trend",
+    "mean_value",
+    "is_cold",
+    "num_categories",
+    "log_price",
+    "log_popularity_week",
+    "log_sales",
+    "price_band",
+)
+"""of :attr:`ItemFeatures.numeric`; logs are log(1 + x); ``log_price`` and ``price_band`` (0 for the cheapest part to 1
+for the dearest) are NaN where an item has no price"""
 _RECENT = 10
-_NAMES = b"category_names"
-_POPULARITY, _POPULARITY_RECENT, _TREND, _MEAN_VALUE, _IS_COLD, _NUM_CATEGORIES, _LOG_PRICE = range(7)
+_NAMES, _FEATURES = b"category_names", b"features"
+_COLUMN = {name: column for column, name in enumerate(ITEM_COLUMNS)}
+_PLACE = {name: place for place, name in enumerate(FEATURE_NAMES)}
+_NO_BAND = 0.5
+"""stands for a price band that is unknown: the middle"""
 
 
 @dataclass(frozen=True)
@@ -63,8 +99,7 @@ class ItemFeatures:
     """What is known of every item at the cutoff."""
 
     numeric: NDArray[np.float32]
-    """float32 [N, 7]: log popularity, recent log popularity, trend, mean value, is cold, number of categories,
-    log price (NaN where an item has no price)"""
+    """float32 [N, I], columns as in ``ITEM_COLUMNS``"""
     categories: NDArray[np.float32]
     """float32 [N, G], rows of unit length (or zero)"""
     creator: NDArray[np.int32]
@@ -93,17 +128,20 @@ class ItemFeatures:
         items, weight = log.item_idx[rows], log.weight[rows]
         positive = weight > 0
         popularity = np.bincount(items[positive], minlength=num_items).astype(np.float64)
-        recent = popularity
+        recent = week = popularity
         created = _created_ms(dataset.items)
         if log.timestamp_ms is not None:
             times = log.timestamp_ms[rows]
             cutoff = times.max() if len(times) else 0
-            newest = positive & (times > cutoff - RECENT_DAYS * DAY_MS)
-            recent = np.bincount(items[newest], minlength=num_items).astype(np.float64)
+            recent, week = (
+                np.bincount(items[positive & (times > cutoff - days * DAY_MS)], minlength=num_items)
+                for days in (RECENT_DAYS, WEEK_DAYS)
+            )
             first = np.full(num_items, np.iinfo(np.int64).max)
             np.minimum.at(first, items, times)
             unknown = (created == NO_TIME) & (first != np.iinfo(np.int64).max)
             created = np.where(unknown, first, created)
+        sold = pc.equal(dataset.interactions[schema.EVENT], SALE).to_numpy()[rows]
         values = np.nan_to_num(dataset.interactions["value"].to_numpy(zero_copy_only=False).astype(np.float64)[rows])
         counts = np.bincount(items, minlength=num_items)
         overall = float(values.mean()) if len(values) else 0.0
@@ -112,22 +150,22 @@ class ItemFeatures:
         categories = dataset.items["categories"]
         num_categories = _lengths(categories).to_numpy(zero_copy_only=False).astype(np.float64)
         price = dataset.items["price"].to_numpy(zero_copy_only=False).astype(np.float64)
-        numeric = np.stack(
-            [
-                np.log1p(popularity),
-                np.log1p(recent),
-                np.log1p(recent) / np.log(2.0 + popularity),
-                mean_value,
-                popularity == 0,
-                np.nan_to_num(num_categories),
-                np.log1p(np.maximum(price, 0.0)),
-            ],
-            axis=1,
-        )
+        numeric = {
+            "log_popularity": np.log1p(popularity),
+            "log_popularity_recent": np.log1p(recent),
+            "popularity_trend": np.log1p(recent) / np.log(2.0 + popularity),
+            "mean_value": mean_value,
+            "is_cold": popularity == 0,
+            "num_categories": np.nan_to_num(num_categories),
+            "log_price": np.log1p(np.maximum(price, 0.0)),
+            "log_popularity_week": np.log1p(week),
+            "log_sales": np.log1p(np.bincount(items[sold], minlength=num_items)),
+            "price_band": price_bands(price),
+        }
         lists = categories.combine_chunks()
         names = category_columns(lists) if category_names is None else category_names
         return cls(
-            numeric.astype(np.float32),
+            np.stack([numeric[name] for name in ITEM_COLUMNS], axis=1).astype(np.float32),
             _category_rows(lists, num_items, names),
             _codes(dataset.items["creator"].combine_chunks()),
             created,
@@ -145,14 +183,22 @@ class ItemFeatures:
                     "creator": self.creator,
                     "created_ms": self.created_ms,
                 }
-            ).replace_schema_metadata({_NAMES: json.dumps(self.category_names)}),
+            ).replace_schema_metadata({_NAMES: json.dumps(self.category_names), _FEATURES: json.dumps(FEATURE_NAMES)}),
         )
 
     @classmethod
     def load(cls, path: str | Path) -> ItemFeatures:
-        """Memory-map what :meth:`save` wrote."""
+        """Memory-map what :meth:`save` wrote.
+
+        :raises ModelError: where it belongs to a ranker that reads other features than this version computes.
+        """
         table = map_arrow(path)
-        names = json.loads((table.schema.metadata or {}).get(_NAMES, b"null"))
+        metadata = table.schema.metadata or {}
+        if json.loads(metadata.get(_FEATURES, b"null")) != list(FEATURE_NAMES):
+            raise ModelError(
+                f"{path} is of a ranker that reads other features than this version computes: train it again"
+            )
+        names = json.loads(metadata.get(_NAMES, b"null"))
         return cls(
             matrix(table["numeric"]),
             matrix(table["categories"]),
@@ -171,6 +217,16 @@ def matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     """A fixed-size-list column as a [N, D] matrix, without a copy where the column is one chunk."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
+
+
+def price_bands(price: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 [N] from 0 (the cheapest :data:`NUM_PRICE_BANDS`-th of ``price``) to 1; equal prices share a band, and
+    NaN has none.
+    """
+    known = np.sort(price[np.isfinite(price)])
+    below = np.searchsorted(known, price, side="left") / max(1, len(known))
+    band = np.minimum(np.floor(below * NUM_PRICE_BANDS), NUM_PRICE_BANDS - 1) / (NUM_PRICE_BANDS - 1)
+    return np.where(np.isfinite(price), band, np.nan)
 
 
 def _lengths(lists: pa.Array | pa.ChunkedArray) -> Any:
@@ -231,44 +287,66 @@ def candidate_features(
         now_ms: the time of the request, or None where the data has order only.
     """
     numeric = items.numeric[candidate_item_idx]
-    popularity = numeric[:, _POPULARITY]
     features = np.zeros((len(candidate_item_idx), NUM_FEATURES), np.float32)
-    features[:, 0] = retrieval_score
+
+    def put(name: str, values: Any) -> None:
+        features[:, _PLACE[name]] = values
+
+    def of_items(name: str) -> NDArray[np.float32]:
+        return numeric[:, _COLUMN[name]]
+
+    put("retrieval_score", retrieval_score)
     num_history = len(history_item_idx)
+    purchasing_power = _NO_BAND
     if num_history:
         history = items.numeric[history_item_idx]
         recent = history_item_idx[-_RECENT:]
         vectors, categories = unit_vectors[candidate_item_idx], items.categories[candidate_item_idx]
         near = vectors @ unit_vectors[recent].T
-        features[:, 1] = near[:, -1]
-        features[:, 2] = near.max(axis=1)
-        features[:, 3] = vectors @ unit_vectors[history_item_idx].mean(axis=0)
-        features[:, 4] = categories @ items.categories[history_item_idx].mean(axis=0)
-        features[:, 5] = categories @ items.categories[recent].mean(axis=0)
+        put("similarity_last", near[:, -1])
+        put("similarity_recent_max", near.max(axis=1))
+        put("similarity_mean", vectors @ unit_vectors[history_item_idx].mean(axis=0))
+        put("category_overlap", categories @ items.categories[history_item_idx].mean(axis=0))
+        put("category_overlap_recent", categories @ items.categories[recent].mean(axis=0))
         creator = items.creator[candidate_item_idx]
         known = creator >= 0
         if known.any():
-            features[:, 6] = known * (creator[:, None] == items.creator[history_item_idx][None, :]).mean(axis=1)
-        prices = history[:, _LOG_PRICE]
+            share = (creator[:, None] == items.creator[history_item_idx][None, :]).mean(axis=1)
+            put("creator_share", known * share)
+        prices = history[:, _COLUMN["log_price"]]
         if np.isfinite(prices).any():
-            features[:, 7] = np.nan_to_num(numeric[:, _LOG_PRICE] - np.nanmean(prices))
-        mean_popularity = history[:, _POPULARITY].mean()
-        features[:, 15] = popularity - mean_popularity
-        features[:, 17] = mean_popularity
-    features[:, 8] = popularity
-    features[:, 9] = numeric[:, _POPULARITY_RECENT]
-    features[:, 10] = numeric[:, _TREND]
-    features[:, 11] = numeric[:, _MEAN_VALUE]
-    features[:, 12] = numeric[:, _IS_COLD]
-    features[:, 13] = numeric[:, _NUM_CATEGORIES]
-    features[:, 16] = np.log1p(num_history)
+            put("price_log_ratio", np.nan_to_num(of_items("log_price") - np.nanmean(prices)))
+        bands = history[:, _COLUMN["price_band"]]
+        bands = bands[np.isfinite(bands)]
+        if len(bands):
+            purchasing_power = float(bands.mean())
+            put("price_band_share", (of_items("price_band")[:, None] == bands[None, :]).mean(axis=1))
+        mean_popularity = history[:, _COLUMN["log_popularity"]].mean()
+        put("popularity_gap", of_items("log_popularity") - mean_popularity)
+        put("user_mean_log_popularity", mean_popularity)
+    put("item_log_popularity", of_items("log_popularity"))
+    put("item_log_popularity_recent", of_items("log_popularity_recent"))
+    put("item_log_popularity_week", of_items("log_popularity_week"))
+    put("item_popularity_trend", of_items("popularity_trend"))
+    put("item_log_sales", of_items("log_sales"))
+    put("item_mean_value", of_items("mean_value"))
+    put("item_is_cold", of_items("is_cold"))
+    put("item_num_categories", of_items("num_categories"))
+    put("item_price_band", np.nan_to_num(of_items("price_band"), nan=_NO_BAND))
+    put("user_log_history_length", np.log1p(num_history))
+    put("user_purchasing_power", purchasing_power)
     if now_ms is not None:
         created = items.created_ms[candidate_item_idx]
         age_days = np.where(created == NO_TIME, 0.0, (now_ms - created.astype(np.float64)) / DAY_MS)
-        features[:, 14] = np.log1p(np.maximum(age_days, 0.0))
+        put("item_log_age_days", np.log1p(np.maximum(age_days, 0.0)))
         if num_history and history_timestamp_ms is not None:
-            features[:, 18] = np.log1p(max(0.0, (now_ms - int(history_timestamp_ms[-1])) / 3_600_000.0))
+            put("user_log_idle_hours", np.log1p(max(0.0, (now_ms - int(history_timestamp_ms[-1])) / 3_600_000.0)))
+            in_week = (history_timestamp_ms > now_ms - WEEK_DAYS * DAY_MS).sum()
+            put("user_log_events_week", np.log1p(in_week))
         day = 2 * np.pi * (now_ms / DAY_MS % 1.0)
         week = 2 * np.pi * (now_ms / DAY_MS / 7.0 % 1.0)
-        features[:, 19:23] = np.sin(day), np.cos(day), np.sin(week), np.cos(week)
+        put("request_hour_sin", np.sin(day))
+        put("request_hour_cos", np.cos(day))
+        put("request_weekday_sin", np.sin(week))
+        put("request_weekday_cos", np.cos(week))
     return features

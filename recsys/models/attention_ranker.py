@@ -288,11 +288,11 @@ class AttentionRanker(Ranker):
     @classmethod
     def load(cls, folder: str | Path, config: AttentionRankerConfig) -> AttentionRanker:
         folder = Path(folder)
+        items = load_ranking_items(folder)
         weights = load_file(folder / "model.safetensors")
         network = RankerNetwork(config, weights["item.weight"].shape[1])
         network.load_state_dict(weights)
         projected = matrix(map_arrow(folder / "projected.arrow")["vector"])
-        items = load_ranking_items(folder)
         fit = read_json(folder / "fit.json")
         return cls(config, network, items, projected, fit["history"], uses_time=fit["uses_time"])
 

@@ -65,6 +65,19 @@ class TowerNetwork(nn.Module, ABC):
         input_TD, positive_PD, candidate_CD = self.items(unique, id_keep)[place].split([len(items) for items in asked])
         return input_TD, positive_PD, candidate_CD
 
+    def correction(self, candidate_C: Tensor | None, log_correction_C: Tensor | None) -> Tensor | None:
+        """float [C], added to the logits of candidates: -inf for items that training has not met.
+
+        That nobody took what nobody could take says nothing of what it is like, and would teach the text projection
+        that its like is wanted by nobody. Where items are known by their IDs alone, all count as met.
+        """
+        met_C = self.items.has_id if candidate_C is None else self.items.has_id[candidate_C]
+        if bool(met_C.all()):
+            return log_correction_C
+        if log_correction_C is None:
+            log_correction_C = torch.zeros(len(met_C), device=met_C.device)
+        return log_correction_C.masked_fill(~met_C, -torch.inf)
+
     def item_vectors(self) -> Tensor:
         """[N, V]: all items."""
         return self.items()
@@ -179,7 +192,8 @@ class TowerConfig(RetrieverConfig, ABC):
         item_vectors_NV = tensors.pop("item_vectors")
         network = self.network(self.saved_items(tensors), None)
         try:
-            network.load_state_dict(tensors)
+            # The weights stay where they are mapped: replicas on a machine share them.
+            network.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{folder}: the weights do not fit the configuration: {error}", path=str(folder)) from None
         network.eval()

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -245,11 +246,11 @@ def window(served: Served, folder: Path, fault: Callable[[Served], None]) -> dic
     told.write_text("".join(json.dumps({"events": [one | {"event_id": i}]}) + "\n" for i in ids))
     both = generate(f"{served.url}/v1/recommend", asked, RATE), generate(f"{served.url}/v1/events", told, EVENT_RATE)
     time.sleep(FAULT_AT_S)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
+        printed = [pool.submit(process.communicate) for process in both]
         started = time.monotonic()
-        done = pool.submit(fault, served)
-        answers, events = (json.loads(process.communicate()[0]) for process in both)
-        done.result()
+        fault(served)  # in this thread: what Ray starts again dies with the thread that started it
+        answers, events = (json.loads(one.result()[0]) for one in printed)
     with sqlite3.connect(served.store) as connection:
         kept = {event_id for (event_id,) in connection.execute("SELECT event_id FROM events")}
     status = np.array(answers["status"] + events["status"])
@@ -267,6 +268,7 @@ def window(served: Served, folder: Path, fault: Callable[[Served], None]) -> dic
         "recovery_s": float(moments[wrong].max() - started) if wrong.any() else 0.0,
         "p50_ms": float(np.median(answers["latency_ms"])),
         "p99_ms": float(np.percentile(answers["latency_ms"], 99)),
+        "why": dict(Counter(answers["why"] + events["why"])),
     }
 
 
@@ -289,7 +291,7 @@ def main(
 
 def report(rows: dict[str, dict[str, Any]], *, partial: bool) -> None:
     """The table, and the rows where nothing was left out."""
-    columns = list(next(iter(rows.values())))
+    columns = [name for name in next(iter(rows.values())) if name != "why"]
     lines = [f"| fault | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(f'{row[c]:.4g}' for c in columns)} |" for name, row in rows.items()]
     table = "\n".join(lines) + "\n"

@@ -100,14 +100,20 @@ class Load:
         """whether the answer was looked at: only then is it known whether it is degraded"""
         self.timings: list[dict[str, float]] = []
         self.num_connections = 0
+        self.why: list[str] = []
+        """of each request without an answer, what went wrong, and of each that failed, its status"""
 
     async def send(self, number: int, due: float) -> None:
         """One request; 0 stands for the status of one that got no answer."""
         try:
             connection = await self._connection()
             status, body = await connection.ask(self._messages[number % len(self._messages)], self._timeout_s)
-        except (OSError, TimeoutError):
+        except (OSError, TimeoutError) as error:
             status, body, connection = 0, b"", None
+            self.why.append(f"{type(error).__name__}: {error}")
+        else:
+            if status not in (200, 503):
+                self.why.append(str(status))
         self.number.append(number)
         self.latency_ms.append((time.perf_counter() - due) * 1e3)
         self.status.append(status)
@@ -195,6 +201,7 @@ def main(
             "status": load.status,
             "degraded": load.degraded,
             "read": load.read,
+            "why": load.why,
             "at": load.at,
             "timings_ms": {name: float(np.median(values)) for name, values in stages.items()},
         },

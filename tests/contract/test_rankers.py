@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from recsys import schema
-from recsys.data.features import ItemFeatures
+from recsys.data.features import ITEM_COLUMNS, ItemFeatures
 from recsys.errors import ConfigError
 from recsys.models import RANKER_KINDS
 from recsys.models.adapters import LoRA, Prefix
@@ -32,7 +32,7 @@ CONFIG = AttentionRankerConfig(dim=16, hidden=16, max_history=8, epochs=1)
 def fitted() -> tuple[AttentionRanker, RankingExamples]:
     rng = np.random.default_rng(0)
     features = ItemFeatures(
-        rng.normal(size=(50, 7)).astype(np.float32),
+        rng.normal(size=(50, len(ITEM_COLUMNS))).astype(np.float32),
         np.eye(5, dtype=np.float32)[rng.integers(0, 5, 50)],
         rng.integers(-1, 5, 50).astype(np.int32),
         rng.integers(0, 10**12, 50),
@@ -71,7 +71,10 @@ def planted() -> tuple[RankingExamples, RankingExamples, RankingCatalogue]:
     rng = np.random.default_rng(1)
     colour = np.arange(50) % 5
     features = ItemFeatures(
-        np.zeros((50, 7), np.float32), np.zeros((50, 1), np.float32), np.zeros(50, np.int32), np.zeros(50, np.int64)
+        np.zeros((50, len(ITEM_COLUMNS)), np.float32),
+        np.zeros((50, 1), np.float32),
+        np.zeros(50, np.int32),
+        np.zeros(50, np.int64),
     )
     items = RankingItems.of(features, rng.normal(size=(50, 8)).astype(np.float32))
     queries, relevant = [], np.zeros((120, 4), bool)

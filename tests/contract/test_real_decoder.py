@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from recsys import schema
-from recsys.data.features import ItemFeatures
+from recsys.data.features import ITEM_COLUMNS, ItemFeatures
 from recsys.models import load_ranker
 from recsys.models.adapters import LoRA
 from recsys.models.causal_lm import CausalLMConfig
@@ -47,7 +47,10 @@ def test_it_knows_what_belongs_together(tmp_path: Path) -> None:
     titles = [f"{saga}: {part}" for saga, parts in SAGAS.items() for part in parts]
     saga = np.arange(16) // 4
     zeros = ItemFeatures(
-        np.zeros((16, 7), np.float32), np.zeros((16, 1), np.float32), np.zeros(16, np.int32), np.zeros(16, np.int64)
+        np.zeros((16, len(ITEM_COLUMNS)), np.float32),
+        np.zeros((16, 1), np.float32),
+        np.zeros(16, np.int32),
+        np.zeros(16, np.int64),
     )
     rng = np.random.default_rng(0)
     items = RankingItems.of(zeros, rng.normal(size=(16, 8)).astype(np.float32))

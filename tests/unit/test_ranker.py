@@ -12,7 +12,7 @@ import torch
 
 from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
-from recsys.data.features import FEATURE_NAMES, NO_TIME, ItemFeatures, candidate_features
+from recsys.data.features import FEATURE_NAMES, ITEM_COLUMNS, NO_TIME, ItemFeatures, candidate_features
 from recsys.models import load_ranker
 from recsys.models.attention_ranker import AttentionRankerConfig, RankerNetwork
 from recsys.models.ranker_export import (
@@ -41,7 +41,7 @@ def items() -> RankingItems:
     generator = np.random.default_rng(0)
     categories = np.eye(5, dtype=np.float32)[generator.integers(0, 5, NUM_ITEMS)]
     features = ItemFeatures(
-        generator.normal(size=(NUM_ITEMS, 7)).astype(np.float32),
+        generator.normal(size=(NUM_ITEMS, len(ITEM_COLUMNS))).astype(np.float32),
         categories,
         generator.integers(-1, 20, NUM_ITEMS).astype(np.int32),
         generator.integers(0, 10**12, NUM_ITEMS),
