@@ -321,8 +321,8 @@ def learn(workdir: Path) -> None:
         "realtime", "event_to_weights_s", value, unit="s", bar="<= 300, the gate passes",
         passes=value <= 300 and record["state"] == "published", command=COMMAND, seeds=[0],
         protocol=f"the last two interactions of all {len(rows) // 2:,} users of MovieLens-1M, by order, in the event "
-        "log of a Bundle that was trained without them (10 epochs); python -m jobs.update, from its start until the gate "
-        "has passed",
+        "log of a Bundle that was trained without them (10 epochs); python -m jobs.update, from its start until the "
+        "gate has passed",
         details=record | {"with_publication_s": whole_s},
     )  # fmt: skip
 
