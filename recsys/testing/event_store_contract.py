@@ -108,6 +108,14 @@ class EventStoreContract:
             store.append([click("1"), click("")])
         assert store.user("user") is None
 
+    def test_a_hundred_thousand_events_in_one_call(self, store: EventStore) -> None:
+        events = [click(str(number), user_id=f"u{number % 1000}", at_ms=1000 + number) for number in range(100_000)]
+        assert store.append(events).accepted == 100_000
+        assert store.append(events[::1000]).duplicates == 100
+        state = store.user("u7")
+        assert state is not None
+        assert len(state) == 100
+
     def test_many_threads_lose_nothing(self, store: EventStore) -> None:
         def send(thread: int) -> int:
             return sum(store.append([click(f"{thread}-{n}", user_id=f"u{thread}")]).accepted for n in range(20))

@@ -369,6 +369,38 @@ def test_what_was_acknowledged_survives_sigkill_exactly_once(tmp_path):
         assert {len(batch) for batch in batches.values()} == {3}
 
 
+FULL_DISK = """
+import resource, signal, sys
+from recsys.errors import EventStoreError
+from recsys.events import Event, SqliteEventStoreConfig
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with SqliteEventStoreConfig(path=sys.argv[1]).open() as store:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, unlimited[1]))
+    for i in range(10**6):
+        try:
+            store.append([Event(str(i), "u", "x" * 200, "click", i)])
+        except EventStoreError as error:
+            print("full", i, error, flush=True)
+            break
+        print(i, flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    print("again", store.append([Event(str(i), "u", "y", "click", i)]).accepted)
+"""
+
+
+def test_a_full_disk_is_an_error_nothing_is_lost_and_room_is_enough_to_go_on(tmp_path):
+    """The system refuses every write beyond a mebibyte, as it does when no block is left."""
+    path = str(tmp_path / "events.sqlite")
+    env = os.environ | {"PYTHONPATH": str(Path(sqlite_module.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, env=env, check=True)
+    *acknowledged, full, again = done.stdout.splitlines()
+    assert full.startswith(f"full {len(acknowledged)} ")
+    assert again == "again 1"
+    with SqliteEventStoreConfig(path=path, max_history=100_000).open() as store:
+        assert len(store.user("u")) == len(acknowledged) + 1
+
+
 def test_who_does_nothing_for_long_is_a_stranger_again(config):
     now_ms = time.time_ns() // 1_000_000
     with config.model_copy(update={"ttl_days": 30.0}).open() as store:
