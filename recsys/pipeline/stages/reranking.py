@@ -5,6 +5,8 @@ Diversity is maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): t
 before, scaled to 0 (worst candidate) to 1 (best) so that one ``diversity`` means the same for every ranker; similarity
 is the cosine of item vectors, or of categories where there are none, and 0 where it is negative.
 
+With ``calibration`` a part of what counts is that the slate's categories are the history's (:mod:`.calibration`).
+
 Exploration is epsilon-greedy, place by place: with probability ``exploration.share`` a place goes to one of the
 candidates left, drawn evenly, else to the best of them. The propensity of what is shown, given what is above it, stands
 among the stages' scores, so that what is learned from clicks can be weighted by its inverse. Neither what is buried nor
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 
 from recsys.pipeline.catalogue import BoolArray, Catalogue
 from recsys.pipeline.config import ItemSelection, Pin, RerankingConfig
+from recsys.pipeline.stages.calibration import Calibration
 from recsys.pipeline.types import Candidates, FloatArray, Int32Array, Query, Removal
 
 _CREATOR_HANDICAP = 1e3
@@ -98,6 +101,13 @@ class RerankingStage:
         vectors_CD = self._unit_vectors(items) if diversity > 0 else None
         nearest = np.zeros(len(items), np.float32)
         merit = (1.0 - diversity) * relevance
+        calibration = Calibration(
+            self.catalogue,
+            query.history_item_idx,
+            items,
+            weight=self.config.calibration,
+            half_life=self.config.calibration_half_life,
+        )
 
         share = self.config.exploration.share
         chance = self._chance(query) if share else None
@@ -106,7 +116,7 @@ class RerankingStage:
         propensities: list[float] = []
         num_free = len(items) - len(pinned)
         while len(picks) < size:
-            value = merit - diversity * nearest
+            value = calibration.mixed(merit - diversity * nearest)
             propensity = 1.0
             if pinned and (pinned[0][0] <= len(picks) or not num_free):
                 row = pinned.pop(0)[1]
@@ -121,6 +131,7 @@ class RerankingStage:
             picks.append(row)
             values.append(float(value[row]))
             handicap[row] = np.inf
+            calibration.take(row)
             if vectors_CD is not None:
                 np.maximum(nearest, vectors_CD @ vectors_CD[row], out=nearest)
             if creators is not None and (creator := int(creators[row])) >= 0:
@@ -130,7 +141,7 @@ class RerankingStage:
                     handicap[same] += _CREATOR_HANDICAP
                     over_cap |= same
 
-        dropped = self._dropped(items, picks, relevance, buried, over_cap, diversity)
+        dropped = self._dropped(items, picks, relevance, buried, over_cap, diversity, calibration.weight > 0)
         selected = candidates.take(np.array(picks))
         scores = {**selected.stage_scores, self.name: np.array(values, np.float32)}
         if chance is not None:
@@ -149,6 +160,7 @@ class RerankingStage:
         buried: BoolArray | None,
         over_cap: BoolArray,
         diversity: float,
+        calibrated: bool,
     ) -> tuple[Removal, ...]:
         left = np.ones(len(items), np.bool_)
         left[picks] = False
@@ -156,10 +168,10 @@ class RerankingStage:
         if buried is not None:
             reasons.append(("buried", buried))
         reasons.append(("creator_cap", over_cap))
-        if diversity > 0:
+        if diversity > 0 or calibrated:
             among_best = np.zeros(len(items), np.bool_)
             among_best[np.argsort(-relevance, kind="stable")[: len(picks)]] = True
-            reasons.append(("diversity", among_best))
+            reasons.append(("diversity" if diversity > 0 else "calibration", among_best))
         dropped: list[Removal] = []
         for reason, concerned in reasons:
             concerned = concerned & left
