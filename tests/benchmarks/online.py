@@ -134,8 +134,6 @@ def tune(model: ESASRec, dataset: Dataset, evaluation: EvaluationConfig, last_ms
         how = UpdateConfig(epochs=epochs, rate=rate, replay=share)
         found = go_on(fixed, fitted, some, evaluation, how)
         print(f"{how!r} {found.all_values().mean():.5f} in {found.seconds:.1f} s", flush=True)
-    again = retrain(fixed, fitted, some, evaluation)
-    print(f"retrained {again.all_values().mean():.5f} in {again.seconds:.1f} s", flush=True)
 
 
 def main(
