@@ -17,7 +17,7 @@ from typing import Any
 
 from recsys.files import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of what steps write changes, so that older folders are not reused."""
 
 

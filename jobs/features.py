@@ -20,7 +20,6 @@ from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.train_ranker import learned_from
 from recsys.config import load_config
-from recsys.data.features import FEATURE_NAMES
 from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.importance import Selection, ndcg10, permutation_importance, worthless
 from recsys.evaluation.significance import Interval, bootstrap
@@ -70,11 +69,7 @@ def run(config: JobConfig) -> Artifact:
         show(importance, selection, len(lesson.holdout))
         return record
 
-    settings = {
-        "ranking": config.ranking.model_dump(mode="json"),
-        "features": list(FEATURE_NAMES),
-        "seed": config.seed,
-    }
+    settings = {"ranking": config.ranking.model_dump(mode="json"), "seed": config.seed}
     parents = [each for each in (prepared, embedded, retriever) if each is not None]
     return build(config.workdir, STEP, settings, parents, make)
 

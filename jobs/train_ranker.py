@@ -25,7 +25,7 @@ from jobs._ray import discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
 from recsys.data.dataset import Dataset, Split
-from recsys.data.features import FEATURE_NAMES, ItemFeatures, matrix
+from recsys.data.features import ItemFeatures, matrix
 from recsys.evaluation.protocol import sample_queries, select
 from recsys.files import write_json
 from recsys.models import load_ranker, load_retriever
@@ -136,7 +136,6 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
 
     settings = {
         "ranking": config.ranking.model_dump(mode="json"),
-        "features": list(FEATURE_NAMES),
         "index": config.index.model_dump(mode="json"),
         "max_history": config.pipeline.max_history,
         "seed": config.seed,

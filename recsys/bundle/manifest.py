@@ -36,7 +36,7 @@ from recsys.config import StrictConfig, parse
 from recsys.errors import BundleCorruptError, BundleError, BundleMismatchError, ConfigError
 from recsys.files import file_sha256
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when the layout or its meaning changes; a reader refuses versions newer than its own."""
 
 MANIFEST = "manifest.json"

@@ -30,7 +30,8 @@ MAX_CATEGORIES = 64
 RECENT_DAYS = 30.0
 WEEK_DAYS = 7.0
 SALE = "purchase"
-"""the event that counts as a sale"""
+"""the event of which each is a sale, whatever its value and whether or not it is a positive; name it so in the source's
+``event`` or ``columns.event``"""
 NUM_PRICE_BANDS = 10
 """the catalogue in order of price, cut into as many parts of equal size"""
 DAY_MS = 86_400_000.0
@@ -287,10 +288,10 @@ def candidate_features(
         now_ms: the time of the request, or None where the data has order only.
     """
     numeric = items.numeric[candidate_item_idx]
-    features = np.zeros((len(candidate_item_idx), NUM_FEATURES), np.float32)
+    features_FC = np.zeros((NUM_FEATURES, len(candidate_item_idx)), np.float32)
 
     def put(name: str, values: Any) -> None:
-        features[:, _PLACE[name]] = values
+        features_FC[_PLACE[name]] = values
 
     def of_items(name: str) -> NDArray[np.float32]:
         return numeric[:, _COLUMN[name]]
@@ -316,11 +317,11 @@ def candidate_features(
         prices = history[:, _COLUMN["log_price"]]
         if np.isfinite(prices).any():
             put("price_log_ratio", np.nan_to_num(of_items("log_price") - np.nanmean(prices)))
-        bands = history[:, _COLUMN["price_band"]]
-        bands = bands[np.isfinite(bands)]
-        if len(bands):
-            purchasing_power = float(bands.mean())
-            put("price_band_share", (of_items("price_band")[:, None] == bands[None, :]).mean(axis=1))
+            bands = history[:, _COLUMN["price_band"]]
+            purchasing_power = float(np.nanmean(bands))
+            share = np.bincount(_band_number(bands), minlength=NUM_PRICE_BANDS + 1) / np.isfinite(bands).sum()
+            share[NUM_PRICE_BANDS] = 0.0
+            put("price_band_share", share[_band_number(of_items("price_band"))])
         mean_popularity = history[:, _COLUMN["log_popularity"]].mean()
         put("popularity_gap", of_items("log_popularity") - mean_popularity)
         put("user_mean_log_popularity", mean_popularity)
@@ -349,4 +350,10 @@ def candidate_features(
         put("request_hour_cos", np.cos(day))
         put("request_weekday_sin", np.sin(week))
         put("request_weekday_cos", np.cos(week))
-    return features
+    return np.ascontiguousarray(features_FC.T)
+
+
+def _band_number(bands: NDArray[np.float32]) -> NDArray[np.int64]:
+    """int64: 0 to :data:`NUM_PRICE_BANDS` - 1, and :data:`NUM_PRICE_BANDS` where there is no price."""
+    number = np.clip(np.round(bands * (NUM_PRICE_BANDS - 1)), 0, NUM_PRICE_BANDS - 1)
+    return np.nan_to_num(number, nan=NUM_PRICE_BANDS).astype(np.int64)

@@ -125,7 +125,7 @@ class _Interests(TowerNetwork):
             positive_T=part.positive_B,
             weight_T=part.weight_B,
             candidate_C=part.candidate,
-            log_correction_C=self.correction(part.candidate, part.log_correction),
+            log_correction_C=self.correction(part.log_correction),
         )
 
 

@@ -310,7 +310,7 @@ class SequenceNetwork(TowerNetwork):
             positive_T=part.positive_T,
             weight_T=part.weight_T,
             candidate_C=part.candidate,
-            log_correction_C=self.correction(part.candidate, part.log_correction),
+            log_correction_C=self.correction(part.log_correction),
             trend=trend,
             habit=habit,
         )

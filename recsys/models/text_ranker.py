@@ -139,6 +139,7 @@ class TextRankerConfig(RankerConfig, ABC):
 
     def load(self, folder: Path) -> TextRanker:
         """Read what :meth:`TextRanker.save` wrote."""
+        items = load_ranking_items(folder)
         tokenizer, network = self.saved_network(folder / _TRANSFORMER)
         rest = load_file(folder / "model.safetensors")
         missing, unexpected = network.load_state_dict(rest, strict=False)
@@ -149,7 +150,6 @@ class TextRankerConfig(RankerConfig, ABC):
         network.eval()
         fit = read_json(folder / "fit.json")
         tokens = map_arrow(folder / "tokens.arrow")["tokens"].combine_chunks()
-        items = load_ranking_items(folder)
         return TextRanker(self, tokenizer, network, items, tokens, fit["history"], uses_time=fit["uses_time"])
 
 

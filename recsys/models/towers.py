@@ -34,6 +34,9 @@ from recsys.training.loop import Step, TrainConfig, best_epoch, sample_targets, 
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import NegativeSampler, recency_weight
 
+_VERSION = 2
+"""raised when what is trained changes, so that a checkpoint of before is not gone on from"""
+
 
 class Plan(Protocol):
     """What a training consists of."""
@@ -46,9 +49,13 @@ class Plan(Protocol):
 class TowerNetwork(nn.Module, ABC):
     """Items, and whatever makes user vectors; ``forward(part)`` is the summed weighted loss of a part of a step."""
 
+    unmet_N: Tensor | None
+    """float [N]: 0, and -inf for items that training has not met; None where there are none"""
+
     def __init__(self, items: ItemTower) -> None:
         super().__init__()
         self.items = items
+        self.register_buffer("unmet_N", None, persistent=False)
 
     def look_up(
         self, input_T: Tensor, positive_P: Tensor, candidate_C: Tensor | None, id_keep: Tensor | None
@@ -65,18 +72,20 @@ class TowerNetwork(nn.Module, ABC):
         input_TD, positive_PD, candidate_CD = self.items(unique, id_keep)[place].split([len(items) for items in asked])
         return input_TD, positive_PD, candidate_CD
 
-    def correction(self, candidate_C: Tensor | None, log_correction_C: Tensor | None) -> Tensor | None:
-        """float [C], added to the logits of candidates: -inf for items that training has not met.
+    def leave_out_unmet(self) -> None:
+        """Where all items are candidates, those that training has not met count no more.
 
         That nobody took what nobody could take says nothing of what it is like, and would teach the text projection
-        that its like is wanted by nobody. Where items are known by their IDs alone, all count as met.
+        that its like is wanted by nobody. Items known by their IDs alone all count as met. Drawn candidates are met
+        ones already (:func:`sampler_of`).
         """
-        met_C = self.items.has_id if candidate_C is None else self.items.has_id[candidate_C]
-        if bool(met_C.all()):
-            return log_correction_C
-        if log_correction_C is None:
-            log_correction_C = torch.zeros(len(met_C), device=met_C.device)
-        return log_correction_C.masked_fill(~met_C, -torch.inf)
+        met_N = self.items.has_id
+        all_met = bool(met_N.all())
+        self.unmet_N = None if all_met else torch.zeros(len(met_N)).masked_fill(~met_N, -torch.inf)
+
+    def correction(self, log_correction_C: Tensor | None) -> Tensor | None:
+        """float [C], added to the logits of candidates: as given for drawn ones, ``unmet_N`` for all items."""
+        return self.unmet_N if log_correction_C is None else log_correction_C
 
     def item_vectors(self) -> Tensor:
         """[N, V]: all items."""
@@ -162,6 +171,7 @@ class TowerConfig(RetrieverConfig, ABC):
     def _trained(
         self, network: TowerNetwork, plan: Plan, data: FitData, runtime: Runtime, how: TrainConfig
     ) -> NetworkRetriever:
+        network.leave_out_unmet()
         retriever = self.retriever(network, data.num_items)
         valid = None
         if data.valid is not None and len(data.valid):
@@ -292,9 +302,9 @@ def saved_id_and_text(tensors: Mapping[str, Tensor], dim: int, text_hidden_dim: 
 
 
 def sampler_of(config: TowerConfig, data: FitData) -> NegativeSampler:
-    """Draws negatives by how often items were interacted with."""
+    """Draws negatives by how often items were interacted with; with texts, of the items that were."""
     counts = np.bincount(data.histories.pack().item_idx, minlength=data.num_items).astype(np.float64)
-    return NegativeSampler(counts, config.negative_power)
+    return NegativeSampler(counts, config.negative_power, None if data.text_vectors is None else counts > 0)
 
 
 def target_weights(config: TowerConfig, data: FitData) -> NDArray[np.float32]:
@@ -332,6 +342,7 @@ def text_of(data: FitData) -> Tensor | None:
 
 def _fingerprint(config: TowerConfig, data: FitData, how: TrainConfig) -> str:
     parts: Mapping[str, object] = {
+        "version": _VERSION,
         "config": config.content_hash(),
         "train": how.content_hash(),
         "lesson": None if data.lesson is None else float(data.lesson.weight.sum()),

@@ -67,18 +67,6 @@ class RerankingConfig(StrictConfig):
         le=1,
         description="0 orders by score alone, 1 by novelty against what is above; a request may give its own (0 to 1)",
     )
-    calibration: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="0 orders by score alone, 1 by how near the slate's categories are to the history's (0 to 1)",
-    )
-    calibration_half_life: float = Field(
-        default=10.0,
-        gt=0,
-        le=1000,
-        description="for calibration, so many later entries make one of the history count half (entries)",
-    )
     max_per_creator: int = Field(
         default=0,
         ge=0,

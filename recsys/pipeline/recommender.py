@@ -433,7 +433,7 @@ def local_stages(bundle: Bundle, config: PipelineConfig, *, inline: bool) -> lis
     """The stages of ``bundle``, in this process. Unless ``inline``, even the shortest is in a thread: one that hangs in
     the event loop would take everything with it.
     """
-    stages = [stage for name in STAGES if (stage := build_stage(bundle, name)) is not None]
+    stages = [stage for name in STAGES if (stage := build_stage(bundle, name, config)) is not None]
     return [
         LocalStage(
             stage,

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
+from recsys.data.features import ITEM_COLUMNS, NUM_PRICE_BANDS
 
 _HOUR_MS = 3_600_000
 _START_MS = 1_600_000_000_000
@@ -79,6 +80,15 @@ def planted_fashion(
     split = np.where(day == length - 1, Split.VALID, Split.TRAIN)
     time = _START_MS + (day * 24 + np.array(users) % 24) * _HOUR_MS
     return dataset_of(np.array(users), np.array(items), split, num_items=num_items, timestamp_ms=time)
+
+
+def random_numeric(generator: np.random.Generator, num_items: int) -> NDArray[np.float32]:
+    """float32 [N, I]: what :attr:`recsys.data.features.ItemFeatures.numeric` may be, drawn at random."""
+    numeric = generator.normal(size=(num_items, len(ITEM_COLUMNS))).astype(np.float32)
+    numeric[:, ITEM_COLUMNS.index("price_band")] = generator.integers(0, NUM_PRICE_BANDS, num_items) / (
+        NUM_PRICE_BANDS - 1
+    )
+    return numeric
 
 
 def dataset_of(

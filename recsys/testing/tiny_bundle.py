@@ -14,7 +14,7 @@ import torch
 from recsys import schema
 from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery
 from recsys.data.dataset import DatasetInfo
-from recsys.data.features import ITEM_COLUMNS, ItemFeatures
+from recsys.data.features import ItemFeatures
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.index.base import IndexConfig
@@ -28,6 +28,7 @@ from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.id_map import fingerprint_ids
 from recsys.pipeline.recommender import Recommender
+from recsys.testing.planted import random_numeric
 from recsys.training.runtime import Runtime
 
 START_MS = 1_700_000_000_000
@@ -116,7 +117,7 @@ def make_bundle(
     vectors = fitted.item_vectors() if isinstance(fitted, VectorRetriever) else None
     embedding_dim = 0 if vectors is None else vectors.shape[1]
     features = ItemFeatures(
-        generator.normal(size=(size.num_items, len(ITEM_COLUMNS))).astype(np.float32),
+        random_numeric(generator, size.num_items),
         np.eye(2, dtype=np.float32)[np.arange(size.num_items) % 2],
         (np.arange(size.num_items) % 7).astype(np.int32),
         np.full(size.num_items, START_MS),

@@ -125,9 +125,14 @@ def first_of_basket(part: PackedWindows, timestamp_ms: NDArray[np.int64]) -> NDA
 class NegativeSampler:
     """Draws items with probability proportional to ``count ** power`` over the ``eligible`` items, with replacement."""
 
-    def __init__(self, counts: NDArray[np.float64], power: float) -> None:
-        """``counts``: float64 [N], items with 0 are drawn as rarely as those with 1; ``power`` 0 draws uniformly."""
+    def __init__(self, counts: NDArray[np.float64], power: float, eligible: NDArray[np.bool_] | None = None) -> None:
+        """``counts``: float64 [N], items with 0 are drawn as rarely as those with 1; ``power`` 0 draws uniformly.
+
+        ``eligible``: bool [N], None for all.
+        """
         mass = np.maximum(counts, 1.0) ** power
+        if eligible is not None:
+            mass = mass * eligible
         self.probability = mass / mass.sum()
         """float64 [N]"""
         self._cumulative = np.cumsum(self.probability)

@@ -113,7 +113,10 @@ def lock_store(served: Served) -> None:
 
 
 def fill_store(served: Served) -> None:
-    """Not a byte is left on its disk."""
+    """Not a byte is left on its disk, nor room in the store's own files."""
+    with sqlite3.connect(served.store) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
     filler = served.store.parent / "filler"
     block = b"\0" * (1 << 20)
     with filler.open("wb", buffering=0) as file:

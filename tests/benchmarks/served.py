@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.artifacts import FORMAT
 from recsys.bundle import Bundle
 from recsys.index.ivf import IvfIndex
 from recsys.models.esasrec import ESASRec
@@ -36,7 +37,7 @@ CALLERS = 8
 
 def trained(workdir: Path) -> Bundle:
     """MovieLens-1M as the jobs publish it, its retriever after two passes: how good it is does not matter here."""
-    home = workdir / "trained"
+    home = workdir / f"trained-{FORMAT}"
     store = home / "movielens_1m" / "bundles"
     if not store.exists():
         short = {"workdir": home, "retriever.train.epochs": 2, "ranking.model.epochs": 1, "compute.num_workers": 0}
@@ -48,7 +49,7 @@ def trained(workdir: Path) -> Bundle:
 
 def bundle_of(workdir: Path, name: str, size: Size, **settings: Any) -> Bundle:
     """One of random data, made once and kept."""
-    folder = workdir / name
+    folder = workdir / f"{name}-{FORMAT}"
     made = list(folder.glob("*/manifest.json"))
     return Bundle.open(made[0].parent) if made else make_bundle(folder, size=size, **settings)
 

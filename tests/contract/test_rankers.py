@@ -21,6 +21,7 @@ from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ran
 from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content, ranking_batch
 from recsys.models.text_ranker import TextRanker, TextRankerConfig
 from recsys.testing.covered import configured_kinds
+from recsys.testing.planted import random_numeric
 from recsys.testing.ranker_contract import RankerContract, ranking_query
 from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.training.ranking_examples import RankingExamples
@@ -32,7 +33,7 @@ CONFIG = AttentionRankerConfig(dim=16, hidden=16, max_history=8, epochs=1)
 def fitted() -> tuple[AttentionRanker, RankingExamples]:
     rng = np.random.default_rng(0)
     features = ItemFeatures(
-        rng.normal(size=(50, len(ITEM_COLUMNS))).astype(np.float32),
+        random_numeric(rng, 50),
         np.eye(5, dtype=np.float32)[rng.integers(0, 5, 50)],
         rng.integers(-1, 5, 50).astype(np.int32),
         rng.integers(0, 10**12, 50),

@@ -29,7 +29,6 @@ selections = st.fixed_dictionaries({"item_ids": item_ids, "categories": some_cat
 configs = st.builds(
     RerankingConfig,
     diversity=st.sampled_from([0.0, 0.4, 1.0]),
-    calibration=st.sampled_from([0.0, 0.5]),
     max_per_creator=st.integers(0, 2),
     pins=st.lists(st.builds(lambda s, p: Pin(**s, position=p), selections, st.integers(0, 12)), max_size=3).map(tuple),
     boosts=st.lists(st.builds(lambda s: Boost(**s, amount=0.5), selections), max_size=2).map(tuple),
@@ -108,7 +107,7 @@ def test_every_candidate_ends_in_exactly_one_place(
     popular = PopularItems(
         NUM_ITEMS, np.array(proposed_again, np.int32), np.arange(len(proposed_again), 0, -1).astype(np.float32)
     )
-    query = make_query(history=excluded, excluded=excluded, top_k=top_k, num_candidates=max(10, top_k), filters=wanted)
+    query = make_query(excluded=excluded, top_k=top_k, num_candidates=max(10, top_k), filters=wanted)
     slate = asyncio.run(Runner(stages, HardRules(catalogue), popular, PipelineConfig()).run(query))
 
     selected = slate.selected.item_idx.tolist()

@@ -13,6 +13,7 @@ from recsys.data import features as module
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import FEATURE_NAMES, ITEM_COLUMNS, NUM_PRICE_BANDS, ItemFeatures, candidate_features
 from recsys.errors import ModelError
+from recsys.testing.planted import random_numeric
 
 DAY_MS = 86_400_000
 NOW_MS = 100 * DAY_MS
@@ -135,3 +136,29 @@ def test_features_of_another_version_are_refused(shop, tmp_path, monkeypatch):
         ItemFeatures.load(tmp_path / "features.arrow")
     features.save(tmp_path / "features.arrow")
     np.testing.assert_array_equal(ItemFeatures.load(tmp_path / "features.arrow").numeric, features.numeric)
+
+
+def test_every_feature_says_something():
+    """Of users and items that differ in all that is known of them, no column is the same for all."""
+    rng = np.random.default_rng(0)
+    numeric = random_numeric(rng, 200)
+    categories = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 200)]
+    creator, created = rng.integers(-1, 3, 200).astype(np.int32), rng.integers(0, NOW_MS, 200)
+    features = ItemFeatures(numeric, categories, creator, created)
+    rows = []
+    for _ in range(50):
+        now_ms = NOW_MS + int(rng.integers(0, 7 * DAY_MS))
+        times = np.sort(rng.integers(NOW_MS - 20 * DAY_MS, NOW_MS, rng.integers(1, 30)))
+        rows.append(
+            candidate_features(
+                features,
+                rng.normal(size=(200, 8)).astype(np.float32),
+                history_item_idx=rng.integers(0, 200, len(times)).astype(np.int32),
+                history_timestamp_ms=times,
+                candidate_item_idx=rng.integers(0, 200, 20).astype(np.int32),
+                retrieval_score=rng.normal(size=20).astype(np.float32),
+                now_ms=now_ms,
+            )
+        )
+    spread = np.concatenate(rows).std(axis=0)
+    assert [name for name, value in zip(FEATURE_NAMES, spread, strict=True) if value < 1e-3] == []

@@ -369,14 +369,22 @@ def test_what_was_acknowledged_survives_sigkill_exactly_once(tmp_path):
         assert {len(batch) for batch in batches.values()} == {3}
 
 
-FULL_DISK = """
-import resource, signal, sys
+FULL = """
+import resource, signal, sqlite3, sys
 from recsys.errors import EventStoreError
 from recsys.events import Event, SqliteEventStoreConfig
+path, limit = sys.argv[1:]
+unlimited, connect = resource.getrlimit(resource.RLIMIT_FSIZE), sqlite3.connect
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with SqliteEventStoreConfig(path=sys.argv[1]).open() as store:
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, unlimited[1]))
+def small(*args, **kwargs):
+    connection = connect(*args, **kwargs)
+    connection.execute("PRAGMA max_page_count = 100")
+    return connection
+if limit == "pages":
+    sqlite3.connect = small
+with SqliteEventStoreConfig(path=path).open() as store:
+    if limit == "size":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, unlimited[1]))
     for i in range(10**6):
         try:
             store.append([Event(str(i), "u", "x" * 200, "click", i)])
@@ -385,20 +393,26 @@ with SqliteEventStoreConfig(path=sys.argv[1]).open() as store:
             break
         print(i, flush=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    print("again", store.append([Event(str(i), "u", "y", "click", i)]).accepted)
+    if limit == "size":
+        print("again", store.append([Event(str(i), "u", "y", "click", i)]).accepted)
 """
 
 
-def test_a_full_disk_is_an_error_nothing_is_lost_and_room_is_enough_to_go_on(tmp_path):
-    """The system refuses every write beyond a mebibyte, as it does when no block is left."""
+@pytest.mark.parametrize(("limit", "why"), [("pages", "full"), ("size", "I/O error")])
+def test_without_room_it_is_an_error_nothing_is_lost_and_room_is_enough_to_go_on(tmp_path, limit, why):
+    """SQLite finds no page left, or the system refuses to write beyond a mebibyte."""
     path = str(tmp_path / "events.sqlite")
     env = os.environ | {"PYTHONPATH": str(Path(sqlite_module.__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, env=env, check=True)
-    *acknowledged, full, again = done.stdout.splitlines()
-    assert full.startswith(f"full {len(acknowledged)} ")
-    assert again == "again 1"
+    command = [sys.executable, "-c", FULL, path, limit]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("again ")]
+    assert lines[-1].startswith(f"full {len(lines) - 1} ")
+    assert why in lines[-1]
     with SqliteEventStoreConfig(path=path, max_history=100_000).open() as store:
-        assert len(store.user("u")) == len(acknowledged) + 1
+        after = int("again 1" in done.stdout)
+        assert after == (limit == "size")
+        assert len(store.user("u")) == len(lines) - 1 + after
+        assert store.append([event("one more")]).accepted == 1
 
 
 def test_who_does_nothing_for_long_is_a_stranger_again(config):

@@ -13,9 +13,11 @@ from recsys import schema
 from recsys.data.histories import Histories
 from recsys.models import load_retriever, towers
 from recsys.models.base import FitData
+from recsys.models.bert4rec import BERT4Rec
 from recsys.models.esasrec import ESASRec
 from recsys.models.layers.items import ItemVectors
 from recsys.models.mind import MIND
+from recsys.models.neumf import NeuMF
 from recsys.models.towers import TowerConfig
 from recsys.training.runtime import Runtime
 
@@ -61,8 +63,9 @@ def test_texts_that_span_fewer_directions_than_there_are_dimensions(num: int) ->
         assert vectors.abs().max() < 10
 
 
-@pytest.mark.parametrize("num_negatives", [0, 64])
-@pytest.mark.parametrize("kind", [ESASRec, MIND])
+@pytest.mark.parametrize(
+    ("kind", "num_negatives"), [(ESASRec, 0), (ESASRec, 64), (MIND, 0), (MIND, 64), (NeuMF, 64), (BERT4Rec, 0)]
+)
 def test_what_nobody_could_take_teaches_nothing(kind: type[TowerConfig], num_negatives: int) -> None:
     """The loss does not read the texts of items without interactions: they are nobody's negatives."""
     config = kind(dim=8, dropout=0.0, num_negatives=num_negatives)
@@ -73,6 +76,7 @@ def test_what_nobody_could_take_teaches_nothing(kind: type[TowerConfig], num_neg
     plan = config.plan(data)
     torch.manual_seed(0)
     network = config.network(config.items(data), plan)
+    network.leave_out_unmet()
     part = plan.epoch(0)[0].part(0, 1, torch.device("cpu"))
     loss = network(part).item()
     assert isinstance(network.items, ItemVectors)
@@ -100,5 +104,8 @@ def test_weights_that_are_loaded_stay_where_they_are_mapped(tmp_path: Path, monk
     monkeypatch.setattr(towers, "load_tensors", load)
     loaded = load_retriever(tmp_path / "model")
     assert isinstance(loaded, towers.NetworkRetriever)
+    spans = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    bounds = [[int(end, 16) for end in span.split("-")] for span in spans]
     for name, weight in loaded.network.named_parameters():
         assert weight.data_ptr() == mapped[name].data_ptr(), name
+        assert any(low <= weight.data_ptr() < high for low, high in bounds), name

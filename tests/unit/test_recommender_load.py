@@ -135,3 +135,16 @@ def test_importing_the_package_loads_nothing_heavy():
     code = "import recsys, sys; print([m for m in ('torch', 'faiss', 'pyarrow', 'pydantic') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_configuration_of_ones_own_reaches_every_stage(bundle: Bundle) -> None:
+    """Rules that the Bundle does not have hold in the slate."""
+    buried = PipelineConfig.parse(
+        {**PATIENT.model_dump(), "reranking": {"buries": [{"categories": ["c0", "c1"]}]}}, where="test"
+    )
+    with Recommender.load(bundle.path, config=buried) as recommender:
+        shown = bundle.catalogue().id_map.rows(recommender.recommend(user_id="u1", top_k=5).item_ids)
+    assert (shown % 3 == 2).all()
+    with Recommender.load(bundle.path) as recommender:
+        usual = bundle.catalogue().id_map.rows(recommender.recommend(user_id="u1", top_k=5).item_ids)
+    assert (usual % 3 != 2).any()

@@ -79,35 +79,6 @@ def test_diversity_by_categories_alternates_and_the_request_overrides(catalogue:
     assert "diversity" in reasons(found)
 
 
-def test_calibration_follows_the_paper(catalogue: Catalogue):
-    """Greedily the largest (1 - c) * relevance - c * KL, with a history of which x is one part and y three."""
-    query = make_query(top_k=4, history=[0, 5, 6, 7])
-    for calibration in (0.2, 0.6, 1.0):
-        found = rerank(catalogue, query=query, calibration=calibration, calibration_half_life=1000.0)
-        chosen = list[int]()
-        while len(chosen) < 4:
-            values = dict[int, float]()
-            for item in (item for item in range(8) if item not in chosen):
-                share = sum(one < 5 for one in [*chosen, item]) / (len(chosen) + 1)
-                smoothed = {"x": 0.99 * share + 0.01 * 0.25, "y": 0.99 * (1 - share) + 0.01 * 0.75}
-                divergence = 0.25 * np.log(0.25 / smoothed["x"]) + 0.75 * np.log(0.75 / smoothed["y"])
-                values[item] = (1 - calibration) * (1 - item / 7) - calibration * divergence
-            chosen.append(max(values, key=values.__getitem__))
-        assert found.item_idx.tolist() == chosen
-    assert sum(item >= 5 for item in chosen) == 3
-    assert reasons(found)["calibration"]
-
-
-def test_for_calibration_the_newest_entries_count_most(catalogue: Catalogue):
-    old, new = [0, 1, 2, 3, 4] * 3, [5, 6, 7]
-    moved = rerank(catalogue, query=make_query(top_k=4, history=old + new), calibration=0.9, calibration_half_life=1.0)
-    assert sum(item >= 5 for item in moved.item_idx.tolist()) == 3
-    stayed = rerank(catalogue, query=make_query(top_k=4, history=new + old), calibration=0.9, calibration_half_life=1.0)
-    assert sum(item < 5 for item in stayed.item_idx.tolist()) == 4
-    strangers = rerank(catalogue, query=make_query(top_k=4), calibration=0.9)
-    assert strangers.item_idx.tolist() == [0, 1, 2, 3]
-
-
 def test_the_creator_cap_spares_items_without_a_creator(catalogue: Catalogue):
     found = rerank(catalogue, max_per_creator=1, query=make_query(top_k=5))
     assert found.item_idx.tolist() == [0, 3, 4, 5, 6]

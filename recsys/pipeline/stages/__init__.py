@@ -8,19 +8,24 @@ from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle
+    from recsys.pipeline.config import PipelineConfig
     from recsys.pipeline.stage import Stage
 
 STAGES = ("retrieval", "ranking", "reranking")
 """names of the stages, in the order in which they run"""
 
 
-def build_stage(bundle: Bundle, name: str) -> Stage | None:
-    """The stage ``name`` (one of :data:`STAGES`) of ``bundle``; None where it has no ranker to rank with."""
+def build_stage(bundle: Bundle, name: str, config: PipelineConfig | None = None) -> Stage | None:
+    """The stage ``name`` (one of :data:`STAGES`) of ``bundle``; None where it has no ranker to rank with.
+
+    ``config`` None is the Bundle's own.
+    """
+    config = config or bundle.pipeline_config
     if name == "retrieval":
         from recsys.pipeline.stages.retrieval import RetrievalStage
 
         index = bundle.index() if bundle.has("index") else None
-        remembered = bundle.pipeline_config.encoding_cache
+        remembered = config.encoding_cache
         return RetrievalStage(
             bundle.bundle_id, bundle.retriever(), index, bundle.catalogue(), encoding_cache=remembered
         )
@@ -34,6 +39,6 @@ def build_stage(bundle: Bundle, name: str) -> Stage | None:
         from recsys.pipeline.similarity import bundle_item_embeddings
         from recsys.pipeline.stages.reranking import RerankingStage
 
-        config = bundle.pipeline_config.reranking
-        return RerankingStage(bundle.bundle_id, bundle.catalogue(), config, bundle_item_embeddings(bundle))
+        embeddings = bundle_item_embeddings(bundle)
+        return RerankingStage(bundle.bundle_id, bundle.catalogue(), config.reranking, embeddings)
     raise ConfigError(f"there is no stage {name!r}; stages are {', '.join(STAGES)}", stage=name)

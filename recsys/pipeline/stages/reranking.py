@@ -5,8 +5,6 @@ Diversity is maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): t
 before, scaled to 0 (worst candidate) to 1 (best) so that one ``diversity`` means the same for every ranker; similarity
 is the cosine of item vectors, or of categories where there are none, and 0 where it is negative.
 
-With ``calibration`` a part of what counts is that the slate's categories are the history's (:mod:`.calibration`).
-
 Exploration is epsilon-greedy, place by place: with probability ``exploration.share`` a place goes to one of the
 candidates left, drawn evenly, else to the best of them. The propensity of what is shown, given what is above it, stands
 among the stages' scores, so that what is learned from clicks can be weighted by its inverse. Neither what is buried nor
@@ -27,7 +25,6 @@ from numpy.typing import NDArray
 
 from recsys.pipeline.catalogue import BoolArray, Catalogue
 from recsys.pipeline.config import ItemSelection, Pin, RerankingConfig
-from recsys.pipeline.stages.calibration import Calibration
 from recsys.pipeline.types import Candidates, FloatArray, Int32Array, Query, Removal
 
 _CREATOR_HANDICAP = 1e3
@@ -101,13 +98,6 @@ class RerankingStage:
         vectors_CD = self._unit_vectors(items) if diversity > 0 else None
         nearest = np.zeros(len(items), np.float32)
         merit = (1.0 - diversity) * relevance
-        calibration = Calibration(
-            self.catalogue,
-            query.history_item_idx,
-            items,
-            weight=self.config.calibration,
-            half_life=self.config.calibration_half_life,
-        )
 
         share = self.config.exploration.share
         chance = self._chance(query) if share else None
@@ -116,7 +106,7 @@ class RerankingStage:
         propensities: list[float] = []
         num_free = len(items) - len(pinned)
         while len(picks) < size:
-            value = calibration.mixed(merit - diversity * nearest)
+            value = merit - diversity * nearest
             propensity = 1.0
             if pinned and (pinned[0][0] <= len(picks) or not num_free):
                 row = pinned.pop(0)[1]
@@ -131,7 +121,6 @@ class RerankingStage:
             picks.append(row)
             values.append(float(value[row]))
             handicap[row] = np.inf
-            calibration.take(row)
             if vectors_CD is not None:
                 np.maximum(nearest, vectors_CD @ vectors_CD[row], out=nearest)
             if creators is not None and (creator := int(creators[row])) >= 0:
@@ -141,7 +130,7 @@ class RerankingStage:
                     handicap[same] += _CREATOR_HANDICAP
                     over_cap |= same
 
-        dropped = self._dropped(items, picks, relevance, buried, over_cap, diversity, calibration.weight > 0)
+        dropped = self._dropped(items, picks, relevance, buried, over_cap, diversity)
         selected = candidates.take(np.array(picks))
         scores = {**selected.stage_scores, self.name: np.array(values, np.float32)}
         if chance is not None:
@@ -160,7 +149,6 @@ class RerankingStage:
         buried: BoolArray | None,
         over_cap: BoolArray,
         diversity: float,
-        calibrated: bool,
     ) -> tuple[Removal, ...]:
         left = np.ones(len(items), np.bool_)
         left[picks] = False
@@ -168,10 +156,10 @@ class RerankingStage:
         if buried is not None:
             reasons.append(("buried", buried))
         reasons.append(("creator_cap", over_cap))
-        if diversity > 0 or calibrated:
+        if diversity > 0:
             among_best = np.zeros(len(items), np.bool_)
             among_best[np.argsort(-relevance, kind="stable")[: len(picks)]] = True
-            reasons.append(("diversity" if diversity > 0 else "calibration", among_best))
+            reasons.append(("diversity", among_best))
         dropped: list[Removal] = []
         for reason, concerned in reasons:
             concerned = concerned & left
