@@ -202,8 +202,10 @@ class TowerConfig(RetrieverConfig, ABC):
         item_vectors_NV = tensors.pop("item_vectors")
         network = self.network(self.saved_items(tensors), None)
         try:
-            # The weights stay where they are mapped: replicas on a machine share them.
-            network.load_state_dict(tensors, assign=True)
+            # What is as long as the catalogue stays where it is mapped, and replicas on a machine share it. What is
+            # multiplied by is copied: in a file it lies at any address, which costs time and the last digit.
+            weights = {name: value if name.startswith("items.") else value.clone() for name, value in tensors.items()}
+            network.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{folder}: the weights do not fit the configuration: {error}", path=str(folder)) from None
         network.eval()

@@ -21,6 +21,7 @@ from recsys.models.neumf import NeuMF
 from recsys.models.towers import TowerConfig
 from recsys.training.runtime import Runtime
 
+TABLE = "items.id_embedding.weight"
 NO_ROWS = schema.ITEMS.empty_table()
 
 
@@ -87,25 +88,16 @@ def test_what_nobody_could_take_teaches_nothing(kind: type[TowerConfig], num_neg
     assert network(part).item() != loss
 
 
-def test_weights_that_are_loaded_stay_where_they_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_a_loaded_model_stays_where_it_is_mapped(tmp_path: Path) -> None:
     """Replicas of a machine share them: a copy of a million items' IDs is a quarter of a gigabyte for each."""
     config = ESASRec.parse({"dim": 8, "num_blocks": 1, "train": {"epochs": 1}}, where="test")
     histories = Histories.from_lists([[0, 1, 2]] * 4)
     columns = {name: pa.nulls(3, schema.ITEMS.field(name).type) for name in schema.ITEMS.names}
     data = FitData(histories, np.ones(len(histories.item_idx), np.float32), pa.table(columns))
     config.fit(data, Runtime("cpu")).save(tmp_path / "model")
-    mapped: dict[str, torch.Tensor] = {}
-
-    def load(path: Path) -> dict[str, torch.Tensor]:
-        mapped.update(read(path))
-        return dict(mapped)
-
-    read = towers.load_tensors
-    monkeypatch.setattr(towers, "load_tensors", load)
     loaded = load_retriever(tmp_path / "model")
     assert isinstance(loaded, towers.NetworkRetriever)
     spans = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     bounds = [[int(end, 16) for end in span.split("-")] for span in spans]
-    for name, weight in loaded.network.named_parameters():
-        assert weight.data_ptr() == mapped[name].data_ptr(), name
-        assert any(low <= weight.data_ptr() < high for low, high in bounds), name
+    (address,) = (weight.data_ptr() for name, weight in loaded.network.named_parameters() if name == TABLE)
+    assert any(low <= address < high for low, high in bounds)
