@@ -97,9 +97,12 @@ class FitData:
 
 
 class UpdateConfig(StrictConfig):
-    """How a fitted model goes on learning."""
+    """How a fitted model goes on learning.
 
-    epochs: int = Field(default=3, ge=1, le=1000, description="passes over what is new and what is replayed")
+    The defaults are the best of twelve on eight weeks of Online Retail (``tests/benchmarks/online.py --tune``).
+    """
+
+    epochs: int = Field(default=1, ge=1, le=1000, description="passes over what is new and what is replayed")
     rate: float = Field(
         default=0.3, gt=0, le=1, description="step size, as a share of the one that the model was trained with"
     )
