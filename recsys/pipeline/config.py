@@ -84,7 +84,11 @@ class BudgetsConfig(StrictConfig):
     """The longest each stage may take before it is skipped."""
 
     state: float = Field(
-        default=50.0, gt=0, le=60_000, description="longest wait for an event store on another machine (milliseconds)"
+        default=50.0,
+        gt=0,
+        le=60_000,
+        description="longest wait for an event store on another machine, where the request's deadline leaves no more "
+        "than the other budgets (milliseconds)",
     )
     retrieval: float = Field(default=150.0, gt=0, le=60_000, description="budget of retrieval (milliseconds)")
     ranking: float = Field(default=250.0, gt=0, le=60_000, description="budget of ranking (milliseconds)")

@@ -315,9 +315,12 @@ class Recommender:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="state")
             reading = asyncio.get_running_loop().run_in_executor(self._readers, self._state, user_id)
-        # Of a short deadline the stages must get something, too.
+        # Of a short deadline the stages must get something, too. What a long one has over theirs goes to the state:
+        # without it, what was seen or hidden would be shown.
         deadline_ms = self.config.deadline_ms if request.deadline_ms is None else request.deadline_ms
-        budget_ms = min(self.config.budgets_ms.state, deadline_ms / 4)
+        budgets = self.config.budgets_ms
+        spare_ms = deadline_ms - (budgets.retrieval + budgets.ranking + budgets.reranking)
+        budget_ms = max(spare_ms, min(budgets.state, deadline_ms / 4))
         try:
             async with asyncio.timeout(budget_ms / 1e3):
                 return await reading

@@ -341,6 +341,11 @@ def test_a_store_on_another_machine_is_waited_for_within_its_budget(fixture: Fix
     assert time.monotonic() - started < 1.2
     assert {answer.degraded for answer in answers} == {("state",)}
     fixture.recommender.close()
+    # Who has time waits for it: what was seen is not to be shown again.
+    fixture.users.wait_s = 0.2
+    assert fixture.recommender.recommend(user_id="ann", top_k=2).degraded == ("state",)
+    assert not fixture.recommender.recommend(user_id="ann", top_k=2, deadline_ms=9000).degraded
+    fixture.recommender.close()
     fixture.users.wait_s = 0.0
     assert not fixture.recommender.recommend(user_id="ann", top_k=2).degraded
     fixture.recommender.close()
