@@ -325,7 +325,8 @@ def learn(workdir: Path) -> None:
         protocol=f"the last two interactions of all {len(rows) // 2:,} users of MovieLens-1M, by order, in the event "
         "log of a Bundle that was trained without them (10 epochs); python -m jobs.update, from its start until the "
         "gate has passed",
-        details=record | {"with_publication_s": whole_s},
+        details={name: found for name, found in record.items() if name not in {"parent", "child", "watermark"}}
+        | {"with_publication_s": whole_s},
     )  # fmt: skip
 
 
