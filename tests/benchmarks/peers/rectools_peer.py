@@ -2,7 +2,8 @@
 
 Runs in the environment of ``requirements.txt`` and knows nothing of this project but the files in ``FOLDER``, which
 ``jobs.benchmark`` describes (see ``jobs.external``). With ``--lockstep`` every epoch waits for a line on standard
-input and answers with a line of JSON, so that another training can be measured in turn with this one.
+input and answers with a line of JSON, so that another training can be measured in turn with this one; with
+``--checkpoint`` it can be killed, and goes on after its last epoch.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=100, help="of ItemKNN")
     parser.add_argument("--threads", type=int, default=0, help="0 for torch's default")
     parser.add_argument("--lockstep", action="store_true")
+    parser.add_argument(
+        "--checkpoint", help="file that holds the state after each epoch; begun from where there is one"
+    )
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -236,7 +240,8 @@ class Sasrec(Model):
         self.num_items, self.exclude_seen, self.length = task["num_items"], task["exclude_seen"], args.length
         self.curve = []
         seed_everything(task["seed"], workers=True)
-        watch = Watch(self, valid, args)
+        checkpoint = args.checkpoint if args.checkpoint and Path(args.checkpoint).exists() else None
+        watch = Watch(self, valid, args, checkpoint)
         WATCHES.append(watch)
         model = self.kind(
             n_blocks=args.blocks,
@@ -250,7 +255,7 @@ class Sasrec(Model):
             epochs=args.epochs,
             recommend_torch_device="cpu",
             get_trainer_func=trainer,
-            get_trainer_func_kwargs={"epochs": args.epochs},
+            get_trainer_func_kwargs={"epochs": args.epochs, "checkpoint": checkpoint},
         )
         self.model = model
         self.counts = np.bincount(train["item_idx"].to_numpy(), minlength=self.num_items)
@@ -297,9 +302,18 @@ WATCHES: list[Callback] = []
 """RecTools knows a trainer by the name of the function that makes it, so what goes into it stands here."""
 
 
-def trainer(epochs: int) -> Trainer:
+class Continued(Trainer):
+    """RecTools asks for no checkpoint to begin from."""
+
+    checkpoint: str | None = None
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        super().fit(*args, **kwargs, ckpt_path=self.checkpoint)
+
+
+def trainer(epochs: int, checkpoint: str | None) -> Trainer:
     """A trainer that leaves everything but training to the callbacks."""
-    return Trainer(
+    made = Continued(
         max_epochs=epochs,
         accelerator="cpu",
         devices=1,
@@ -309,15 +323,25 @@ def trainer(epochs: int) -> Trainer:
         enable_model_summary=False,
         callbacks=WATCHES,
     )
+    made.checkpoint = checkpoint
+    return made
 
 
 class Watch(Callback):
     """Times epochs, judges them, stops, and keeps the best weights."""
 
-    def __init__(self, model: Sasrec, valid: pa.Table, args: Any) -> None:
-        self.model, self.valid, self.args = model, valid, args
+    def __init__(self, model: Sasrec, valid: pa.Table, args: Any, checkpoint: str | None) -> None:
+        self.model, self.valid, self.args, self.checkpoint = model, valid, args, checkpoint
         self.best: dict[str, torch.Tensor] = {}
         self.best_quality, self.best_epoch = -1.0, 0
+        self.knows = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"best": self.best, "best_quality": self.best_quality, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """RecTools trains with a copy of the trainer; what is seen there must be seen here."""
@@ -326,12 +350,17 @@ class Watch(Callback):
     def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
         if self.args.lockstep and not sys.stdin.readline():
             sys.exit("standard input was closed")
+        if self.checkpoint is not None:
+            # RecTools has drawn new weights over those of the checkpoint.
+            module.load_state_dict(torch.load(self.checkpoint, weights_only=False)["state_dict"])
+            self.checkpoint = None
         self.started, self.cpu = time.perf_counter(), time.process_time()
 
     def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu
-        if trainer.current_epoch == 0:
+        if not self.knows:
             self.model.know()
+            self.knows = True
         module.eval()
         begun = time.perf_counter()
         quality = self.model.ndcg(self.valid)
@@ -348,6 +377,9 @@ class Watch(Callback):
             trainer.should_stop = True
         told = {**row, "seconds": seconds, "cpu_seconds": cpu, "validation_seconds": judged,
                 "stopped": bool(trainer.should_stop or epoch == self.args.epochs)}  # fmt: skip
+        if self.args.checkpoint:
+            trainer.save_checkpoint(self.args.checkpoint + ".tmp")
+            Path(self.args.checkpoint + ".tmp").replace(self.args.checkpoint)
         if self.args.lockstep:
             print(json.dumps(told), flush=True)
         else:
