@@ -293,7 +293,9 @@ def _continue(name: str, before: Tensor, parameter: Tensor, data: FitData) -> No
     parameter[:num_known] = before
     stand_ins = None if data.lesson is None else data.lesson.stand_ins
     if stand_ins is not None and data.text_vectors is None:
-        parameter[num_known:] = torch.from_numpy(stand_ins.mean(before.numpy(force=True))).to(parameter.device)
+        values = before.numpy(force=True)
+        new = stand_ins.vectors(values, values.shape[1]) if values.ndim == 2 else stand_ins.mean(values)
+        parameter[num_known:] = torch.from_numpy(new).to(parameter.device)
 
 
 def saved_id_and_text(tensors: Mapping[str, Tensor], dim: int, text_hidden_dim: int) -> ItemVectors:
