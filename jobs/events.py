@@ -9,24 +9,26 @@ use the store, but ``restore``, which fills an empty one.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
 import typer
 import yaml
 
-from recsys import schema
 from recsys.errors import DataError, EventStoreError, RecsysError, RequestError
-from recsys.events import AnyEventStore, EventStore, RedisEventStoreConfig, SqliteEventStoreConfig
+from recsys.events import (
+    AnyEventLog,
+    AnyEventStore,
+    EventStore,
+    ExportedLogConfig,
+    RedisEventStoreConfig,
+    SqliteEventStoreConfig,
+)
 from recsys.events.base import events_of
-from recsys.files import atomic_path
+from recsys.events.exported import COMPACTED, WATERMARK, opened, tables, write_log
 
-pc: Any = pyarrow.compute  # its functions are made at import, out of a type checker's sight
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Where = Annotated[str, typer.Option("--events", help="file of the embedded event store, or redis://HOST:PORT/DB")]
 Settings = Annotated[
@@ -34,10 +36,6 @@ Settings = Annotated[
     typer.Option("--set", help="a setting of the gateways' event_store, where it is not the default", metavar="K=V"),
 ]
 Target = Annotated[Path, typer.Argument(help="Parquet file")]
-_WATERMARK = b"recsys.watermark"
-_COMPACTED = b"recsys.compacted"
-_BATCH_ROWS = 1000
-"""Redis does nothing else while it takes one batch"""
 _DAY_MS = 86_400_000
 
 
@@ -50,12 +48,12 @@ def export(
 ) -> None:
     """Write events to a Parquet file, in the order they arrived, and say up to which watermark.
 
-    An export of everything is a backup: see ``restore``.
+    ``python -m jobs.update`` reads it in place of the store. An export of everything is a backup (see ``restore``), and
+    a ``parquet`` source for training: the Bundle then says up to where it contains the log.
     """
     with _store(events, settings) as store:
         watermark = store.watermark()
-        with atomic_path(to) as temporary:
-            number = _write(store, temporary, after or None, watermark)
+        number = write_log(store, to, after or None, watermark)
         typer.echo(f"{number:,} events in {to}, up to the watermark {watermark}")
 
 
@@ -67,7 +65,7 @@ def import_(source: Target, events: Where, settings: Settings = None) -> None:
     """
     with _store(events, settings, create=True) as store:
         accepted = duplicates = row = 0
-        for table in _tables(source):
+        for table in tables(source):
             try:
                 result = store.append(events_of(table))
             except RequestError as error:
@@ -84,11 +82,11 @@ def import_(source: Target, events: Where, settings: Settings = None) -> None:
 def restore(source: Target, events: Where, settings: Settings = None) -> None:
     """Fill an empty event store from an export of everything. It goes on where that log ended."""
     with _store(events, settings, create=True) as store:
-        with _parquet(source) as file:
+        with opened(source) as file:
             metadata = file.schema_arrow.metadata or {}
-        if _WATERMARK not in metadata:
+        if WATERMARK not in metadata:
             raise DataError(f"{source} is no export of a whole log; `import` adds events of any Parquet file")
-        number = store.restore(metadata[_WATERMARK].decode(), _tables(source), int(metadata[_COMPACTED]))
+        number = store.restore(metadata[WATERMARK].decode(), tables(source), int(metadata[COMPACTED]))
         typer.echo(f"{number:,} events restored")
 
 
@@ -107,36 +105,6 @@ def compact(
         typer.echo(f"{number:,} events removed")
 
 
-def _write(store: EventStore, path: Path, after: str | None, watermark: str) -> int:
-    """Events after ``after`` up to ``watermark``; only a file that lacks nothing carries the watermark."""
-    metadata = None
-    if after is None:
-        metadata = {_WATERMARK: watermark.encode(), _COMPACTED: str(store.compacted()).encode()}
-    last = int(watermark.rpartition(":")[2])
-    number = 0
-    with pq.ParquetWriter(path, schema.EVENT_LOG.with_metadata(metadata)) as writer:
-        for table in store.log(after):
-            kept = table.filter(pc.less_equal(table["position"], last))
-            writer.write_table(kept.replace_schema_metadata(metadata))
-            number += len(kept)
-            if len(kept) < len(table):
-                break
-    return number
-
-
-def _parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _tables(path: Path) -> Iterator[pa.Table]:
-    with _parquet(path) as file:
-        for batch in file.iter_batches(_BATCH_ROWS):
-            yield pa.Table.from_batches([batch])
-
-
 @contextmanager
 def _store(where: str, settings: list[str] | None, *, create: bool = False) -> Generator[EventStore, None, None]:
     """The store, and errors as a person wants to read them."""
@@ -153,8 +121,7 @@ def open_config(where: str, settings: list[str], *, create: bool = False) -> Any
 
     :raises EventStoreError: when there is none, or with ``create`` no folder for one.
     """
-    pairs = [setting.partition("=") for setting in settings]
-    tree: dict[str, Any] = {key: yaml.safe_load(value) for key, _, value in pairs}
+    tree = _tree(settings)
     if "://" in where:
         return RedisEventStoreConfig.parse(tree | {"url": where}, where="--events and --set")
     path = Path(where)
@@ -163,6 +130,18 @@ def open_config(where: str, settings: list[str], *, create: bool = False) -> Any
     if not create and not path.exists():
         raise EventStoreError(f"{where}: there is no event store here", path=where)
     return SqliteEventStoreConfig.parse(tree | {"path": where}, where="--events and --set")
+
+
+def log_config(where: str, settings: list[str]) -> AnyEventLog:
+    """The configuration of the log at ``where``: that of a store, or of what was exported from one."""
+    if "://" in where or not where.endswith(".parquet"):
+        return open_config(where, settings)
+    return ExportedLogConfig.parse(_tree(settings) | {"path": where}, where="--events and --events-set")
+
+
+def _tree(settings: list[str]) -> dict[str, Any]:
+    pairs = [setting.partition("=") for setting in settings]
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 if __name__ == "__main__":

@@ -83,7 +83,10 @@ def run(
             writer.add_golden(golden(writer.draft(dataset.info, embedding_dim=dim), dataset))
             current = store.current()
             bundle = writer.finish(
-                dataset.info, embedding_dim=dim, parent=None if current is None else current.bundle_id
+                dataset.info,
+                embedding_dim=dim,
+                parent=None if current is None else current.bundle_id,
+                events_watermark=dataset.info.events_watermark,
             )
         return {"bundle_id": bundle.bundle_id, "store": str(store), "num_bytes": bundle.manifest.num_bytes}
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from jobs._ray import discard, fit_distributed
 from jobs.cli import show_progress
 from jobs.config import JobConfig
-from jobs.events import open_config
+from jobs.events import log_config
 from jobs.publish import golden, histories, popular
 from recsys import schema
 from recsys.bundle.live import LiveBundle
@@ -39,7 +39,7 @@ from recsys.config import StrictConfig, apply_override
 from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, Split
 from recsys.errors import BundleError, PointerConflictError, RecsysError
-from recsys.events import AnyEventStore, EventStore
+from recsys.events import AnyEventLog, EventLog
 from recsys.files import write_json
 from recsys.models import load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
@@ -62,6 +62,7 @@ from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.offline import staged
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.retrieval import RetrievalStage
+from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 console = Console(stderr=True)
@@ -84,7 +85,7 @@ class UpdateJobConfig(StrictConfig):
     """Arguments of this job."""
 
     store: str = Field(min_length=1, description="folder or fsspec URI of the store of Bundles")
-    events: AnyEventStore = Field(description="the event store of the gateways")
+    events: AnyEventLog = Field(description="the event store of the gateways, or an export of its log")
     online: OnlineConfig = Field(default=OnlineConfig(), description="what is learned, and the gate")
     trial: TrialConfig = Field(default=TrialConfig(), description="how a child takes over")
     num_workers: int | None = Field(
@@ -120,7 +121,7 @@ def fit(payload: _Payload, runtime: Runtime) -> Callable[[Path], None]:
     return taught.save
 
 
-def run(config: UpdateJobConfig, events: EventStore) -> Outcome:
+def run(config: UpdateJobConfig, events: EventLog) -> Outcome:
     """One update.
 
     :raises BundleError: when there is no Bundle to go on from, it does not say how it was trained, or another update
@@ -130,7 +131,7 @@ def run(config: UpdateJobConfig, events: EventStore) -> Outcome:
         return _run(config, events)
 
 
-def _run(config: UpdateJobConfig, events: EventStore) -> Outcome:
+def _run(config: UpdateJobConfig, events: EventLog) -> Outcome:
     started = time.perf_counter()
     store = BundleStore(config.store)
     _end_orphan(store, config.trial)
@@ -189,15 +190,17 @@ def _job_of(bundle: Bundle) -> JobConfig:
         raise BundleError(f"Bundle {bundle.bundle_id} does not say how it was trained: {error}") from error
 
 
-def _read(events: EventStore, after: str | None, until: str, log_only: tuple[str, ...]) -> pa.Table:
+def _read(events: EventLog, after: str | None, until: str, log_only: tuple[str, ...]) -> pa.Table:
     """The log after ``after``, up to ``until``, without what is no interaction."""
     last = int(until.rpartition(":")[2])
     told = pa.array(log_only, pa.string())
-    tables = [
-        table.filter(pc.and_(pc.less_equal(table["position"], last), pc.invert(pc.is_in(table["event"], told))))
-        for table in events.log(after)
-    ]
-    return pa.concat_tables([schema.EVENT_LOG.empty_table(), *tables])
+    tables = [schema.EVENT_LOG.empty_table()]
+    for table in events.log(after):
+        of_these = pc.less_equal(table["position"], last)
+        tables.append(table.filter(pc.and_(of_these, pc.invert(pc.is_in(table["event"], told)))))
+        if not of_these[-1].as_py():
+            break  # what comes meanwhile is for the next time
+    return pa.concat_tables(tables)
 
 
 @dataclass(frozen=True)
@@ -241,11 +244,12 @@ class _Models:
         """What passed the gate, once it has learned what judged it, too."""
         data = lesson_data(self.retriever.config, dataset, Split.TEST, self.text, online)
         retriever = _taught(job, self.retriever, data, online, scratch / "last")
-        ranker = self.ranker
-        if ranker is not None:
-            ranker = ranker.with_items(
-                ranking_catalogue(dataset, Split.TEST, embeddings_of(retriever), self.text, self.names)
-            )
+        if self.ranker is None:
+            return _Models(self.live, self.text, retriever, None, self.names)
+        lesson = (self.stage(job, self.retriever), Split.TEST, self.ranker, self.text, self.names)
+        taught, examples = _taught_ranker(job, dataset, *lesson, online)
+        now = ranking_catalogue(dataset, Split.TEST, embeddings_of(retriever), self.text, self.names)
+        ranker = compressed_like(self.ranker, taught.with_items(now), job.ranking.export, examples)
         return _Models(self.live, self.text, retriever, ranker, self.names)
 
 
@@ -264,12 +268,27 @@ def _learned(job: JobConfig, live: Bundle, log: GrownLog, online: OnlineConfig, 
     names = category_names(served, base.catalogue().table())
     index = live.index() if live.has("index") else None
     before = RetrievalStage("", live.retriever(), index, live.catalogue())
-    known = ranking_catalogue(dataset, Split.TRAIN, embeddings_of(before.retriever), text, names)
-    examples = ranking_lesson(before, dataset, known, job.pipeline, served.max_history, online)
-    taught = teach_ranker(served, examples, known, Runtime("cuda" if job.compute.use_gpu else "cpu"), online)
+    taught, examples = _taught_ranker(job, dataset, before, Split.VALID, served, text, names, online)
     now = ranking_catalogue(dataset, Split.VALID, embeddings_of(retriever), text, names)
     ranker = compressed_like(served, taught.with_items(now), job.ranking.export, examples)
     return _Models(live, text, retriever, ranker, names)
+
+
+def _taught_ranker(
+    job: JobConfig,
+    dataset: Dataset,
+    stage: RetrievalStage,
+    split: Split,
+    fitted: Ranker,
+    text: NDArray[np.float32] | None,
+    names: tuple[str, ...],
+    online: OnlineConfig,
+) -> tuple[Ranker, RankingExamples]:
+    """``fitted`` once it has learned ``split`` among the candidates of a ``stage`` that has not, and its examples."""
+    known = ranking_catalogue(dataset, Split(split - 1), embeddings_of(stage.retriever), text, names)
+    examples = ranking_lesson(stage, dataset, split, known, job.pipeline, fitted.max_history, online)
+    runtime = Runtime("cuda" if job.compute.use_gpu else "cpu")
+    return teach_ranker(fitted, examples, known, runtime, online), examples
 
 
 def _texts(live: Bundle, dataset: Dataset) -> NDArray[np.float32]:
@@ -361,6 +380,8 @@ def _take_over(store: BundleStore, parent: str, child: str, trial: TrialConfig) 
         with suppress(BundleError):
             store.withdraw(child, reason="the update was interrupted")
         raise
+    if pointer and pointer.bundle_id == child:
+        return None  # somebody was content with it before the time was over
     return (pointer and pointer.reason) or "the trial was ended"
 
 
@@ -406,7 +427,12 @@ def tell(outcome: Outcome) -> str:
 
 def main(
     store: Annotated[str, typer.Option(help="folder or fsspec URI of the store of Bundles, such as runs/NAME/bundles")],
-    events: Annotated[str, typer.Option(help="file of the embedded event store, or redis://HOST:PORT/DB")],
+    events: Annotated[
+        str,
+        typer.Option(
+            help="file of the embedded event store, redis://HOST:PORT/DB, or a .parquet file of `jobs.events export`"
+        ),
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="override one key, such as online.min_events=1000", metavar="K=V")
     ] = None,
@@ -419,7 +445,7 @@ def main(
     """Let the served models learn from what users did since."""
     show_progress()
     try:
-        event_config = open_config(events, events_set or [])
+        event_config = log_config(events, events_set or [])
         tree = {"store": store, "events": event_config.model_dump(mode="json")}
         for override in set_ or ():
             apply_override(tree, override)
@@ -428,10 +454,12 @@ def main(
             while True:
                 try:
                     console.print(tell(run(config, log)), highlight=False, soft_wrap=True)
-                except RecsysError as error:
+                except Exception as error:
                     if not every:
                         raise
-                    # Whatever it was, the next time it may be over.
+                    # Whatever it was (a full disk, a store that is away), the next time it may be over.
+                    if not isinstance(error, RecsysError):
+                        console.print_exception()
                     console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
                 if not every:
                     return

@@ -49,6 +49,8 @@ class DatasetInfo(StrictConfig):
     counts_by_split: Mapping[str, int]
     borders_ms: tuple[int, int] | None = None
     """For a global time split: the first millisecond of validation and of test"""
+    events_watermark: str | None = None
+    """Where the source is an export of an event log: the place in it up to which the data contains it"""
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
         num_quarantined=sum(quarantine.counts.values()),
         counts_by_split={part.name.lower(): int(counts[part]) for part in Split},
         borders_ms=labels.borders_ms,
+        events_watermark=source.events_watermark(),
     )
     dataset = Dataset(interactions, items, pa.table({schema.USER_ID: users}), info)
     write_json(folder / "preparation.json", report.model_dump(mode="json"))

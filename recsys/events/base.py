@@ -81,7 +81,29 @@ class UserState:
         return len(self.item_ids)
 
 
-class EventStore(ABC):
+class EventLog(ABC):
+    """Every event in the order it arrived. Errors are :class:`~recsys.errors.EventStoreError`."""
+
+    @abstractmethod
+    def watermark(self) -> str:
+        """Where the log ends now: the place up to which a Bundle published from it contains its events."""
+
+    @abstractmethod
+    def log(self, after: str | None = None) -> Iterator[pa.Table]:
+        """Every event that came after the watermark ``after`` (None: all that are kept), in the order they arrived.
+
+        Tables of :data:`recsys.schema.EVENT_LOG` of up to ten thousand rows, read as they are asked for.
+
+        :raises EventStoreError: for a watermark of another log or behind the end of this one, and where events after it
+            were compacted away.
+        """
+
+    @abstractmethod
+    def compacted(self) -> int:
+        """The last position that was removed from the log; 0 where none was."""
+
+
+class EventStore(EventLog):
     """Safe to use from many threads. Errors are :class:`~recsys.errors.EventStoreError`."""
 
     is_remote = False
@@ -111,11 +133,10 @@ class EventStore(ABC):
         the histories seeded before. Events of the log up to ``watermark`` (see :meth:`watermark`; None for nothing)
         are taken to be in ``histories`` and count no more on their own; all others still do.
         A watermark of some other log names nothing of this one.
-        """
 
-    @abstractmethod
-    def watermark(self) -> str:
-        """Where the log ends now: the place up to which a Bundle published from it contains its events."""
+        :raises EventStoreError: for a watermark behind the end of this log, as one of a restored copy that went on is,
+            and where events after it were compacted away.
+        """
 
     def merge(self, from_user_id: str, into_user_id: str) -> AppendResult:
         """What one user id did is what another one did, too: of somebody who signs in, under the id they had before.
@@ -147,20 +168,6 @@ class EventStore(ABC):
             return AppendResult(0, len(state))
         result = self.append(events)
         return AppendResult(result.accepted, len(state) - result.accepted)
-
-    @abstractmethod
-    def log(self, after: str | None = None) -> Iterator[pa.Table]:
-        """Every event that came after the watermark ``after`` (None: all that are kept), in the order they arrived.
-
-        Tables of :data:`recsys.schema.EVENT_LOG` of up to ten thousand rows, read as they are asked for.
-
-        :raises EventStoreError: for a watermark of another log or behind the end of this one, and where events after it
-            were compacted away.
-        """
-
-    @abstractmethod
-    def compacted(self) -> int:
-        """The last position that was removed from the log; 0 where none was."""
 
     @abstractmethod
     def compact(self, before_ms: int) -> int:
@@ -202,6 +209,13 @@ class EventStoreConfig(StrictConfig, ABC):
         ge=1,
         description="users whose state is kept in memory, brought up to date at each read (users per process)",
     )
+    ttl_days: float = Field(
+        default=0,
+        ge=0,
+        le=36_500,
+        description="a user without interactions for so long is a stranger again (days; 0 for never); the log keeps "
+        "the events until `jobs.events compact`",
+    )
     log_only: tuple[str, ...] = Field(
         default=("impression",), description="event names that are recorded but are no part of a user's state"
     )
@@ -229,12 +243,20 @@ def position_in(watermark: str | None, log_id: str, compacted: int, end: int) ->
     return int(position)
 
 
-def check_seed(bundle_id: str, watermark: str | None, log_position: int, compacted: int) -> None:
-    """Raise :class:`~recsys.errors.EventStoreError` for histories that lack events which the log has no more."""
+def check_seed(bundle_id: str, watermark: str | None, log_position: int, compacted: int, end: int) -> None:
+    """Raise :class:`~recsys.errors.EventStoreError` for histories that lack events which the log has no more, and for
+    such as claim to have what is still to come.
+    """
     if log_position < compacted:
         raise EventStoreError(
             f"Bundle {bundle_id} was published with the watermark {watermark}, and events after it were compacted "
-            "away: users would lose them. Publish it from the log as it is now",
+            "away: users would lose them. Train it on the log as it is now (`jobs.events export`)",
+            bundle_id=bundle_id,
+        )
+    if log_position > end:
+        raise EventStoreError(
+            f"Bundle {bundle_id} was published with the watermark {watermark}, behind the end of this log, {end}: it "
+            "has learned from a copy that went on by itself, and would hide what users do here from now on",
             bundle_id=bundle_id,
         )
 

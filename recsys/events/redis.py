@@ -40,7 +40,7 @@ from recsys.events.base import (
     log_table,
     position_in,
 )
-from recsys.events.state import GENERATION_BITS, POSITION_MASK, SEPARATOR, history_rows, merged, seeded
+from recsys.events.state import GENERATION_BITS, POSITION_MASK, SEPARATOR, history_rows, merged, remembered, seeded
 from recsys.libraries import library
 
 VARIABLE = "RECSYS_REDIS_PASSWORD"
@@ -121,9 +121,6 @@ class RedisEventStoreConfig(EventStoreConfig):
     prefix: str = Field(
         default="recsys:", min_length=1, max_length=64, pattern=r"^[\w.:-]+$", description="begins every key"
     )
-    ttl_days: float = Field(
-        default=0, ge=0, le=36_500, description="a user without events for so long is forgotten (days; 0 for never)"
-    )
     fsync: Literal["always", "everysec"] = Field(
         default="always",
         description="least that the server must do before an event is acknowledged: always, on disk; everysec, a crash "
@@ -193,6 +190,10 @@ class RedisEventStore(EventStore):
         return AppendResult(int(accepted), len(events) - int(accepted))
 
     def user(self, user_id: str) -> UserState | None:
+        """See :meth:`EventStore.user`; none of somebody whose newest interaction is older than ``ttl_days``."""
+        return remembered(self._user(user_id), self.config.ttl_days)
+
+    def _user(self, user_id: str) -> UserState | None:
         cached = self._states.get(user_id)
         generation, last = (-1, -1) if cached is None else divmod(cached.version, 1 << GENERATION_BITS)
         with self._errors("cannot be read"):
@@ -225,7 +226,7 @@ class RedisEventStore(EventStore):
             if self._redis.sismember(self._p + "seeded", bundle_id):
                 return False
             compacted = int(self._redis.get(self._p + "compacted") or 0)
-            check_seed(bundle_id, watermark, log_position, compacted)
+            check_seed(bundle_id, watermark, log_position, compacted, self._end())
             generation = int(self._redis.incr(self._p + "generation"))
             for batch in histories.to_batches(_SEED_USERS):
                 pipeline = self._redis.pipeline(transaction=False)
@@ -256,7 +257,8 @@ class RedisEventStore(EventStore):
                 yield log_table([row[:-1] for row in rows])
 
     def compacted(self) -> int:
-        return int(self._redis.get(self._p + "compacted") or 0)
+        with self._errors("cannot be read"):
+            return int(self._redis.get(self._p + "compacted") or 0)
 
     def _end(self) -> int:
         return int(self._redis.get(self._p + "position") or 0)

@@ -41,11 +41,10 @@ from recsys.events.base import (
     log_table,
     position_in,
 )
-from recsys.events.state import GENERATION_BITS, POSITION_MASK, history_rows, merged, seeded
+from recsys.events.state import GENERATION_BITS, POSITION_MASK, history_rows, merged, remembered, seeded
 
 FORMAT = 2
 _COMMIT_EVENTS = 10_000
-_DAY_MS = 86_400_000
 _LOG_ROWS = 10_000
 _SEED_ROWS = 512
 _SEED_PAUSE_S = 0.005
@@ -113,13 +112,6 @@ class SqliteEventStoreConfig(EventStoreConfig):
     busy_timeout_s: float = Field(
         default=30.0, gt=0, le=600, description="longest wait for another process that is writing (seconds, up to 600)"
     )
-    ttl_days: float = Field(
-        default=0,
-        ge=0,
-        le=36_500,
-        description="a user without events for so long is a stranger again (days; 0 for never); `jobs.events compact` "
-        "removes the events",
-    )
     take_over: bool = Field(
         default=False, description="claim a file that another machine made; only when no process there uses it any more"
     )
@@ -170,13 +162,7 @@ class SqliteEventStore(EventStore):
 
     def user(self, user_id: str) -> UserState | None:
         """See :meth:`EventStore.user`; none of somebody whose newest interaction is older than ``ttl_days``."""
-        state = self._user(user_id)
-        if state is None or not self.config.ttl_days or not len(state):
-            return state
-        newest_ms = int(state.timestamps_ms.max())
-        # What has order only has no age.
-        forgotten = 0 < newest_ms < time.time_ns() // 1_000_000 - round(self.config.ttl_days * _DAY_MS)
-        return None if forgotten else state
+        return remembered(self._user(user_id), self.config.ttl_days)
 
     def _user(self, user_id: str) -> UserState | None:
         cached = self._states.get(user_id)
@@ -217,7 +203,7 @@ class SqliteEventStore(EventStore):
             if connection.execute("SELECT 1 FROM seeds WHERE bundle_id = ?", (bundle_id,)).fetchone():
                 return False
             (compacted,) = connection.execute(_SELECT_COMPACTED).fetchone()
-            check_seed(bundle_id, watermark, log_position, compacted)
+            check_seed(bundle_id, watermark, log_position, compacted, self._end())
             (current,) = connection.execute("SELECT coalesce(max(generation), 0) FROM seeds").fetchone()
             self._drop_histories(connection, current)  # of a seed that came to no end
             generation = current + 1
@@ -388,11 +374,13 @@ class SqliteEventStore(EventStore):
             connection.execute("PRAGMA mmap_size = 268435456")
         try:
             yield connection
-        finally:
-            if self._closed:
-                connection.close()
-            else:
-                self._readers.append(connection)
+        except BaseException:
+            connection.close()  # whatever it was in the middle of
+            raise
+        if self._closed:
+            connection.close()
+        else:
+            self._readers.append(connection)
 
     def _prepare(self, connection: sqlite3.Connection) -> str:
         """Create the tables in a fresh file, refuse a foreign one; the log's id."""

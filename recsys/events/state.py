@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,19 @@ SEPARATOR = "\0"
 GENERATION_BITS = 40
 POSITION_MASK = (1 << GENERATION_BITS) - 1
 """a version is the generation of the seed, and in these bits the position of the user's last event"""
+
+
+_DAY_MS = 86_400_000
+
+
+def remembered(state: UserState | None, ttl_days: float) -> UserState | None:
+    """``state``, or None where its newest interaction is older than ``ttl_days`` (0: never)."""
+    if state is None or not ttl_days or not len(state):
+        return state
+    newest_ms = int(state.timestamps_ms.max())
+    # What has order only has no age.
+    forgotten = 0 < newest_ms < time.time_ns() // 1_000_000 - round(ttl_days * _DAY_MS)
+    return None if forgotten else state
 
 
 def seeded(user_id: str, history: tuple[str, bytes, str, bytes] | None) -> UserState:

@@ -84,13 +84,14 @@ def ranking_catalogue(
 def ranking_lesson(
     stage: RetrievalStage,
     dataset: Dataset,
+    split: Split,
     catalogue: RankingCatalogue,
     pipeline: PipelineConfig,
     max_history: int,
     online: OnlineConfig,
 ) -> RankingExamples:
-    """The new events up to ``VALID`` among the candidates of a ``stage`` that has not learned them."""
-    targets = dataset.targets(Split.VALID)
+    """The new events of ``split`` among the candidates of a ``stage`` that has not learned them."""
+    targets = dataset.targets(split)
     some = EvaluationConfig(max_queries=online.max_ranking_queries, seed=online.seed)
     return retrieved_examples(
         stage,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +83,34 @@ class EventStoreContract:
         state = store.user("user")
         assert state is not None
         assert state.item_ids == ("first", "late", "last")
+
+    def test_who_does_nothing_for_long_is_a_stranger_again(self, tmp_path: Path) -> None:
+        now_ms, day_ms = time.time_ns() // 1_000_000, 86_400_000
+        with self.config(tmp_path).model_copy(update={"ttl_days": 30.0}).open() as store:
+            store.seed("bundle", seed_table("seeded", ("old", now_ms - 40 * day_ms)))
+            assert store.user("seeded") is None
+            old = click("1", user_id="gone", at_ms=now_ms - 31 * day_ms)
+            store.append([old, click("2", "late", at_ms=now_ms - 29 * day_ms), click("3", at_ms=now_ms - 31 * day_ms)])
+            assert store.user("gone") is None
+            state = store.user("user")
+            assert state is not None
+            assert state.item_ids == ("item", "late")  # the newest decides, whatever else there is
+            store.append([click("4", "again", user_id="seeded", at_ms=now_ms)])
+            state = store.user("seeded")
+            assert state is not None
+            assert state.item_ids[-1] == "again"
+        with self.config(tmp_path).open() as store:
+            assert store.user("gone") is not None
+
+    def test_a_bundle_that_learned_from_a_copy_that_went_on_is_refused(self, store: EventStore) -> None:
+        store.append([click("1")])
+        log_id, _, position = store.watermark().rpartition(":")
+        with pytest.raises(EventStoreError, match="behind the end of this log"):
+            store.seed("bundle", seed_table("user", ("old", 1)), f"{log_id}:{int(position) + 1}")
+        store.append([click("2", "next", at_ms=2000)])
+        state = store.user("user")
+        assert state is not None
+        assert state.item_ids == ("item", "next")
 
     def test_a_state_has_a_version_of_its_own(self, store: EventStore) -> None:
         versions: set[int] = set()

@@ -46,7 +46,7 @@ def test_an_export_of_everything_is_a_backup(path, tmp_path):
 
 
 def test_a_bulk_import_may_be_repeated_and_names_the_bad_row(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.events._BATCH_ROWS", 2)
+    monkeypatch.setattr("recsys.events.exported.BATCH_ROWS", 2)
     when = [dt.datetime(2026, 1, 1 + day, tzinfo=dt.UTC) for day in range(5)]
     columns = {
         "event_id": ["2", "a", "b", "c", "d"],

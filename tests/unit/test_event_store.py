@@ -413,16 +413,3 @@ def test_without_room_it_is_an_error_nothing_is_lost_and_room_is_enough_to_go_on
         assert after == (limit == "size")
         assert len(store.user("u")) == len(lines) - 1 + after
         assert store.append([event("one more")]).accepted == 1
-
-
-def test_who_does_nothing_for_long_is_a_stranger_again(config):
-    now_ms = time.time_ns() // 1_000_000
-    with config.model_copy(update={"ttl_days": 30.0}).open() as store:
-        store.append([event("a", user_id="gone", at=now_ms - 31 * DAY_MS), event("b", at=now_ms - 29 * DAY_MS)])
-        store.append([event("c", at=now_ms - 31 * DAY_MS)])
-        assert store.user("gone") is None
-        assert store.user("u").item_ids == ("a", "a")  # the newest decides, whatever else there is
-        store.append([event("d", "z", user_id="gone", at=now_ms)])
-        assert store.user("gone").item_ids[-1] == "z"
-    with config.open() as store:
-        assert store.user("gone") is not None

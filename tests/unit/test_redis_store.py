@@ -93,10 +93,12 @@ def test_what_was_acknowledged_survives_the_death_of_the_server_exactly_once(tmp
 
 def test_a_user_without_events_is_forgotten_after_the_days_that_are_set(tmp_path):
     with redis_server(tmp_path) as server, config(server, ttl_days=1 / 86_400, cached_users=1).open() as store:
-        store.append([event("1")])
+        store.append([event("1", at=time.time_ns() // 1_000_000)])
         assert store.user("u").item_ids == ("a",)
         time.sleep(1.5)
         assert store.user("u") is None
+        with redis.Redis(port=server.port) as admin:
+            assert not admin.keys("recsys:user:*")
         assert store.append([event("1")]).duplicates == 1  # the log forgets nothing
 
 

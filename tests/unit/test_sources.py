@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import parse
+from recsys.data.prepare import DataConfig, prepare
 from recsys.data.sources import (
     AnySource,
     CsvSource,
@@ -26,6 +28,8 @@ from recsys.data.sources import (
 )
 from recsys.data.sources import synthetic as synthetic_module
 from recsys.errors import ConfigError, DataError, EmptyDataError, SchemaError
+from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events.exported import write_log
 
 SHARED = Path("../shared/data")
 
@@ -374,6 +378,23 @@ def test_parquet_problems_are_named(tmp_path: Path) -> None:
     )
     assert rows(mapped) == [{"user_id": 1, "item_id": 2}]
     assert not mapped.has_time
+
+
+def test_an_export_of_an_event_log_says_up_to_where_it_has_it(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")).open() as store:
+        store.append([Event(str(n), f"u{n % 5}", f"i{n % 7}", "click", 1000 + n) for n in range(30)])
+        watermark = store.watermark()
+        write_log(store, tmp_path / "data" / "all.parquet", None, watermark)
+        write_log(store, tmp_path / "since.parquet", watermark, watermark)
+    tree = {"source": {"kind": "parquet", "path": str(tmp_path / "data"), "ignore": ["*"]}}
+    assert prepare(DataConfig.parse(tree, where="test"), 0, tmp_path / "prepared").info.events_watermark == watermark
+    assert ParquetSource(path=str(tmp_path / "since.parquet")).events_watermark() is None  # it lacks what was before
+    pq.write_table(pa.table({"user_id": ["u"]}), tmp_path / "data" / "other.parquet")
+    assert ParquetSource(path=str(tmp_path / "data")).events_watermark() == watermark
+    shutil.copy(tmp_path / "data" / "all.parquet", tmp_path / "data" / "again.parquet")
+    with pytest.raises(SchemaError, match="would count twice"):
+        ParquetSource(path=str(tmp_path / "data")).events_watermark()
 
 
 def test_catalogue_as_parquet_with_lists_and_as_csv_agree(tmp_path: Path) -> None:

@@ -1,27 +1,29 @@
 """The models go on learning from the log: a child Bundle where it is better, the parent where it is not."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from jobs import update
+from jobs.events import log_config
 from jobs.publish import histories
 from recsys import schema
 from recsys.bundle.changes import ITEM_CHANGES
 from recsys.bundle.store import BundleStore
 from recsys.data.dataset import Split
-from recsys.errors import BundleError
+from recsys.errors import BundleError, EventStoreError
 from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events.exported import write_log
 from recsys.online.config import OnlineConfig
 from recsys.online.learn import lesson_data
 from recsys.online.log import grow, with_unknown
@@ -188,8 +190,6 @@ def spied(real, calls):
 
 def test_the_command_says_what_it_did(store, events, tmp_path):
     events.append(walk(5, 5, step=1))
-    import typer
-
     app = typer.Typer()
     app.command()(update.main)
     words = ["--store", str(store), "--events", str(tmp_path / "events.sqlite")]
@@ -201,32 +201,117 @@ def test_the_command_says_what_it_did(store, events, tmp_path):
     assert "min_evnts" in told.output
 
 
-def test_killed_at_any_moment_it_leaves_all_as_it_was(store, events, tmp_path):
+KILLED = """
+import os, signal, sys, typer
+from jobs import update
+from recsys.bundle import store as store_module
+owner, name = {place}
+setattr(owner, name, lambda *_, **__: os.killpg(0, signal.SIGKILL))
+typer.run(update.main)
+"""
+# Where it dies, and how many children are in the store by then.
+PLACES: dict[str, tuple[str, int]] = {
+    "with all to learn": ("update, '_learned'", 0),
+    "taught": ("update, 'judge'", 0),
+    "half written": ("update.BundleWriter, 'finish'", 0),
+    "half copied into the store": ("store_module, 'move_into_place'", 0),
+    "in the store": ("update.BundleStore, 'try_out'", 1),
+    "on trial": ("update.BundleStore, 'promote'", 2),
+}
+
+
+def test_killed_at_any_stage_it_leaves_all_as_it_was(store, events, tmp_path):
     events.append(walk(60, 12, step=-1))
     before, parent = snapshot(tmp_path / "bundles"), store.current()
-    command = [sys.executable, "-m", "jobs.update", "--store", str(store), "--events", str(tmp_path / "events.sqlite")]
+    command = ["--store", str(store), "--events", str(tmp_path / "events.sqlite")]
     for setting in (
-        "trial.share=0",
+        "trial.seconds=0",
         f"workdir={tmp_path}/updates",
         "online.learning.epochs=4",
         "online.learning.rate=1",
     ):
         command += ["--set", setting]
-    for after_s in (3.0, 5.0, 6.5):
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-        time.sleep(after_s)
-        os.killpg(process.pid, signal.SIGKILL)
-        if process.wait() == 0 or store.current() != parent:
-            break  # it was quicker
-        assert store.open().bundle_id == parent.bundle_id
-        known = {manifest.bundle_id for manifest in store.list()}
-        assert {path: size for path, size in snapshot(tmp_path / "bundles").items() if path in before} == before
-        assert parent.bundle_id in known
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    for stage, (place, num_added) in PLACES.items():
+        script = [sys.executable, "-c", KILLED.format(place=place), *command]
+        process = subprocess.run(script, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, check=False)
+        assert process.returncode == -signal.SIGKILL, (stage, process.stderr)
+        assert store.open().bundle_id == parent.bundle_id, stage
+        after = snapshot(tmp_path / "bundles")
+        assert {path: after[path] for path in before} == before, stage
+        added = {manifest.bundle_id for manifest in store.list()} - {parent.bundle_id}
+        assert len(added) == num_added, stage
+    canary = store.current().canary
+    assert canary.bundle_id in added
+    store.withdraw(canary.bundle_id, reason="not what is tested here")
+    subprocess.run([sys.executable, "-m", "jobs.update", *command], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     child = store.open()
     assert child.manifest.parent == parent.bundle_id
     child.check()
     assert not (tmp_path / "updates" / "updating").exists()
+
+
+def test_an_export_teaches_as_the_store_does(store, events, tmp_path):
+    """On a machine that cannot reach the store of events: all of the log, then only what came since."""
+    events.append(walk(60, 12, step=-1))
+    path = tmp_path / "log.parquet"
+    write_log(events, path, None, events.watermark())
+    config = config_of(store, tmp_path / "events.sqlite")
+    elsewhere = config.model_copy(update={"events": log_config(str(path), [])})
+    with elsewhere.events.open() as log:
+        outcome = update.run(elsewhere, log)
+        child = store.open()
+        assert outcome.state == "published"
+        assert child.manifest.events_watermark == events.watermark()
+        events.append(walk(5, 5, step=1, first="more"))
+        write_log(events, path, child.manifest.events_watermark, events.watermark())
+        outcome = update.run(elsewhere, log)  # the file was replaced meanwhile
+        assert (outcome.state, outcome.record["num_events"]) == ("waiting", 25)
+        with pytest.raises(EventStoreError, match="begins after"):
+            list(log.log())
+        write_log(events, path, events.watermark(), events.watermark())
+        with pytest.raises(EventStoreError, match="compacted away"):
+            update.run(elsewhere, log)
+    path.write_bytes(b"no Parquet")
+    with pytest.raises(EventStoreError, match="cannot read"):
+        elsewhere.events.open()
+    pq.write_table(pa.table({"position": [1]}), path)
+    with pytest.raises(EventStoreError, match=r"no log that `jobs\.events export` wrote"):
+        elsewhere.events.open()
+
+
+def test_a_loop_goes_on_whatever_happens_once(store, events, tmp_path, monkeypatch):
+    problems = [OSError(28, "No space left on device"), EventStoreError("it is away"), KeyboardInterrupt()]
+    told = []
+
+    def run(*given):
+        told.append(given)
+        raise problems.pop(0)
+
+    monkeypatch.setattr(update, "run", run)
+    app = typer.Typer()
+    app.command()(update.main)
+    words = ["--store", str(store), "--events", str(tmp_path / "events.sqlite")]
+    result = CliRunner().invoke(app, [*words, "--every", "0.01"])
+    assert len(told) == 3
+    assert "No space left on device" in result.output
+    assert "EventStoreError: it is away" in result.output
+    problems.append(OSError(28, "No space left on device"))
+    assert isinstance(CliRunner().invoke(app, words).exception, OSError)
+
+
+def test_the_ranker_learns_what_judged_it(store, events, tmp_path, monkeypatch):
+    events.append(walk(60, 12, step=-1))
+    lessons = []
+    real = update.ranking_lesson
+
+    def spy(stage, dataset, split, *rest):
+        lessons.append(split)
+        return real(stage, dataset, split, *rest)
+
+    monkeypatch.setattr(update, "ranking_lesson", spy)
+    outcome = update.run(config_of(store, tmp_path / "events.sqlite"), events)
+    assert outcome.state == "published"
+    assert lessons == [Split.VALID, Split.TEST]
 
 
 def snapshot(folder):

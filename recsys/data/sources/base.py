@@ -73,6 +73,10 @@ class Source(StrictConfig, ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the content that :meth:`read` and :meth:`items` deliver: it changes when they do."""
 
+    def events_watermark(self) -> str | None:
+        """The place in an event log up to which :meth:`read` delivers it; None where that is not known."""
+        return None
+
     def num_rows(self) -> int | None:
         """About how many raw interactions there are, for progress and time left; None where that is not known."""
         return None

@@ -13,6 +13,7 @@ from pydantic import Field
 from recsys.data.sources.base import Source, TimestampEncoding
 from recsys.data.sources.files import BATCH_ROWS, InteractionColumns, ItemsFile, check_columns, existing, fingerprint
 from recsys.errors import EmptyDataError, SchemaError
+from recsys.events.exported import WATERMARK
 
 
 class ParquetSource(Source):
@@ -71,6 +72,22 @@ class ParquetSource(Source):
         catalogue = None if self.catalogue is None else self.catalogue.model_copy(update={"path": ""})
         files = self._files() + ([] if self.catalogue is None else [existing(self.catalogue.path)])
         return fingerprint(self.model_copy(update={"catalogue": catalogue}), files)
+
+    def events_watermark(self) -> str | None:
+        """That of the export of a whole log, if one of the files is such.
+
+        :raises SchemaError: when two of them are.
+        """
+        found: dict[Path, str] = {}
+        for path in self._files():
+            with _open(path) as file:
+                metadata = file.schema_arrow.metadata or {}
+            if WATERMARK in metadata:
+                found[path] = metadata[WATERMARK].decode()
+        if len(found) > 1:
+            names = " and ".join(map(str, found))
+            raise SchemaError(f"{names} are exports of whole event logs: leave one, their events would count twice")
+        return next(iter(found.values()), None)
 
     def num_rows(self) -> int:
         total = 0
