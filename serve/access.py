@@ -118,12 +118,15 @@ class Rates:
         if key.requests_per_s is None:
             return 0.0
         try:
-            file = self._file(key.key_id)
+            return self._wait_s(key, key.requests_per_s)
         except OSError as error:
-            # Better a caller too many than nobody at all.
+            # A full disk, say. Better a caller too many than nobody at all.
             _log.error("the rate of API key %s is not kept: %s", key.key_id, error)
             return 0.0
-        interval_s = 1 / key.requests_per_s
+
+    def _wait_s(self, key: ApiKey, requests_per_s: float) -> float:
+        file = self._file(key.key_id)
+        interval_s = 1 / requests_per_s
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             now = self._clock()

@@ -79,6 +79,11 @@ def switches(folder: Path) -> list[Switch]:
             "an HAProxy that died is noticed in seconds, not half a minute",
         ),
         Switch(
+            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE",
+            str(1 << 18),
+            "only what lies in HAProxy's buffer whole can be asked of another replica; 16 KiB is less than some bodies",
+        ),
+        Switch(
             "RAY_SERVE_HAPROXY_BINARY_PATH", str(wrapper), "binds to loopback what Ray leaves open to every interface"
         ),
         Switch("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", str(folder / "haproxy.cfg"), own),

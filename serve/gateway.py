@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from recsys.errors import BundleError, ConfigError, EventStoreError, RecsysError, RequestError, StageOverloadedError
-from recsys.events import Event, UserState
+from recsys.events import AppendResult, Event, UserState
 from serve import wire
 from serve.access import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
@@ -180,7 +180,7 @@ def http_app(
     # One at a time: an encoder takes what cores there are, and nobody else shall wait for them.
     encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
     _add_recommendations(app, service, observer, impressions, encoding)
-    _add_events(app, service, observer, config.max_events, executor)
+    _add_events(app, service, observer, config, executor)
     _add_look_ups(app, service)
     _add_items(app, service, config.max_items, encoding)
     _add_operation(app, service, observer, find_trace, retry_after)
@@ -253,8 +253,22 @@ def _add_recommendations(
 
 
 def _add_events(
-    app: FastAPI, service: Service, observer: Observer, max_events: int, executor: ThreadPoolExecutor
+    app: FastAPI, service: Service, observer: Observer, config: GatewayConfig, executor: ThreadPoolExecutor
 ) -> None:
+    # A disk that is slow or full of others' locks must not take the places of those who ask for recommendations.
+    max_waiting = max(1, config.max_ongoing_requests // 2)
+    waiting = 0
+
+    async def written(write: Callable[[], AppendResult]) -> AppendResult:
+        nonlocal waiting
+        if waiting >= max_waiting:
+            raise StageOverloadedError(f"{waiting} calls wait for the event store already", stage="events")
+        waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, write)
+        finally:
+            waiting -= 1
+
     @app.post(
         "/v1/events",
         tags=["events"],
@@ -264,10 +278,10 @@ def _add_events(
     )
     async def events(body: wire.EventsBody) -> Response:
         """Answered only once the events are durable. Sending a batch again is harmless: `event_id` tells it."""
-        if len(body.events) > max_events:
-            raise RequestError(f"{len(body.events)} events in one call, at most {max_events} are taken")
+        if len(body.events) > config.max_events:
+            raise RequestError(f"{len(body.events)} events in one call, at most {config.max_events} are taken")
         batch = [_event(event) for event in body.events]
-        result = await asyncio.get_running_loop().run_in_executor(executor, service.store.append, batch)
+        result = await written(functools.partial(service.store.append, batch))
         observer.recorded(batch, result.duplicates)
         return _json({"accepted": result.accepted, "duplicates": result.duplicates})
 
@@ -284,8 +298,7 @@ def _add_events(
         """
         if user_id == body.from_user_id:
             raise RequestError("a user cannot be merged into themselves", field="from_user_id")
-        merged = functools.partial(service.store.merge, body.from_user_id, user_id)
-        result = await asyncio.get_running_loop().run_in_executor(executor, merged)
+        result = await written(functools.partial(service.store.merge, body.from_user_id, user_id))
         observer.meters.count("recsys_events_total", "accepted", amount=result.accepted)
         observer.meters.count("recsys_events_total", "duplicate", amount=result.duplicates)
         return _json({"accepted": result.accepted, "duplicates": result.duplicates})

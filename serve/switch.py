@@ -52,6 +52,8 @@ class Switch:
         self._proven: set[str] = set()
         self._number = 0
         self._idle_since: dict[str, float] = {}
+        self._in_hand: set[str] = set()
+        """Bundles that were put aside and that a step in progress may turn to again"""
 
     async def start(self) -> Service:
         """The service with what the store points to; where that is no good, with the newest before it that is.
@@ -113,8 +115,11 @@ class Switch:
             self._number = pointer.number
         version = await asyncio.to_thread(BundleStore(self._config.bundle_uri).items.version)
         self._end_trial(service, pointer)
-        await self._turn_to(service, pointer, version)
-        await self._try_out(service, pointer, version)
+        try:
+            await self._turn_to(service, pointer, version)
+            await self._try_out(service, pointer, version)
+        finally:
+            self._in_hand.clear()
         bases = {pointer.bundle_id, pointer.canary and pointer.canary.bundle_id} - {None}
         asked = bases | {live_id(each, version) for each in bases if each}
         service.refused = {each: why for each, why in self._problems.items() if each in asked}
@@ -225,6 +230,7 @@ class Switch:
             return None
         for generation in service.generations:
             if generation.bundle_id == bundle_id:
+                self._in_hand.add(bundle_id)
                 return generation
         try:
             generation = await self._prepare(bundle_id, [each.bundle_id for each in service.generations])
@@ -288,7 +294,7 @@ class Switch:
         now = time.monotonic()
         for generation in list(service.retired):
             idle_since = self._idle_since.setdefault(generation.bundle_id, now)
-            if generation.num_in_flight:
+            if generation.num_in_flight or generation.bundle_id in self._in_hand:
                 self._idle_since[generation.bundle_id] = now
             elif now - idle_since > _LINGER_S:
                 service.retired.remove(generation)

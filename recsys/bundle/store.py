@@ -131,6 +131,8 @@ class BundleStore:
         if (target / MANIFEST).exists():
             return
         if target.local is not None:
+            if target.local.exists() and not (target / MANIFEST).exists():
+                shutil.rmtree(target.local)  # what a removal left that came to no end
             temporary = target.local.with_name(f".{bundle.bundle_id}.{uuid.uuid4().hex}.tmp")
             try:
                 shutil.copytree(bundle.path, temporary)

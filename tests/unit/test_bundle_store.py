@@ -154,6 +154,14 @@ def test_rollback_goes_back_step_by_step(store: BundleStore, bundles: list[Bundl
     assert store.rollback().bundle_id == ids[0]
 
 
+def test_what_a_removal_left_behind_does_not_keep_a_bundle_out(store: BundleStore, bundles: list[Bundle]) -> None:
+    ids = [bundle.bundle_id for bundle in bundles]
+    (store.root / "bundles" / ids[1] / MANIFEST).remove()  # killed after the first of its two deeds
+    assert ids[1] not in {manifest.bundle_id for manifest in store.list()}
+    store.add(bundles[1])
+    store.open(ids[1]).check()
+
+
 def test_collect_keeps_the_newest_the_current_and_the_previous(store: BundleStore, bundles: list[Bundle]) -> None:
     ids = publish_all(store, bundles)
     with pytest.raises(BundleError, match="at least 1"):

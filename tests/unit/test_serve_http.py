@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -349,6 +350,31 @@ async def test_too_much_load_is_refused_early_with_retry_after(client, service, 
     release.set()
     assert [response.status_code for response in await asyncio.gather(*accepted)] == [200] * 4
     assert (await client.post("/v1/recommend", json={})).status_code == 200
+
+
+async def test_events_that_wait_for_the_disk_leave_room_for_recommendations(client, service, monkeypatch):
+    release = threading.Event()
+    append = service.store.append
+
+    def held(events):
+        release.wait(30)
+        return append(events)
+
+    monkeypatch.setattr(service.store, "append", held)
+    sent = [client.post("/v1/events", json={"events": [event(str(number))]}) for number in range(4)]
+    writing = [asyncio.create_task(each) for each in sent]
+    answers = []
+    while len(answers) < 2:  # half of the places
+        done, _ = await asyncio.wait(writing, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        answers += [task.result() for task in done]
+        writing = [task for task in writing if task not in done]
+    for refused in answers:
+        assert refused.headers["retry-after"] == "1"
+        assert_problem(refused, 503, "wait for the event store already")
+    assert (await client.post("/v1/recommend", json={})).status_code == 200
+    release.set()
+    assert [response.status_code for response in await asyncio.gather(*writing)] == [200, 200]
+    assert (await client.post("/v1/events", json={"events": [event("9")]})).status_code == 200
 
 
 async def test_a_gateway_that_is_behind_refuses_until_it_has_caught_up(client, monkeypatch):

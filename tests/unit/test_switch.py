@@ -103,6 +103,32 @@ async def test_a_request_keeps_its_bundle_and_its_bundle_stays(opened, store, bu
     assert service.retired == []
 
 
+async def test_what_is_returned_to_is_not_let_go_meanwhile(opened, store, bundles, monkeypatch):
+    """A rollback while the Bundle before is still open: tidying up runs beside the look at the store."""
+    switch, service = opened
+    first, second = bundles[0].bundle_id, bundles[1].bundle_id
+    store.activate(second, first)
+    await switch.step(service)
+    assert [each.bundle_id for each in service.retired] == [first]
+    store.rollback()
+    still = switch._still
+
+    async def slow(*given):
+        for _ in range(3):
+            await switch.tidy(service)
+            await asyncio.sleep(0.01)
+        return await still(*given)
+
+    monkeypatch.setattr(switch, "_still", slow)
+    await switch.step(service)
+    assert service.current.bundle_id == first
+    answer, _ = await service.recommend(RecommendRequest())
+    assert (answer.bundle_id, answer.degraded) == (first, ())
+    monkeypatch.setattr(switch, "_still", still)
+    await turn(switch, service, 3)
+    assert service.retired == []
+
+
 async def test_what_is_let_go_leaves_the_memory(opened, store, bundles):
     switch, service = opened
     gone = weakref.ref(service.current.recommender.runner.stages[0].stage)
