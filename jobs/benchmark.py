@@ -437,6 +437,7 @@ def main(
         for name in only or ():
             config.system(name)
         changed = "".join(f" --set {override}" for override in set_ or ())
+        changed += "".join(f" --only {name}" for name in only or ())
         folder = run(config, f"python -m jobs.benchmark --suite {suite}{changed}", tuple(only or ())).folder
     except RecsysError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)

@@ -13,6 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,9 +119,16 @@ def run(config: BenchmarkConfig, system: SystemConfig, num_trials: int, seed: in
     if system.text:
         text = str(embed.run(as_job, prepared, train_encoder.run(as_job, prepared)).path / "item_text.parquet")
     model = system.model.model_dump(mode="json")
+    if "train" not in model:
+        raise ConfigError(
+            f"system {system.name}: a model of kind {system.model.kind} has no epochs to compare trials by"
+        )
     epochs = model["train"]["epochs"]
     model["train"]["eval_every"] = 1
-    folder = Path(config.workdir).absolute() / config.name / "tune" / f"{system.name}-{num_trials}-{seed}"
+    # What is searched, and in what: a search that was interrupted goes on only where all of it is the same.
+    asked = [model, system.model_dump(mode="json")["search"], prepared.path.name, text and Path(text).parent.name]
+    digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(config.workdir).absolute() / config.name / "tune" / f"{system.name}-{num_trials}-{seed}-{digest}"
     with ray_session():
         results = _search(folder, system, model, str(prepared.path), text, num_trials, epochs, seed)
     rows = sorted(results, key=lambda row: (-row["best"], json.dumps(row["config"], sort_keys=True)))

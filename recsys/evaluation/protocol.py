@@ -209,7 +209,7 @@ def check_no_leak(targets: Targets, dataset: Dataset) -> None:
     """Raise :class:`LeakageError`, naming the query, unless every history ends before its target, in time and in row.
 
     Rows decide between interactions at the same millisecond (next item); a basket's own millisecond is all target,
-    so no positive of it may be in the history.
+    so nothing of it may be in the history, nor in what was seen.
     """
     if not len(targets):
         return
@@ -222,15 +222,16 @@ def check_no_leak(targets: Targets, dataset: Dataset) -> None:
             raise LeakageError(f"the {part} log of the targets is not the dataset's: its order cannot be checked")
         outside = (view.starts < whole.user_offsets[users]) | (view.stops >= whole.user_offsets[users + 1])
         _refuse(outside, f"the {part} leaves no room for the target within the user's log")
-        _refuse(
-            whole.item_idx[np.minimum(view.stops, len(whole.item_idx) - 1)] != targets.relevant_item_idx[heads],
-            f"the {part} does not end right before the target",
-        )
+        if not (basket and whole is log):  # a basket may begin with something that is no positive
+            _refuse(
+                whole.item_idx[np.minimum(view.stops, len(whole.item_idx) - 1)] != targets.relevant_item_idx[heads],
+                f"the {part} does not end right before the target",
+            )
         _refuse(whole.split[view.stops] == Split.TRAIN, f"the target after the {part} is part of train")
         if whole.timestamp_ms is not None:
             assert targets.now_ms is not None, "data with time has targets with time"
             last = whole.timestamp_ms[np.maximum(view.stops - 1, 0)]
-            late = last >= targets.now_ms if basket and whole is positives else last > targets.now_ms
+            late = last >= targets.now_ms if basket else last > targets.now_ms
             _refuse(late & (view.lengths > 0), f"the {part} reaches past the time of the target")
             _refuse(whole.timestamp_ms[view.stops] != targets.now_ms, "the target did not happen at the query's time")
     lengths = np.diff(targets.relevant_offsets)

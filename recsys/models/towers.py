@@ -181,7 +181,7 @@ class TowerConfig(RetrieverConfig, ABC):
             assert valid is not None
             retriever.refresh()
             score, exclude_seen = retriever.score_for_validation, self.train.eval_exclude_seen
-            return validation_ndcg(score, valid, runtime, exclude_seen=exclude_seen)
+            return validation_ndcg(score, valid, runtime, num_items=data.num_items, exclude_seen=exclude_seen)
 
         retriever.history = train(
             network,

@@ -217,7 +217,9 @@ class RetrieverContract:
 
     def test_finds_the_planted_pattern(self, fitted: Retriever) -> None:
         """The withheld item ranks high: NDCG@10 above ``min_ndcg``."""
-        ndcg = validation_ndcg(fitted.score, self.dataset.targets(Split.VALID), Runtime("cpu"))
+        ndcg = validation_ndcg(
+            fitted.score, self.dataset.targets(Split.VALID), Runtime("cpu"), num_items=self.dataset.num_items
+        )
         assert ndcg >= self.min_ndcg
 
     def test_goes_on_learning(self, fitted: Retriever, histories: Histories) -> None:
@@ -244,7 +246,12 @@ class RetrieverContract:
         def known_items(part: Histories, times: NDArray[np.int64] | None) -> NDArray[np.float32]:
             return first.score(part, times)[:, : data.num_items]
 
-        assert validation_ndcg(known_items, self.dataset.targets(Split.VALID), Runtime("cpu")) >= self.min_ndcg
+        assert (
+            validation_ndcg(
+                known_items, self.dataset.targets(Split.VALID), Runtime("cpu"), num_items=self.dataset.num_items
+            )
+            >= self.min_ndcg
+        )
 
     def test_empty_data(self) -> None:
         """Nothing to learn from is an error that says so."""

@@ -38,6 +38,8 @@ from recsys.training.runtime import Runtime
 from recsys.training.sampling import rng_for
 
 logger = logging.getLogger(__name__)
+_VALIDATION_SCORES = 1 << 25
+"""scores of validation that are held at once, however many items there are"""
 
 Row = dict[str, float]
 Score = Callable[[Histories, NDArray[np.int64] | None], NDArray[np.float32]]
@@ -327,10 +329,17 @@ def sample_targets(targets: Targets, max_queries: int, seed: int) -> Targets:
 
 
 def validation_ndcg(
-    score: Score, targets: Targets, runtime: Runtime, *, exclude_seen: bool = True, k: int = 10, batch_size: int = 1024
+    score: Score,
+    targets: Targets,
+    runtime: Runtime,
+    *,
+    num_items: int,
+    exclude_seen: bool = True,
+    k: int = 10,
 ) -> float:
     """Mean NDCG@k over the queries of ``targets``, shared among the workers; equal on every worker."""
     totals = np.zeros(2)
+    batch_size = max(1, min(1024, _VALIDATION_SCORES // num_items))
     for start in range(runtime.rank * batch_size, len(targets), batch_size * runtime.world_size):
         batch = targets[start : start + batch_size]
         scores = score(batch.histories, batch.now_ms)

@@ -82,16 +82,18 @@ def test_a_search_that_was_killed_goes_on(tmp_path):
     systems = [{"name": "sequence", "model": longer, "search": SEARCH}, SUITE["systems"][1]]
     path.write_text(yaml.safe_dump(SUITE | {"workdir": str(tmp_path / "work"), "systems": systems}))
     command = [sys.executable, "-m", "jobs.tune", "--suite", str(path), "--system", "sequence", "--trials", "4"]
-    folder = tmp_path / "work" / "tiny" / "tune" / "sequence-4-0"
+    tried = tmp_path / "work" / "tiny" / "tune"
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 200
-    while not list((folder / "ray").glob("*/checkpoint_*")):
+    while not list(tried.glob("sequence-4-0-*/ray/*/checkpoint_*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    (folder,) = tried.iterdir()
     assert not (folder / "trials.json").exists()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
+    assert list(tried.iterdir()) == [folder]
     trials = read_json(folder / "trials.json")
     assert len(trials) == 4 and all(trial["error"] is None for trial in trials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.histories import Histories
 from recsys.data.prepare import prepare
-from recsys.errors import DataError
+from recsys.errors import DataError, LeakageError
+from recsys.evaluation.protocol import check_no_leak
 
 # user, item, time in ms, event, value; items are numbered by the catalogue a, b, c, d, e.
 LOG = [
@@ -96,6 +98,16 @@ def test_next_basket_asks_for_all_of_a_basket_given_what_came_before_it(tmp_path
         (0, "abcae", "abedcae", "b"),
         (1, "ab", "abc", "d"),
     ]
+
+
+@pytest.mark.parametrize("split", [Split.VALID, Split.TEST])
+def test_a_basket_that_begins_with_something_else_is_no_leak(tmp_path: Path, split: Split) -> None:
+    data = dataset(tmp_path, {"kind": "next_basket", **TIME})
+    targets = data.targets(split)
+    check_no_leak(targets, data)
+    reaching = replace(targets, seen=replace(targets.seen, stops=targets.seen.stops + 1))
+    with pytest.raises(LeakageError, match="seen history"):
+        check_no_leak(reaching, data)
 
 
 def test_leave_one_out_asks_once_per_user(tmp_path: Path) -> None:

@@ -165,7 +165,9 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
     assert chosen is not None
     assert len(fitted.history) == chosen + 2 < 60
     assert isinstance(fitted, SequenceRetriever)
-    kept = validation_ndcg(fitted.score_for_validation, DATASET.targets(Split.VALID), Runtime("cpu"))
+    kept = validation_ndcg(
+        fitted.score_for_validation, DATASET.targets(Split.VALID), Runtime("cpu"), num_items=DATASET.num_items
+    )
     assert kept == pytest.approx(fitted.history[chosen - 1]["ndcg@10"])
     refit = config.refit(fitted)
     assert isinstance(refit, ESASRec)
@@ -246,4 +248,20 @@ def test_validation_ndcg_by_hand() -> None:
 
     better = len(np.setdiff1d(np.arange(2), np.append(targets.seen.items(1), targets.relevant(1))))
     expected = (1 + 1 / np.log2(2 + better)) / 2
-    assert validation_ndcg(score, targets, Runtime("cpu")) == pytest.approx(expected)
+    assert validation_ndcg(score, targets, Runtime("cpu"), num_items=DATASET.num_items) == pytest.approx(expected)
+
+
+def test_validation_holds_no_more_scores_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a million items, a thousand queries at once would be four gigabytes."""
+    targets, num_items = DATASET.targets(Split.VALID), DATASET.num_items
+    asked: list[int] = []
+
+    def score(histories: Histories, now_ms: Any) -> np.ndarray:
+        asked.append(len(histories))
+        return np.tile(np.arange(num_items, dtype=np.float32), (len(histories), 1))
+
+    whole = validation_ndcg(score, targets, Runtime("cpu"), num_items=num_items)
+    assert asked == [len(targets)]
+    monkeypatch.setattr("recsys.training.loop._VALIDATION_SCORES", 3 * num_items)
+    assert validation_ndcg(score, targets, Runtime("cpu"), num_items=num_items) == pytest.approx(whole)
+    assert max(asked[1:]) == 3
