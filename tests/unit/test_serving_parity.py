@@ -6,6 +6,7 @@ And what a user does now shows in what they are shown next.
 import asyncio
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs import pipeline
@@ -15,6 +16,7 @@ from recsys.data.features import ItemFeatures, candidate_features
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.models import load_ranker, load_retriever
 from recsys.models.ranking import RankingItems
+from recsys.online.log import grow
 from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RecommendRequest
@@ -58,6 +60,52 @@ def test_served_requests_come_out_the_same_offline(recommender, steps, dataset, 
         for stage in ("retrieval", "ranking"):
             online = [item.stage_scores[stage] for item in served.items]
             np.testing.assert_allclose(online, expected.stage_scores[stage][:10], rtol=1e-4, atol=1e-4)
+
+
+def test_what_happened_since_counts_online_as_it_does_offline(published, trained_job, tmp_path):
+    """Events of users old and new, some of them late, come to the store one by one and to the jobs as a log."""
+    bundle = BundleStore(published).open()
+    last_ms = max(times[-1] for times in bundle.histories()["timestamps_ms"].to_pylist() if times)
+    rng = np.random.default_rng(0)
+    events = []
+    for number in range(160):
+        at_ms = last_ms + int(rng.integers(1, 10**8)) * (-1 if number % 4 == 0 else 1)
+        item_id = f"item-{rng.integers(100)}"
+        events.append(Event(str(number), f"user-{270 + number % 40}", item_id, "interaction", at_ms))
+    with SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")).open() as store:
+        store.seed(bundle.bundle_id, bundle.histories(), None)
+        for event in events:
+            store.append([event])
+        log = pa.concat_tables(store.log())
+        grown = grow(bundle, log, log_only=(), judge_share=0.3, protocol="rolling_next_item").dataset
+        targets = grown.everybody()[260:310]
+        user_ids = grown.users["user_id"].to_pylist()[260:310]
+        assert user_ids == [f"user-{number}" for number in range(260, 310)]
+        pipeline_config = trained_job.pipeline
+        queries = queries_of(
+            targets,
+            num_candidates=pipeline_config.num_candidates,
+            max_history=pipeline_config.max_history,
+            top_k=10,
+        )
+        stages = [
+            retrieval_stage(trained_job.index, grown, bundle.retriever()),
+            RankingStage("", bundle.ranker()),
+        ]
+        offline = run_stages(stages, queries)
+        with Recommender.load(published, store) as recommender:
+            for user_id, query, expected in zip(user_ids, queries, offline, strict=True):
+                request = RecommendRequest(user_id=user_id, top_k=10, diversity=0.0)
+                served = asyncio.run(recommender.arecommend(request, now_ms=query.now_ms))
+                assert served.degraded == ()
+                history = served.slate.query
+                np.testing.assert_array_equal(history.history_item_idx, query.history_item_idx)
+                np.testing.assert_array_equal(history.history_timestamp_ms, query.history_timestamp_ms)
+                items = grown.items["item_id"].take(pa.array(expected.item_idx[:10])).to_pylist()
+                assert served.item_ids == items
+                for stage in ("retrieval", "ranking"):
+                    online = [item.stage_scores[stage] for item in served.items]
+                    np.testing.assert_allclose(online, expected.stage_scores[stage][:10], rtol=1e-4, atol=1e-4)
 
 
 def test_features_are_the_same_online_and_offline(recommender, steps, dataset, published):
