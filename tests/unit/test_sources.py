@@ -387,7 +387,8 @@ def test_an_export_of_an_event_log_says_up_to_where_it_has_it(tmp_path: Path) ->
         watermark = store.watermark()
         write_log(store, tmp_path / "data" / "all.parquet", None, watermark)
         write_log(store, tmp_path / "since.parquet", watermark, watermark)
-    tree = {"source": {"kind": "parquet", "path": str(tmp_path / "data"), "ignore": ["*"]}}
+    columns = {"event": "event", "value": "value"}
+    tree = {"source": {"kind": "parquet", "path": str(tmp_path / "data"), "columns": columns, "ignore": ["*"]}}
     assert prepare(DataConfig.parse(tree, where="test"), 0, tmp_path / "prepared").info.events_watermark == watermark
     assert ParquetSource(path=str(tmp_path / "since.parquet")).events_watermark() is None  # it lacks what was before
     pq.write_table(pa.table({"user_id": ["u"]}), tmp_path / "data" / "other.parquet")
