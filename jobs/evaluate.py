@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
+from jobs.publish import popular
 from recsys.data.dataset import Dataset, Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
 from recsys.evaluation.report import build_report
@@ -16,6 +17,7 @@ from recsys.models import load_ranker, load_retriever
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.offline import retrieval_stage, staged
+from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.stage import Stage
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.reranking import RerankingStage
@@ -41,8 +43,11 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
             "max_history": config.pipeline.max_history,
             "depth": config.evaluation.depth,
         }
+        newcomers: PopularItems | None = None
+        if config.pipeline.newcomers == "popular":
+            newcomers = PopularItems(dataset.num_items, *popular(config, dataset, Split.VALID))
         systems: dict[str, RankFn] = {
-            "served": staged(served, **asked),
+            "served": staged(served, **asked, newcomers=newcomers),
             "retrieval": staged(stages[:1], **asked),
         }
         baselines: list[str] = []
@@ -66,6 +71,7 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         "pipeline": config.pipeline.model_dump(mode="json"),
         "baselines": [baseline.model_dump(mode="json") for baseline in config.baselines],
         "index": config.index.model_dump(mode="json"),
+        "popular": [config.publish.popular.model_dump(mode="json"), config.publish.num_popular],
         "seed": config.seed,
     }
     return build(config.workdir, STEP, settings, [prepared, retriever, ranker], make)

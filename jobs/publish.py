@@ -108,10 +108,10 @@ def activate(store: BundleStore, artifact: Artifact, config: JobConfig) -> None:
         store.collect(config.publish.keep)
 
 
-def popular(config: JobConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The most popular items of all data, best first: int32 [P] and float32 [P]."""
-    fitted = config.publish.popular.fit(FitData.of(dataset, Split.TEST, seed=config.seed), Runtime("cpu"))
-    scores = fitted.score(dataset.positives.histories(Split.TEST)[:1])[0]
+def popular(config: JobConfig, dataset: Dataset, until: Split = Split.TEST) -> tuple[np.ndarray, np.ndarray]:
+    """The most popular items up to and with ``until``, best first: int32 [P] and float32 [P]."""
+    fitted = config.publish.popular.fit(FitData.of(dataset, until, seed=config.seed), Runtime("cpu"))
+    scores = fitted.score(dataset.positives.histories(until)[:1])[0]
     best = np.argsort(-scores, kind="stable")[: config.publish.num_popular]
     best = best[scores[best] > 0]
     return best.astype(np.int32), scores[best].astype(np.float32)

@@ -44,7 +44,9 @@ METRICS: Mapping[str, Metric] = {
         _MS,
     ),
     "recsys_stage_outcomes_total": Metric(
-        "counter", "Stages by what became of them: ok, timeout, overloaded, failed, skipped", ("stage", "outcome")
+        "counter",
+        "Stages by what became of them: ok, timeout, overloaded, failed, skipped, unasked",
+        ("stage", "outcome"),
     ),
     "recsys_breaker_open": Metric("gauge", "1 while the circuit breaker of a stage is not closed", ("stage",)),
     "recsys_queue": Metric("gauge", "Calls of a stage that run or wait in this process", ("stage",)),

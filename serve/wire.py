@@ -226,7 +226,7 @@ class RecommendAnswer(BaseModel):
 
 class TraceStage(BaseModel):
     stage: str
-    outcome: str = Field(description="ok, timeout, overloaded, failed or skipped")
+    outcome: str = Field(description="ok, timeout, overloaded, failed, skipped or unasked (of a newcomer)")
     bundle_id: str | None = Field(description="the Bundle the stage answered from")
     total_ms: float | None = Field(description="as the gateway waited for it")
     compute_ms: float | None = Field(description="inside the stage")

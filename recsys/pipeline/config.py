@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -114,6 +114,10 @@ class PipelineConfig(StrictConfig):
     )
     max_history: int = Field(
         default=200, ge=1, le=10_000, description="newest positives of a user that the models see (interactions)"
+    )
+    newcomers: Literal["popular", "models"] = Field(
+        default="popular",
+        description="what is asked for a user of whom nothing is known: the popular items, or the models all the same",
     )
     repeat_after_days: float | None = Field(
         default=None,

@@ -14,7 +14,9 @@ from recsys.index.base import IndexConfig
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.models.ranking import RankingItems
 from recsys.pipeline.catalogue import Catalogue
+from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.stage import Stage
+from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.pipeline.stages.retrieval import RetrievalStage
 from recsys.pipeline.types import Candidates, Query
 from recsys.training.ranking_examples import RankingExamples, ranking_examples
@@ -82,15 +84,41 @@ def retrieval_stage(index: IndexConfig, dataset: Dataset, retriever: Retriever) 
 
 
 def staged(
-    stages: Sequence[Stage], *, num_candidates: int, max_history: int, depth: int
+    stages: Sequence[Stage],
+    *,
+    num_candidates: int,
+    max_history: int,
+    depth: int,
+    newcomers: PopularItems | None = None,
 ) -> Callable[[Targets], NDArray[np.int32]]:
-    """The system that answers with ``stages``, as a server would: targets (B) to items int32 [B, depth]."""
+    """The system that answers with ``stages``, as a server would: targets (B) to items int32 [B, depth].
+
+    Users without any history get ``newcomers``, reranked, where they are given.
+    """
 
     def rank(targets: Targets) -> NDArray[np.int32]:
         queries = queries_of(targets, num_candidates=num_candidates, max_history=max_history, top_k=depth)
-        return ranked_items(run_stages(stages, queries), depth)
+        found = run_stages(stages, queries)
+        rows = [row for row, query in enumerate(queries) if newcomers is not None and not len(query.history_item_idx)]
+        for row, candidates in zip(rows, _popular(newcomers, stages, [queries[row] for row in rows]), strict=True):
+            found[row] = candidates
+        return ranked_items(found, depth)
 
     return rank
+
+
+def _popular(popular: PopularItems | None, stages: Sequence[Stage], queries: Sequence[Query]) -> list[Candidates]:
+    if popular is None or not queries:
+        return []
+    candidates: list[Candidates] = []
+    for query in queries:
+        allowed = np.ones(len(popular.item_idx), np.bool_)
+        allowed[query.excluded_item_idx] = False
+        candidates.append(popular.best(query.num_candidates, allowed))
+    for stage in stages:
+        if stage.name == RerankingStage.name:
+            candidates = stage.run_batch(queries, candidates)
+    return candidates
 
 
 def retrieved_examples(

@@ -4,6 +4,9 @@ Stages run one after another. One that raises, is too slow, or has failed so oft
 skipped and named in ``degraded``: without reranking the ranked order stands, without ranking the retrieved one, without
 retrieval the slate that was made for the user offline does, and where there is none the popular items do. Hard rules
 are no stage and are never skipped.
+
+Of a newcomer, who has no history at all, models know less than what is popular tells: retrieval and ranking are not
+asked, and that degrades nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ RUNNER = "runner"
 """the name under which the runner records candidates it cut itself"""
 OK = "ok"
 """the outcome of a stage that answered"""
+UNASKED = "unasked"
+"""the outcome of a stage that has nothing to say of a newcomer"""
 _NEEDS_RETRIEVAL = frozenset({"ranking"})
 """stages that read retrieval's scores; popularity is no substitute for them"""
 _RESERVE_S = 0.002
@@ -230,7 +235,13 @@ class Runner:
         provenance: dict[str, str] = {}
         timings_ms: dict[str, float] = {}
         busy_ms: dict[str, float] = {}
+        is_newcomer = self.config.newcomers == "popular" and not len(query.history_item_idx)
         for position, stage in enumerate(self.stages):
+            if is_newcomer and (position == 0 or stage.name in _NEEDS_RETRIEVAL):
+                if position == 0:
+                    candidates = self._popular(query, provenance)
+                outcomes[stage.name] = UNASKED
+                continue
             if stage.name in _NEEDS_RETRIEVAL and failures:
                 failures[stage.name] = "skipped, because retrieval was"
                 outcomes[stage.name] = StageSkippedError.outcome
@@ -275,15 +286,17 @@ class Runner:
         )
 
     def _without_retrieval(self, query: Query, spare: Spare | None, provenance: dict[str, str]) -> Candidates:
-        allowed = self.rules.allowed(query)
         if spare is not None:
             own = spare()
-            own = own.take(np.flatnonzero(allowed[own.item_idx]))
+            own = own.take(np.flatnonzero(self.rules.allowed(query)[own.item_idx]))
             if len(own):
                 provenance[SLATES] = query.bundle_id
                 return own  # popular items fill up what is short
+        return self._popular(query, provenance)
+
+    def _popular(self, query: Query, provenance: dict[str, str]) -> Candidates:
         provenance[POPULAR] = query.bundle_id
-        return self.popular.best(query.num_candidates, allowed)
+        return self.popular.best(query.num_candidates, self.rules.allowed(query))
 
     async def _call(self, stage: AsyncStage, query: Query, candidates: Candidates, left_s: float) -> StageOutput:
         budget_s = self._budgets_s[stage.name]

@@ -156,6 +156,7 @@ def test_rollback_goes_back_step_by_step(store: BundleStore, bundles: list[Bundl
 
 def test_what_a_removal_left_behind_does_not_keep_a_bundle_out(store: BundleStore, bundles: list[Bundle]) -> None:
     ids = [bundle.bundle_id for bundle in bundles]
+    store.add(bundles[1])
     (store.root / "bundles" / ids[1] / MANIFEST).remove()  # killed after the first of its two deeds
     assert ids[1] not in {manifest.bundle_id for manifest in store.list()}
     store.add(bundles[1])

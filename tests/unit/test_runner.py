@@ -12,7 +12,7 @@ import pytest
 
 from recsys.errors import StageError, StageOverloadedError
 from recsys.pipeline.catalogue import Catalogue
-from recsys.pipeline.config import BreakerConfig, BudgetsConfig, PipelineConfig
+from recsys.pipeline.config import Boost, BreakerConfig, BudgetsConfig, PipelineConfig, RerankingConfig
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.rules import HardRules
 from recsys.pipeline.runner import CircuitBreaker, LocalStage, Runner
@@ -49,10 +49,12 @@ def catalogue() -> Catalogue:
     )
 
 
-def make_runner(catalogue: Catalogue, *stages: Any, config: PipelineConfig = CONFIG, inline: bool = False) -> Runner:
+def make_runner(
+    catalogue: Catalogue, *stages: Any, config: PipelineConfig = CONFIG, inline: bool = False, newcomers: str = "models"
+) -> Runner:
     local = [LocalStage(s, inline=inline) if isinstance(s, FunctionStage | RerankingStage) else s for s in stages]
     popular = PopularItems(NUM_ITEMS, np.array([30, 31, 1, 32], np.int32), np.array([4, 3, 2, 1], np.float32))
-    return Runner(local, HardRules(catalogue), popular, config)
+    return Runner(local, HardRules(catalogue), popular, config.model_copy(update={"newcomers": newcomers}))
 
 
 def run(runner: Runner, query: Query | None = None, deadline_ms: float | None = None) -> Slate:
@@ -75,6 +77,22 @@ def test_all_stages_in_order(catalogue: Catalogue, inline: bool):
     assert slate.provenance == dict.fromkeys(("retrieval", "ranking", "reranking"), "bundle")
     assert set(slate.timings_ms) == {"retrieval", "ranking", "reranking", "total"}
     assert set(slate.selected.stage_scores) == {"retrieval", "ranking", "reranking"}
+
+
+def test_of_a_newcomer_models_are_not_asked(catalogue: Catalogue):
+    """What is popular, by the rules, reranked; that is no lower rung."""
+    odd = Filters(categories_any=("odd",))
+    boosted = RerankingConfig(boosts=(Boost(item_ids=("i32",), amount=1.0),))
+    stages = [raises("retrieval"), raises("ranking"), RerankingStage("bundle", catalogue, boosted)]
+    runner = make_runner(catalogue, *stages, newcomers="popular")
+    slate = run(runner)
+    assert ids(slate) == [32, 30, 31]  # 1 is not available
+    assert slate.degraded == ()
+    assert slate.outcomes == {"retrieval": "unasked", "ranking": "unasked", "reranking": "ok"}
+    assert slate.provenance == {"popular": "bundle", "reranking": "bundle"}
+    assert set(slate.timings_ms) == {"reranking", "total"}
+    assert ids(run(runner, make_query(top_k=1, filters=odd))) == [31]
+    assert run(runner, make_query(history=[0], top_k=3)).degraded == ("retrieval", "ranking")
 
 
 LADDER = [
@@ -249,7 +267,7 @@ def test_a_full_queue_refuses_and_does_not_open_the_breaker(catalogue: Catalogue
         with pytest.raises(StageOverloadedError):
             await stage.run(make_query(), Candidates.empty())
         for _ in range(5):
-            assert (await runner.run(make_query())).degraded == ("retrieval",)
+            assert (await runner.run(make_query(history=[0]))).degraded == ("retrieval",)
         assert not runner.breakers["retrieval"].open
         release.set()
         await asyncio.gather(*waiting)

@@ -4,6 +4,7 @@ And what a user does now shows in what they are shown next.
 """
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,8 @@ from recsys.events import Event, SqliteEventStoreConfig
 from recsys.models import load_ranker, load_retriever
 from recsys.models.ranking import RankingItems
 from recsys.online.log import grow
-from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
+from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages, staged
+from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RecommendRequest
 from recsys.pipeline.stages.ranking import RankingStage
@@ -106,6 +108,21 @@ def test_what_happened_since_counts_online_as_it_does_offline(published, trained
                 for stage in ("retrieval", "ranking"):
                     online = [item.stage_scores[stage] for item in served.items]
                     np.testing.assert_allclose(online, expected.stage_scores[stage][:10], rtol=1e-4, atol=1e-4)
+
+
+def test_a_newcomer_gets_the_same_online_and_offline(recommender, published, dataset, trained_job):
+    bundle = BundleStore(published).open()
+    nobody = dataset.everybody()[:1]
+    nobody = replace(nobody, histories=nobody.histories.last(0), seen=nobody.seen.last(0))
+    stages = [retrieval_stage(trained_job.index, dataset, bundle.retriever()), RankingStage("", bundle.ranker())]
+    asked = {"num_candidates": trained_job.pipeline.num_candidates, "max_history": 100, "depth": 10}
+    popular = PopularItems(dataset.num_items, *bundle.popular())
+    (offline,) = staged(stages, **asked, newcomers=popular)(nobody)
+    (modelled,) = staged(stages, **asked)(nobody)
+    served = recommender.recommend(user_id="a stranger", top_k=10, diversity=0.0)
+    ids = dataset.items["item_id"].to_pylist()
+    assert served.item_ids == [ids[item] for item in offline]
+    assert served.item_ids != [ids[item] for item in modelled]
 
 
 def test_features_are_the_same_online_and_offline(recommender, steps, dataset, published):
