@@ -47,7 +47,7 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         if config.pipeline.newcomers == "popular":
             newcomers = PopularItems(dataset.num_items, *popular(config, dataset, Split.VALID))
         systems: dict[str, RankFn] = {
-            "served": staged(served, **asked, newcomers=newcomers),
+            "served": staged(served, newcomers, **asked),
             "retrieval": staged(stages[:1], **asked),
         }
         baselines: list[str] = []

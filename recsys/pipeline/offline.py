@@ -85,11 +85,11 @@ def retrieval_stage(index: IndexConfig, dataset: Dataset, retriever: Retriever) 
 
 def staged(
     stages: Sequence[Stage],
+    newcomers: PopularItems | None = None,
     *,
     num_candidates: int,
     max_history: int,
     depth: int,
-    newcomers: PopularItems | None = None,
 ) -> Callable[[Targets], NDArray[np.int32]]:
     """The system that answers with ``stages``, as a server would: targets (B) to items int32 [B, depth].
 

@@ -117,7 +117,7 @@ def test_a_newcomer_gets_the_same_online_and_offline(recommender, published, dat
     stages = [retrieval_stage(trained_job.index, dataset, bundle.retriever()), RankingStage("", bundle.ranker())]
     asked = {"num_candidates": trained_job.pipeline.num_candidates, "max_history": 100, "depth": 10}
     popular = PopularItems(dataset.num_items, *bundle.popular())
-    (offline,) = staged(stages, **asked, newcomers=popular)(nobody)
+    (offline,) = staged(stages, popular, **asked)(nobody)
     (modelled,) = staged(stages, **asked)(nobody)
     served = recommender.recommend(user_id="a stranger", top_k=10, diversity=0.0)
     ids = dataset.items["item_id"].to_pylist()
