@@ -86,6 +86,7 @@ def retrieval_stage(index: IndexConfig, dataset: Dataset, retriever: Retriever) 
 def staged(
     stages: Sequence[Stage],
     newcomers: PopularItems | None = None,
+    /,
     *,
     num_candidates: int,
     max_history: int,
