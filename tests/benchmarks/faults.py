@@ -238,7 +238,9 @@ def generate(url: str, bodies: Path, rate: float) -> subprocess.Popen[str]:
 def window(served: Served, folder: Path, fault: Callable[[Served], None]) -> dict[str, Any]:
     """Load, the fault in the middle of it, and what became of everything."""
     asked, told = folder / "asked.jsonl", folder / "told.jsonl"
-    large = [{"item_id": item_id} for item_id in served.items[:400]]
+    large = [
+        {"item_id": item_id} for item_id in served.items[:3000]
+    ]  # more than a buffer of HAProxy holds unless it is told
     bodies: list[dict[str, Any]] = [{"user_id": user_id} for user_id in served.users[:500]]
     for body in bodies[::10]:
         body["history"] = large
@@ -309,7 +311,7 @@ def report(rows: dict[str, dict[str, Any]], *, partial: bool) -> None:
     slowest = max(row["recovery_s"] for row in replicas)
     proxy, node = rows["proxy killed"]["recovery_s"], rows["node lost"]["recovery_s"]
     protocol = (
-        f"{RATE:g} recommendations/s (one in ten with a history of 400 items in its body) and {EVENT_RATE:g} events/s, "
+        f"{RATE:g} recommendations/s (one in ten with a history of 3,000 items, 50 KB, in its body) and {EVENT_RATE:g} events/s, "
         "open loop, two replicas of everything on two Ray nodes of one machine, Bundle trained on MovieLens-1M; each "
         f"fault {FAULT_AT_S:g} s into a window of {WINDOW_S:g} s"
     )
