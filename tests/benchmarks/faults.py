@@ -312,8 +312,8 @@ def report(rows: dict[str, dict[str, Any]], *, partial: bool) -> None:
     proxy, node = rows["proxy killed"]["recovery_s"], rows["node lost"]["recovery_s"]
     protocol = (
         f"{RATE:g} recommendations/s (one in ten with a history of 3,000 items, 50 KB, in its body) and "
-        f"{EVENT_RATE:g} events/s, open loop, two replicas of everything on two Ray nodes of one machine, Bundle trained on MovieLens-1M; each "
-        f"fault {FAULT_AT_S:g} s into a window of {WINDOW_S:g} s"
+        f"{EVENT_RATE:g} events/s, open loop, two replicas of everything on two Ray nodes of one machine, Bundle "
+        f"trained on MovieLens-1M; each fault {FAULT_AT_S:g} s into a window of {WINDOW_S:g} s"
     )
     within = f"<= {LIMIT_S:g}"
     for name, what, value, unit, bar, passes in (

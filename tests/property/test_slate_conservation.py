@@ -108,7 +108,7 @@ def test_every_candidate_ends_in_exactly_one_place(
         NUM_ITEMS, np.array(proposed_again, np.int32), np.arange(len(proposed_again), 0, -1).astype(np.float32)
     )
     query = make_query(excluded=excluded, top_k=top_k, num_candidates=max(10, top_k), filters=wanted)
-    slate = asyncio.run(Runner(stages, HardRules(catalogue), popular, PipelineConfig()).run(query))
+    slate = asyncio.run(Runner(stages, HardRules(catalogue), popular, PipelineConfig(newcomers="models")).run(query))
 
     selected = slate.selected.item_idx.tolist()
     filtered, not_selected = items_of(slate.filtered), items_of(slate.not_selected)
