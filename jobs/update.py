@@ -60,6 +60,7 @@ from recsys.online.learn import (
 from recsys.online.log import GrownLog, grow, with_unknown
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.offline import staged
+from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.retrieval import RetrievalStage
 from recsys.training.ranking_examples import RankingExamples
@@ -168,7 +169,7 @@ def _run(config: UpdateJobConfig, events: EventLog) -> Outcome:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         models = _learned(job, live, log, config.online, scratch)
-        verdict = judge(*models.contestants(job), log.dataset, job.evaluation, config.online.gate)
+        verdict = judge(*models.contestants(job, log.dataset), log.dataset, job.evaluation, config.online.gate)
         record["event_to_weights_s"] = round(time.perf_counter() - started, 3)
         if not verdict.passed:
             return done("kept", verdict=verdict)
@@ -218,7 +219,7 @@ class _Models:
         index = job.index.build(retriever.item_vectors()) if isinstance(retriever, VectorRetriever) else None
         return RetrievalStage("", retriever, index, self.live.catalogue())
 
-    def contestants(self, job: JobConfig) -> tuple[Contestant, Contestant]:
+    def contestants(self, job: JobConfig, dataset: Dataset) -> tuple[Contestant, Contestant]:
         """The parent with what stands in for new items, and the child."""
         live = self.live
         index = live.index() if live.has("index") else None
@@ -232,9 +233,13 @@ class _Models:
             "max_history": job.pipeline.max_history,
             "depth": job.evaluation.depth,
         }
+        newcomers: PopularItems | None = None
+        if job.pipeline.newcomers == "popular":
+            newcomers = PopularItems(dataset.num_items, *popular(job, dataset, Split.VALID))
         made = [
             Contestant(
-                staged([stage] if ranker is None else [stage, RankingStage("", ranker)], **asked), stage.retriever
+                staged([stage] if ranker is None else [stage, RankingStage("", ranker)], newcomers, **asked),
+                stage.retriever,
             )
             for stage, ranker in sides
         ]

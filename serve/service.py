@@ -21,7 +21,7 @@ from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
 from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.recommender import STATE, Recommender, golden_request, warm_up
-from recsys.pipeline.requests import Recommendation, RecommendRequest
+from recsys.pipeline.requests import HistoryItem, Recommendation, RecommendRequest
 from recsys.pipeline.runner import LocalStage
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
@@ -116,8 +116,13 @@ class Generation:
         if golden is not None:
             request, now_ms = golden_request(golden, self.recommender.config), golden.now_ms
         else:
-            # Nothing to compare with, but every stage must answer.
-            request = RecommendRequest(deadline_ms=self.recommender.config.max_deadline_ms, request_id="golden")
+            # Nothing to compare with, but every stage must answer; of somebody without a history none is asked.
+            (first,) = self.catalogue.id_map.take(np.zeros(1, np.int32))
+            request = RecommendRequest(
+                history=(HistoryItem(item_id=first),),
+                deadline_ms=self.recommender.config.max_deadline_ms,
+                request_id="golden",
+            )
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
         while (answer := await self.recommender.arecommend(request, now_ms=now_ms)).degraded:

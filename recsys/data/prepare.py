@@ -138,6 +138,12 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
     )
     settings = f"{source.fingerprint()} {config.content_hash()} {seed}"
     counts = np.bincount(labels.split, minlength=len(Split))
+    watermark = source.events_watermark()
+    if watermark is not None and any(filtered.values()):
+        logger.warning(
+            "not all of the exported event log is left: a Bundle of it cannot stand for the log, %s", filtered
+        )
+        watermark = None
     info = DatasetInfo(
         name=config.name or source.kind,
         fingerprint=hashlib.sha256(settings.encode()).hexdigest(),
@@ -151,7 +157,7 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
         num_quarantined=sum(quarantine.counts.values()),
         counts_by_split={part.name.lower(): int(counts[part]) for part in Split},
         borders_ms=labels.borders_ms,
-        events_watermark=source.events_watermark(),
+        events_watermark=watermark,
     )
     dataset = Dataset(interactions, items, pa.table({schema.USER_ID: users}), info)
     write_json(folder / "preparation.json", report.model_dump(mode="json"))

@@ -84,6 +84,9 @@ class UserState:
 class EventLog(ABC):
     """Every event in the order it arrived. Errors are :class:`~recsys.errors.EventStoreError`."""
 
+    log_only: tuple[str, ...] = ()
+    """names of events that are recorded but are no part of a user's state, and no interactions"""
+
     @abstractmethod
     def watermark(self) -> str:
         """Where the log ends now: the place up to which a Bundle published from it contains its events."""

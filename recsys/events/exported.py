@@ -6,7 +6,8 @@ a Bundle trained on it contains the log up to there. One that begins after some 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ WATERMARK = b"recsys.watermark"
 COMPACTED = b"recsys.compacted"
 AFTER = b"recsys.after"
 UNTIL = b"recsys.until"
+LOG_ONLY = b"recsys.log_only"
 BATCH_ROWS = 1000
 """rows read at once: Redis does nothing else while it takes one batch"""
 
@@ -67,23 +69,28 @@ class ExportedLog(EventLog):
         return self._place()[1]
 
     def log(self, after: str | None = None) -> Iterator[pa.Table]:
-        watermark, compacted = self._place()
-        log_id, _, end = watermark.rpartition(":")
-        if after is None and AFTER in self._metadata():
-            raise EventStoreError(
-                f"{self.path} begins after {log_id}:{compacted}, and all of the log is asked for: export it without "
-                "--after",
-                path=str(self.path),
-            )
-        position = position_in(after, log_id, compacted, int(end))
-        for table in tables(self.path):
-            kept = table.filter(pc.greater(table["position"], position))
-            if len(kept):
-                yield kept.cast(schema.EVENT_LOG)
+        with opened(self.path) as file:  # one file to the end, whatever takes its place meanwhile
+            metadata = file.schema_arrow.metadata or {}
+            watermark, compacted = self._place(metadata)
+            log_id, _, end = watermark.rpartition(":")
+            if after is None and AFTER in metadata:
+                raise EventStoreError(
+                    f"{self.path} begins after {log_id}:{compacted}, and all of the log is asked for: export it "
+                    "without --after",
+                    path=str(self.path),
+                )
+            position = position_in(after, log_id, compacted, int(end))
+            for batch in file.iter_batches(BATCH_ROWS):
+                table = pa.Table.from_batches([batch])
+                kept = table.filter(pc.greater(table["position"], position))
+                if len(kept):
+                    yield kept.cast(schema.EVENT_LOG)
 
-    def _place(self) -> tuple[str, int]:
+    def _place(self, metadata: Mapping[bytes, bytes] | None = None) -> tuple[str, int]:
         """Where it ends, as a watermark, and the position it begins after."""
-        metadata = self._metadata()
+        if metadata is None:
+            with opened(self.path) as file:
+                metadata = file.schema_arrow.metadata or {}
         if WATERMARK in metadata:
             return metadata[WATERMARK].decode(), int(metadata[COMPACTED])
         if UNTIL in metadata:
@@ -92,10 +99,6 @@ class ExportedLog(EventLog):
             f"{self.path} is no log that `jobs.events export` wrote: it does not say where it ends", path=str(self.path)
         )
 
-    def _metadata(self) -> dict[bytes, bytes]:
-        with opened(self.path) as file:
-            return file.schema_arrow.metadata or {}
-
 
 def write_log(log: EventLog, path: Path, after: str | None, watermark: str) -> int:
     """Write the events after ``after`` (None: all) up to ``watermark`` to ``path``; returns how many."""
@@ -103,6 +106,7 @@ def write_log(log: EventLog, path: Path, after: str | None, watermark: str) -> i
         metadata = {WATERMARK: watermark.encode(), COMPACTED: str(log.compacted()).encode()}
     else:
         metadata = {AFTER: after.encode(), UNTIL: watermark.encode()}
+    metadata[LOG_ONLY] = json.dumps(log.log_only).encode()
     last = int(watermark.rpartition(":")[2])
     number = 0
     with (

@@ -154,7 +154,7 @@ class RedisEventStore(EventStore):
         redis = library("redis", config.kind, extra="redis")
         self.config = config
         self._p = config.prefix
-        self._log_only = frozenset(config.log_only)
+        self.log_only = config.log_only
         self._states: OrderedDict[str, UserState] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
@@ -184,7 +184,7 @@ class RedisEventStore(EventStore):
         check_events(events)
         if not events:
             return AppendResult(0, 0)
-        rows = [_packed(event, in_state=event.event not in self._log_only) for event in events]
+        rows = [_packed(event, in_state=event.event not in self.log_only) for event in events]
         with self._errors("did not keep the events"):
             accepted = self._scripts["append"](args=[self._p, self.config.max_history, self._ttl_s, *rows])
         return AppendResult(int(accepted), len(events) - int(accepted))
@@ -293,7 +293,7 @@ class RedisEventStore(EventStore):
                 check_restored(positions, int(last), watermark)
                 for start in range(0, len(table), _RESTORED_ROWS):
                     rows = [
-                        f"{_packed(event, in_state=event.event not in self._log_only)}{SEPARATOR}{position}"
+                        f"{_packed(event, in_state=event.event not in self.log_only)}{SEPARATOR}{position}"
                         for position, event in zip(
                             positions[start : start + _RESTORED_ROWS],
                             events_of(table.slice(start, _RESTORED_ROWS)),

@@ -132,7 +132,7 @@ class SqliteEventStore(EventStore):
     def __init__(self, config: SqliteEventStoreConfig) -> None:
         self.config = config
         self.path = Path(config.path).absolute()
-        self._log_only = frozenset(config.log_only)
+        self.log_only = config.log_only
         self._states: dict[str, UserState] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._lock = threading.Lock()
@@ -305,7 +305,7 @@ class SqliteEventStore(EventStore):
     def _row(self, position: int | None, e: Event) -> tuple[Any, ...]:
         """What :data:`_INSERT_EVENT` takes; without a position it gets the next one."""
         told = (e.event_id, e.user_id, e.item_id, e.event, e.timestamp_ms, e.value, e.request_id, e.slate_position)
-        return (position, *told, e.surface, e.event not in self._log_only)
+        return (position, *told, e.surface, e.event not in self.log_only)
 
     def close(self) -> None:
         with self._lock:

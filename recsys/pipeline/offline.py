@@ -111,11 +111,11 @@ def staged(
 def _popular(popular: PopularItems | None, stages: Sequence[Stage], queries: Sequence[Query]) -> list[Candidates]:
     if popular is None or not queries:
         return []
-    candidates: list[Candidates] = []
-    for query in queries:
-        allowed = np.ones(len(popular.item_idx), np.bool_)
-        allowed[query.excluded_item_idx] = False
-        candidates.append(popular.best(query.num_candidates, allowed))
+    (retrieval,) = (stage for stage in stages if isinstance(stage, RetrievalStage))
+    candidates = [
+        popular.best(query.num_candidates, retrieval.catalogue.allowed(query.filters, query.excluded_item_idx))
+        for query in queries
+    ]
     for stage in stages:
         if stage.name == RerankingStage.name:
             candidates = stage.run_batch(queries, candidates)

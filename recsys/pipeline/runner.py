@@ -6,7 +6,7 @@ retrieval the slate that was made for the user offline does, and where there is 
 are no stage and are never skipped.
 
 Of a newcomer, who has no history at all, models know less than what is popular tells: retrieval and ranking are not
-asked, and that degrades nothing.
+asked, and that degrades nothing. Whose history cannot be read is one too, and gets the slate made offline first.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class Runner:
         for position, stage in enumerate(self.stages):
             if is_newcomer and (position == 0 or stage.name in _NEEDS_RETRIEVAL):
                 if position == 0:
-                    candidates = self._popular(query, provenance)
+                    candidates = self._without_retrieval(query, spare, provenance)
                 outcomes[stage.name] = UNASKED
                 continue
             if stage.name in _NEEDS_RETRIEVAL and failures:

@@ -118,7 +118,7 @@ def test_several_sources_and_a_ranker_of_words_on_two_workers(tmp_path: Path) ->
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     with Recommender.load(tmp_path / "runs" / config["name"] / "bundles") as recommender:
-        slate = recommender.recommend(history=["i1", "i2"], top_k=10)
+        slate = recommender.recommend(history=["item-1", "item-2"], top_k=10)
     assert len(slate.items) == 10
     assert not slate.degraded
     assert {source for item in slate.items for source in item.sources} == {"sequence", "together"}

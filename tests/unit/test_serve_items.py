@@ -60,7 +60,8 @@ async def put(client, *items):
 
 
 async def shown(client, **body):
-    answer = await client.post("/v1/recommend", json={"top_k": 200, **body})
+    history = [{"item_id": "i0"}]  # else no model would be asked
+    answer = await client.post("/v1/recommend", json={"top_k": 200, "history": history, **body})
     assert answer.status_code == 200
     return answer.json()
 

@@ -384,12 +384,19 @@ def test_an_export_of_an_event_log_says_up_to_where_it_has_it(tmp_path: Path) ->
     (tmp_path / "data").mkdir()
     with SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")).open() as store:
         store.append([Event(str(n), f"u{n % 5}", f"i{n % 7}", "click", 1000 + n) for n in range(30)])
+        store.append([Event(f"s{n}", "u0", f"i{n % 7}", "impression", 1000 + n) for n in range(30)])
         watermark = store.watermark()
         write_log(store, tmp_path / "data" / "all.parquet", None, watermark)
         write_log(store, tmp_path / "since.parquet", watermark, watermark)
     columns = {"event": "event", "value": "value"}
     tree = {"source": {"kind": "parquet", "path": str(tmp_path / "data"), "columns": columns, "ignore": ["*"]}}
-    assert prepare(DataConfig.parse(tree, where="test"), 0, tmp_path / "prepared").info.events_watermark == watermark
+    prepared = prepare(DataConfig.parse(tree, where="test"), 0, tmp_path / "prepared")
+    assert prepared.info.events_watermark == watermark
+    assert len(prepared.interactions) == 30  # without what was only shown
+    del columns["event"]
+    assert sum(len(chunk) for chunk in ParquetSource.parse(tree["source"], where="test").read()) == 30
+    fewer = DataConfig.parse(tree | {"filters": {"user_fraction": 0.5}}, where="test")
+    assert prepare(fewer, 0, tmp_path / "fewer").info.events_watermark is None  # some users would lose all
     assert ParquetSource(path=str(tmp_path / "since.parquet")).events_watermark() is None  # it lacks what was before
     pq.write_table(pa.table({"user_id": ["u"]}), tmp_path / "data" / "other.parquet")
     assert ParquetSource(path=str(tmp_path / "data")).events_watermark() == watermark

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -10,16 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from recsys import schema
+from recsys.data.arrow import pc
 from recsys.data.sources.base import Source, TimestampEncoding
 from recsys.data.sources.files import BATCH_ROWS, InteractionColumns, ItemsFile, check_columns, existing, fingerprint
 from recsys.errors import EmptyDataError, SchemaError
-from recsys.events.exported import WATERMARK
+from recsys.events.exported import LOG_ONLY, WATERMARK
 
 
 class ParquetSource(Source):
     """Interactions in one Parquet file or a folder of them (read in order of their names), items in another file.
 
-    Rows are streamed, so a file may be larger than memory. A column that is neither mapped nor ignored is an error.
+    Rows are streamed, so a file may be larger than memory. A column that is neither mapped nor ignored is an error. Of
+    an exported event log, what was only recorded (impressions) is no interaction and is not read.
     """
 
     kind: Literal["parquet"] = "parquet"
@@ -62,8 +66,14 @@ class ParquetSource(Source):
         for path in self._files():
             with _open(path) as file:
                 check_columns(file.schema_arrow.names, mapping, self.ignore, path)
-                for batch in file.iter_batches(BATCH_ROWS, columns=list(mapping.values())):
-                    yield pa.Table.from_batches([batch]).select(list(mapping.values())).rename_columns(list(mapping))
+                log_only = json.loads((file.schema_arrow.metadata or {}).get(LOG_ONLY, b"[]"))
+                wanted = {*mapping.values(), *([schema.EVENT] if log_only else [])}
+                for batch in file.iter_batches(BATCH_ROWS, columns=sorted(wanted)):
+                    table = pa.Table.from_batches([batch])
+                    if log_only:
+                        recorded = pc.is_in(table[schema.EVENT], pa.array(log_only, pa.string()))
+                        table = table.filter(pc.invert(recorded))
+                    yield table.select(list(mapping.values())).rename_columns(list(mapping))
 
     def items(self) -> pa.Table | None:
         return None if self.catalogue is None else self.catalogue.read()
