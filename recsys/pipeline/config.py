@@ -115,9 +115,10 @@ class PipelineConfig(StrictConfig):
     max_history: int = Field(
         default=200, ge=1, le=10_000, description="newest positives of a user that the models see (interactions)"
     )
-    newcomers: Literal["popular", "models"] = Field(
-        default="popular",
-        description="what is asked for a user of whom nothing is known: the popular items, or the models all the same",
+    newcomers: Literal["models", "popular"] = Field(
+        default="models",
+        description="what answers for a user without history: the models, which have learned what users begin with, or "
+        "the popular items, for callers who are no beginners but whose history is not told",
     )
     repeat_after_days: float | None = Field(
         default=None,

@@ -5,8 +5,8 @@ skipped and named in ``degraded``: without reranking the ranked order stands, wi
 retrieval the slate that was made for the user offline does, and where there is none the popular items do. Hard rules
 are no stage and are never skipped.
 
-Of a newcomer, who has no history at all, models know less than what is popular tells: retrieval and ranking are not
-asked, and that degrades nothing. Whose history cannot be read is one too, and gets the slate made offline first.
+With ``newcomers: popular``, retrieval and ranking are not asked for a user without history, and that degrades nothing:
+the slate that was made offline answers, if there is one, else the popular items.
 """
 
 from __future__ import annotations

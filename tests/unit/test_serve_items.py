@@ -60,7 +60,7 @@ async def put(client, *items):
 
 
 async def shown(client, **body):
-    history = [{"item_id": "i0"}]  # else no model would be asked
+    history = [{"item_id": "i0"}]
     answer = await client.post("/v1/recommend", json={"top_k": 200, "history": history, **body})
     assert answer.status_code == 200
     return answer.json()

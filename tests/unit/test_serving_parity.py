@@ -110,7 +110,7 @@ def test_what_happened_since_counts_online_as_it_does_offline(published, trained
                     np.testing.assert_allclose(online, expected.stage_scores[stage][:10], rtol=1e-4, atol=1e-4)
 
 
-def test_a_newcomer_gets_the_same_online_and_offline(recommender, published, dataset, trained_job):
+def test_a_newcomer_gets_the_same_online_and_offline(published, dataset, trained_job):
     bundle = BundleStore(published).open()
     nobody = dataset.everybody()[:1]
     nobody = replace(nobody, histories=nobody.histories.last(0), seen=nobody.seen.last(0))
@@ -119,10 +119,13 @@ def test_a_newcomer_gets_the_same_online_and_offline(recommender, published, dat
     popular = PopularItems(dataset.num_items, *bundle.popular())
     (offline,) = staged(stages, popular, **asked)(nobody)
     (modelled,) = staged(stages, **asked)(nobody)
-    served = recommender.recommend(user_id="a stranger", top_k=10, diversity=0.0)
+    assert offline.tolist() != modelled.tolist()
     ids = dataset.items["item_id"].to_pylist()
-    assert served.item_ids == [ids[item] for item in offline]
-    assert served.item_ids != [ids[item] for item in modelled]
+    for newcomers, expected in (("popular", offline), ("models", modelled)):
+        config = trained_job.pipeline.model_copy(update={"newcomers": newcomers})
+        with Recommender.load(published, config=config) as recommender:
+            served = recommender.recommend(user_id="a stranger", top_k=10, diversity=0.0)
+        assert served.item_ids == [ids[item] for item in expected]
 
 
 def test_features_are_the_same_online_and_offline(recommender, steps, dataset, published):
