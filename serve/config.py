@@ -72,11 +72,11 @@ class GatewayConfig(ScalingConfig):
 
     max_body_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 28, description="largest request body (bytes)")
     max_lag_ms: float = Field(
-        default=60_000.0,
+        default=250.0,
         gt=0,
         le=60_000,
-        description="while the event loop is so far behind, requests are refused before anything is done for them "
-        "(milliseconds)",
+        description="while the event loop comes so late to what is due, twice in a row, requests are refused before "
+        "anything is done for them (milliseconds)",
     )
     max_events: int = Field(default=1000, ge=1, le=100_000, description="events per call of /v1/events")
     max_items: int = Field(default=200, ge=1, le=10_000, description="items per call of PUT /v1/items")

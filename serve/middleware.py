@@ -37,7 +37,7 @@ class Limits:
         self._retry_after = {"retry-after": str(config.retry_after_s)}
         self._in_flight = 0
         self._max_lag_s = config.max_lag_ms / 1e3
-        self._lag_s = 0.0
+        self._lag_s = self._late_s = 0.0
         self._watching = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,10 +91,14 @@ class Limits:
             self._in_flight -= 1
 
     def _watch(self, due: float | None = None) -> None:
-        """How late this loop comes to what is due: those who have just arrived have waited as long, unseen."""
+        """How late this loop comes to what is due: those who have just arrived have waited as long, unseen.
+
+        It has to be late twice in a row. Once may be a pause, after which there is time for all who waited.
+        """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._lag_s = 0.0 if due is None else now - due
+        late_s = 0.0 if due is None else now - due
+        self._lag_s, self._late_s = min(late_s, self._late_s), late_s
         loop.call_at(now + _WATCH_S, self._watch, now + _WATCH_S)
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:

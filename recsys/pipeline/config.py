@@ -81,7 +81,7 @@ class RerankingConfig(StrictConfig):
 
 
 class BudgetsConfig(StrictConfig):
-    """The longest each stage may take before it is skipped."""
+    """The longest each stage may take before it is skipped, beside what those before it have left of their time."""
 
     state: float = Field(
         default=50.0,

@@ -1,9 +1,9 @@
 """The one async runner: it owns order, deadlines, the ladder of fallbacks, and provenance.
 
-Stages run one after another. One that raises, is too slow, or has failed so often that its circuit breaker is open is
-skipped and named in ``degraded``: without reranking the ranked order stands, without ranking the retrieved one, without
-retrieval the slate that was made for the user offline does, and where there is none the popular items do. Hard rules
-are no stage and are never skipped.
+Stages run one after another, each within its budget and what those before it have left of theirs. One that raises, is
+too slow, or has failed so often that its circuit breaker is open is skipped and named in ``degraded``: without
+reranking the ranked order stands, without ranking the retrieved one, without retrieval the slate that was made for
+the user offline does, and where there is none the popular items do. Hard rules are no stage and are never skipped.
 
 With ``newcomers: popular``, retrieval and ranking are not asked for a user without history, and that degrades nothing:
 the slate that was made offline answers, if there is one, else the popular items.
@@ -236,6 +236,7 @@ class Runner:
         timings_ms: dict[str, float] = {}
         busy_ms: dict[str, float] = {}
         is_newcomer = self.config.newcomers == "popular" and not len(query.history_item_idx)
+        due = started
         for position, stage in enumerate(self.stages):
             if is_newcomer and (position == 0 or stage.name in _NEEDS_RETRIEVAL):
                 if position == 0:
@@ -247,8 +248,9 @@ class Runner:
                 outcomes[stage.name] = StageSkippedError.outcome
                 continue
             stage_started = time.perf_counter()
+            due = max(due, stage_started) + self._budgets_s[stage.name]  # what those before it have not used is added
             try:
-                output = await self._call(stage, query, candidates, end - stage_started)
+                output = await self._call(stage, query, candidates, min(due, end) - stage_started)
             except Exception as error:  # noqa: BLE001 whatever it was, the answer goes out without this stage
                 failures[stage.name] = f"{type(error).__name__}: {error}"
                 ours = isinstance(error, StageError)
@@ -298,9 +300,8 @@ class Runner:
         provenance[POPULAR] = query.bundle_id
         return self.popular.best(query.num_candidates, self.rules.allowed(query))
 
-    async def _call(self, stage: AsyncStage, query: Query, candidates: Candidates, left_s: float) -> StageOutput:
+    async def _call(self, stage: AsyncStage, query: Query, candidates: Candidates, timeout_s: float) -> StageOutput:
         budget_s = self._budgets_s[stage.name]
-        timeout_s = min(budget_s, left_s)
         if timeout_s <= 0:
             raise StageTimeoutError(f"{stage.name}: no time was left before the deadline", stage=stage.name)
         breaker = self.breakers[stage.name]
@@ -329,7 +330,7 @@ class Runner:
             breaker.undecided()
             raise
         if time.perf_counter() - started > budget_s:
-            breaker.failure()  # an inline stage cannot be interrupted: its answer is used, its slowness counts
+            breaker.failure()  # it had time that others left, or is inline: its answer is used, its slowness counts
         else:
             breaker.success()
         return output

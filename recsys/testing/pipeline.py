@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys import schema
+from recsys.pipeline.stage import Stage
 from recsys.pipeline.types import Candidates, Filters, Query
 
 
@@ -103,11 +104,11 @@ def raises(name: str, error: BaseException | None = None) -> FunctionStage:
     return FunctionStage(name, fail)
 
 
-def sleeps(stage: FunctionStage, seconds: float) -> FunctionStage:
+def sleeps(stage: Stage, seconds: float) -> FunctionStage:
     """The same stage, too slow."""
 
     def slow(query: Query, candidates: Candidates) -> Candidates:
         time.sleep(seconds)
-        return stage.function(query, candidates)
+        return stage.run_batch([query], [candidates])[0]
 
     return FunctionStage(stage.name, slow, bundle_id=stage.bundle_id)

@@ -119,7 +119,7 @@ def test_the_ladder(catalogue: Catalogue, broken: str, degraded: tuple[str, ...]
     if how == "raises":
         stages[position] = raises(broken)
     elif how == "is slow":
-        stages[position] = sleeps(FunctionStage(broken, lambda _q, c: c), 0.6)
+        stages[position] = sleeps(FunctionStage(broken, lambda _q, c: c), 1.2)
     elif how == "hangs":
         stages[position] = FunctionStage(broken, hang)
     elif how == "answers from another Bundle":
@@ -199,6 +199,30 @@ def test_a_hanging_stage_does_not_hold_the_request(catalogue: Catalogue):
         assert asyncio.run(go()) < 0.060 + 0.150
     finally:
         release.set()
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_what_stages_leave_of_their_time_is_for_those_after_them(catalogue: Catalogue, place: int):
+    """Reranking, with 250 ms of its own, may take 500 where ranking took none; nobody has left retrieval anything."""
+    stages = all_three(catalogue)
+    stages[place] = sleeps(stages[place], 0.4)
+    runner = make_runner(catalogue, *stages)
+    slates = [run(runner) for _ in range(3)]
+    late = {0: ("retrieval", "ranking"), 2: ()}[place]
+    assert [slate.degraded for slate in slates] == [late] * 3
+    assert runner.breakers[stages[place].name].open, "time of others is a loan"
+
+
+def test_stages_that_hang_one_after_another_open_all_their_breakers(catalogue: Catalogue):
+    release = threading.Event()
+    names = ("retrieval", "reranking")
+    runner = make_runner(catalogue, *[FunctionStage(name, lambda _q, c: (release.wait(20), c)[1]) for name in names])
+    try:
+        for _ in range(3):
+            assert run(runner).degraded == names
+    finally:
+        release.set()
+    assert [runner.breakers[name].open for name in names] == [True, True]
 
 
 def test_the_short_deadlines_of_some_do_not_open_the_breaker_for_all(catalogue: Catalogue):
