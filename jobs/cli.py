@@ -6,6 +6,8 @@ import logging
 import os
 import types
 import typing
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,7 @@ from rich.console import Console
 from jobs._ray import ComputeConfig
 from jobs.config import JobConfig
 from recsys.config import load_config
-from recsys.errors import RecsysError
+from recsys.errors import ConfigError, RecsysError
 
 SECTIONS = {
     "prepare": "data",
@@ -32,30 +34,71 @@ SECTIONS = {
 """Steps in order, each with the section of the configuration that is its own."""
 
 
+ConfigPath = Annotated[Path, typer.Option("--config", help="YAML configuration; see configs/ for complete ones")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override one key, as key.sub=value; may be given several times", metavar="K=V"),
+]
+
+
 def main(step: str) -> None:
     """Run the command line of ``step``."""
-    section = SECTIONS[step]
+    application(step)()
 
-    def command(
-        config: Annotated[Path, typer.Option(help="YAML configuration; see configs/ for complete ones")],
-        set_: Annotated[
-            list[str] | None,
-            typer.Option("--set", help="override one key, as key.sub=value; may be given several times", metavar="K=V"),
-        ] = None,
-    ) -> None:
+
+def application(step: str) -> typer.Typer:
+    """The command line of ``step``."""
+
+    def command(config: ConfigPath, set_: Overrides = None) -> None:
         from jobs.pipeline import run
 
-        show_progress()
-        try:
-            run(load_config(JobConfig, config, overrides=set_ or (), section=section), until=step)
-        except RecsysError as error:
-            Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-            raise typer.Exit(2) from error
+        with _errors():
+            run(_read(step, config, set_), until=step)
 
-    command.__doc__ = f"{_DOCS[step]}\n\n{_help(section)}"
+    def publish(
+        config: ConfigPath,
+        set_: Overrides = None,
+        activate: Annotated[
+            bool, typer.Option("--activate", help="point the store to the Bundle even if publish.activate is false")
+        ] = False,
+        rollback: Annotated[
+            bool, typer.Option("--rollback", help="make nothing: return to the Bundle that was current before")
+        ] = False,
+    ) -> None:
+        from jobs.pipeline import run
+        from jobs.publish import point_to
+        from recsys.bundle.store import BundleStore
+
+        with _errors():
+            read = _read(step, config, set_)
+            if rollback:
+                if activate:
+                    raise ConfigError("--activate and --rollback exclude each other")
+                typer.echo(f"current is {BundleStore(read.store).rollback().bundle_id}")
+                return
+            published = run(read, until=step)[step]
+            if activate:
+                point_to(read, published.metrics["bundle_id"])
+
+    chosen = publish if step == "publish" else command
+    chosen.__doc__ = f"{_DOCS[step]}\n\n{_help(SECTIONS[step])}"
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(name=f"jobs.{step}")(command)
-    app()
+    app.command(name=f"jobs.{step}")(chosen)
+    return app
+
+
+def _read(step: str, path: Path, overrides: list[str] | None) -> JobConfig:
+    show_progress()
+    return load_config(JobConfig, path, overrides=overrides or (), section=SECTIONS[step])
+
+
+@contextmanager
+def _errors() -> Generator[None]:
+    try:
+        yield
+    except RecsysError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
 
 
 def show_progress() -> None:

@@ -93,19 +93,20 @@ def run(
     settings = {"config": config.model_dump(mode="json")}
     parents = [each for each in (prepared, encoder, embedded, retriever, ranker, judged, slates) if each is not None]
     artifact = build(config.workdir, STEP, settings, parents, make)
-    activate(store, artifact, config)
-    return artifact
-
-
-def activate(store: BundleStore, artifact: Artifact, config: JobConfig) -> None:
-    """Bring the Bundle into the store and, unless it is the current one already, point to it."""
     bundle_id = artifact.metrics["bundle_id"]
     store.add(Bundle.open(artifact.path / bundle_id))
     if config.publish.activate:
-        current = store.current()
-        if current is None or current.bundle_id != bundle_id:
-            store.activate(bundle_id, None if current is None else current.bundle_id)
-        store.collect(config.publish.keep)
+        point_to(config, bundle_id)
+    return artifact
+
+
+def point_to(config: JobConfig, bundle_id: str) -> None:
+    """Point the store to a Bundle in it, unless it does so already, and remove old ones."""
+    store = BundleStore(config.store)
+    current = store.current()
+    if current is None or current.bundle_id != bundle_id:
+        store.activate(bundle_id, None if current is None else current.bundle_id)
+    store.collect(config.publish.keep)
 
 
 def popular(config: JobConfig, dataset: Dataset, until: Split = Split.TEST) -> tuple[np.ndarray, np.ndarray]:

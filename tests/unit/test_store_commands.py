@@ -3,7 +3,10 @@
 import pytest
 from typer.testing import CliRunner
 
+from jobs.cli import application
 from jobs.store import app
+from recsys.bundle.store import BundleStore
+from recsys.config import to_yaml
 from recsys.errors import BundleError
 
 
@@ -64,3 +67,27 @@ def test_store_commands(store, bundles):
     assert store.past() == [third, first, second]
     kept = store.list()[0].bundle_id == second  # whichever is newest stays
     assert run("collect", "--keep", "1").stdout == ("" if kept else f"removed {second}\n")
+
+
+def test_publishing_moves_the_pointer_when_told_and_back(trained_job, tmp_path):
+    """The steps before are complete: only Bundles are made, and the second call with the same settings makes none."""
+    file = tmp_path / "run.yaml"
+    publish = trained_job.publish.model_copy(update={"store": str(tmp_path / "store"), "activate": False})
+    file.write_text(to_yaml(trained_job.model_copy(update={"publish": publish})))
+    store = BundleStore(tmp_path / "store")
+
+    def run(*words):
+        result = CliRunner().invoke(application("publish"), ["--config", str(file), *words])
+        pointer = store.current()
+        return result, None if pointer is None else pointer.bundle_id
+
+    assert run()[1] is None
+    _, first = run("--activate")
+    assert [manifest.bundle_id for manifest in store.list()] == [first]
+    _, second = run("--activate", "--set", "num_popular=7")
+    assert second != first
+    result, current = run("--rollback")
+    assert (result.stdout, current) == (f"current is {first}\n", first)
+    refused, current = run("--rollback", "--activate")
+    assert (refused.exit_code, current) == (2, first)
+    assert "exclude each other" in refused.stderr
