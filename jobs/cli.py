@@ -77,7 +77,7 @@ def application(step: str) -> typer.Typer:
                 typer.echo(f"current is {BundleStore(read.store).rollback().bundle_id}")
                 return
             published = run(read, until=step)[step]
-            if activate:
+            if activate and not read.publish.activate:  # else it was, and somebody may have moved it since
                 point_to(read, published.metrics["bundle_id"])
 
     chosen = publish if step == "publish" else command

@@ -55,4 +55,5 @@ def deployment(code: Any, name: str, scaling: ScalingConfig) -> Any:
 
 
 _SPARE_REQUESTS = 16
-"""What Serve lets through beyond the gateway's own limit: its refusals carry a request id, and probes always pass."""
+"""What Serve lets through beyond the gateway's own limit, where HAProxy does not keep to that: its refusals carry a
+request id, and probes always pass."""

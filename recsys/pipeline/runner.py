@@ -236,7 +236,7 @@ class Runner:
         timings_ms: dict[str, float] = {}
         busy_ms: dict[str, float] = {}
         is_newcomer = self.config.newcomers == "popular" and not len(query.history_item_idx)
-        due = started
+        spare_s = 0.0  # what stages have left of their budgets
         for position, stage in enumerate(self.stages):
             if is_newcomer and (position == 0 or stage.name in _NEEDS_RETRIEVAL):
                 if position == 0:
@@ -248,9 +248,9 @@ class Runner:
                 outcomes[stage.name] = StageSkippedError.outcome
                 continue
             stage_started = time.perf_counter()
-            due = max(due, stage_started) + self._budgets_s[stage.name]  # what those before it have not used is added
+            allowed_s = self._budgets_s[stage.name] + spare_s
             try:
-                output = await self._call(stage, query, candidates, min(due, end) - stage_started)
+                output = await self._call(stage, query, candidates, min(allowed_s, end - stage_started))
             except Exception as error:  # noqa: BLE001 whatever it was, the answer goes out without this stage
                 failures[stage.name] = f"{type(error).__name__}: {error}"
                 ours = isinstance(error, StageError)
@@ -271,7 +271,9 @@ class Runner:
                 provenance[stage.name] = output.bundle_id
                 outcomes[stage.name] = OK
                 busy_ms[stage.name] = output.busy_ms
-            timings_ms[stage.name] = (time.perf_counter() - stage_started) * 1e3
+            took_s = time.perf_counter() - stage_started
+            timings_ms[stage.name] = took_s * 1e3
+            spare_s = max(0.0, allowed_s - took_s)
         selected, filtered, not_selected = self._finish(query, candidates, before, provenance)
         timings_ms["total"] = (time.perf_counter() - started) * 1e3
         return Slate(

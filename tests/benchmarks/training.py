@@ -282,8 +282,8 @@ class Kept:
 def time_to_quality(suite: str, workdir: Path, max_epochs: int) -> None:
     """``time_to_quality_*``: until the validation NDCG@10 that RecTools has at its best when it stops early.
 
-    If RecTools is still getting better after ``max_epochs``, the row is ``time_to_quality_*_at_most``: the time until
-    ours is at its own best, over that of so many epochs of RecTools. Unless RecTools ends above ours, it needs no less.
+    If RecTools has not stopped after ``max_epochs``, the row is ``time_to_quality_*_at_most``: the time until ours is
+    at its own best, over that until RecTools was at its best so far. Unless RecTools ends above ours, it needs no less.
 
     Both train in turn until ours has come to its end: on a quiet machine, that tells the seconds of their epochs. From
     there on RecTools trains alone, which takes hours and only tells after how many epochs it is at its best: other work
@@ -314,6 +314,7 @@ def time_to_quality(suite: str, workdir: Path, max_epochs: int) -> None:
             ):
                 mine = ours.epoch()
                 curves["ours"].append({"seconds": mine["seconds"], "ndcg@10": mine["ndcg@10"], "in_turn": True})
+            assert len(curves["rectools"]) <= max_epochs, "it was trained for longer already"
             best = {name: max((each["ndcg@10"] for each in curve), default=0.0) for name, curve in curves.items()}
             print(f"{suite}: {[len(curve) for curve in curves.values()]} epochs, best {best}", flush=True)
             if len(curves["ours"]) >= train.epochs:
@@ -332,10 +333,10 @@ def time_to_quality(suite: str, workdir: Path, max_epochs: int) -> None:
     ours_best = max(row["ndcg@10"] for row in curves["ours"])
     if cut:
         last = next(number for number, row in enumerate(curves["ours"], 1) if row["ndcg@10"] == ours_best)
-        reached, spent = last * per_epoch["ours"], max_epochs * per_epoch["rectools"]
+        reached, spent = last * per_epoch["ours"], epochs["rectools"] * per_epoch["rectools"]
         what = (
-            f"of ours ({ours_best:.4f}), over those of the first {max_epochs} epochs of RecTools 0.19 SASRec, which is "
-            f"at {quality:.4f} then and would need no less to stop early, unless it ended above ours"
+            f"of ours ({ours_best:.4f}), over those until RecTools 0.19 SASRec, cut after {max_epochs} epochs, was at "
+            f"{quality:.4f}: it needs no less until its best one, unless that is above ours"
         )
     else:
         reached = float("inf") if epochs["ours"] is None else epochs["ours"] * per_epoch["ours"]

@@ -178,6 +178,16 @@ def test_graph(bundle, tmp_path):
         proxies = [pid for pid, line in members(session).items() if "/haproxy " in line or line.startswith("haproxy")]
         assert proxies
         assert set().union(*map(listening_addresses, proxies)) == {"0100007F"}  # 127.0.0.1
+        (file,) = {found[1] for line in members(session).values() if (found := re.search(r"haproxy.* -f (\S+)", line))}
+        written = Path(file).read_text()
+        for line in (
+            r"server SERVE_REPLICA_.* maxconn 100$",
+            r"timeout queue \d+ms$",
+            r"http-error status 503 ",
+            r"set-header x-request-disconnect-disabled \?1$",
+            r"set-priority-class ",
+        ):
+            assert re.search(line, written, re.MULTILINE), f"HAProxy was not told: {line}"
 
         kill_a_stage_during_calls(client, session)
 

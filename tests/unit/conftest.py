@@ -42,6 +42,9 @@ def trained_job(tmp_path_factory):
         "retriever.dim=32",
         "ranking.model.epochs=3",
         "baselines=[{kind: popularity}]",
+        # What is compared must be whole, however busy the machine is.
+        "pipeline.deadline_ms=9000",
+        "pipeline.budgets_ms={retrieval: 3000, ranking: 3000, reranking: 3000}",
     ]
     config = load_config(JobConfig, Path(__file__).resolve().parents[2] / "configs/synthetic.yaml", overrides=changes)
     pipeline.run(config)

@@ -216,7 +216,11 @@ def test_what_stages_leave_of_their_time_is_for_those_after_them(catalogue: Cata
 def test_stages_that_hang_one_after_another_open_all_their_breakers(catalogue: Catalogue):
     release = threading.Event()
     names = ("retrieval", "reranking")
-    runner = make_runner(catalogue, *[FunctionStage(name, lambda _q, c: (release.wait(20), c)[1]) for name in names])
+    # Budgets that have no exact binary form: a time limit that rounds to less would be taken for a short deadline.
+    budgets = BudgetsConfig(retrieval=150, ranking=150, reranking=70)
+    config = PipelineConfig(deadline_ms=900, budgets_ms=budgets, breaker=BreakerConfig(failures=3, open_s=5))
+    stages = [FunctionStage(name, lambda _q, c: (release.wait(20), c)[1]) for name in names]
+    runner = make_runner(catalogue, *stages, config=config)
     try:
         for _ in range(3):
             assert run(runner).degraded == names
