@@ -124,7 +124,8 @@ def test_a_newcomer_gets_the_same_online_and_offline(published, dataset, trained
     for newcomers, expected in (("popular", offline), ("models", modelled)):
         config = trained_job.pipeline.model_copy(update={"newcomers": newcomers})
         with Recommender.load(published, config=config) as recommender:
-            served = recommender.recommend(user_id="a stranger", top_k=10, diversity=0.0)
+            request = RecommendRequest(user_id="a stranger", top_k=10, diversity=0.0)
+            served = asyncio.run(recommender.arecommend(request, now_ms=int(nobody.now_ms[0])))
         assert served.degraded == ()
         assert served.item_ids == [ids[item] for item in expected]
 

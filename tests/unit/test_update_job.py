@@ -1,5 +1,6 @@
 """The models go on learning from the log: a child Bundle where it is better, the parent where it is not."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -28,6 +29,7 @@ from recsys.online.config import OnlineConfig
 from recsys.online.learn import lesson_data
 from recsys.online.log import grow, with_unknown
 from recsys.pipeline.recommender import Recommender
+from recsys.pipeline.requests import RecommendRequest
 from recsys.pipeline.users import HistoriesTable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +93,9 @@ def test_a_new_habit_is_learned(store, events, tmp_path):
     with Recommender.load(child.path) as recommender:
         last = events.user("new-0").item_ids[-1]
         wanted = f"item-{(int(last[5:]) - NUM_CLUSTERS) % NUM_ITEMS}"
-        ranked = recommender.recommend(user_id="new-0", exclude_seen=False, top_k=5)
+        request = RecommendRequest(user_id="new-0", exclude_seen=False, top_k=5)
+        now_ms = int(events.user("new-0").timestamps_ms[-1]) + 1000  # a ranker knows the hour of the day
+        ranked = asyncio.run(recommender.arecommend(request, now_ms=now_ms))
         assert ranked.degraded == ()
         assert wanted in ranked.item_ids
     record = json.loads(next((tmp_path / "updates").glob("*.json")).read_text())
