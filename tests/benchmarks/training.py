@@ -354,7 +354,7 @@ def time_to_quality(suite: str, workdir: Path, max_epochs: int) -> None:
         f"NDCG@10 {what} (64 factors, 2 blocks, length {LENGTH[suite]}, full softmax, batch {BATCH}, learning rate "
         f"1e-3, stopped after 5 epochs without a better one); {suite}, all users; ours as in the suite; fp32, "
         f"{THREADS} threads; epochs are timed in turn, and counted for RecTools beyond that",
-        command=COMMAND,
+        command=COMMAND + (f", with --only time_{suite} --max-epochs {max_epochs}" if cut else ""),
         seeds=[0],
         details={"epochs": epochs, "epoch_seconds": per_epoch, "quality": quality, "curves": curves},
     )
