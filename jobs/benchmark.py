@@ -41,6 +41,7 @@ from recsys.config import StrictConfig, load_config
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.features import ItemFeatures, matrix
+from recsys.data.splits import LeaveOneOutSplit
 from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.page import suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
@@ -49,6 +50,8 @@ from recsys.files import atomic_path, read_json, write_json
 from recsys.index import FlatIndex
 from recsys.models import AnyRanker, AnyRetriever, load_ranker, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.item_knn import ItemKNN
+from recsys.models.popularity import Popularity
 from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
 from recsys.models.text_encoder import TextEncoderConfig
 from recsys.pipeline.offline import retrieval_stage, retrieved_examples, staged
@@ -109,7 +112,11 @@ class SystemConfig(StrictConfig):
 
 
 class BenchmarkConfig(StrictConfig):
-    """A suite: one dataset and protocol, several systems."""
+    """A suite: one dataset and protocol, several systems.
+
+    ItemKNN and popularity are always among the baselines, popularity of a window where the split is one in time: a lead
+    over weaker ones proves nothing (Dacrema et al., RecSys 2019).
+    """
 
     name: str = Field(..., pattern=r"^[A-Za-z0-9_-]+$", description="name of the suite: letters, digits, - and _")
     workdir: str = Field(default="runs/benchmark", description="folder of all results")
@@ -128,6 +135,16 @@ class BenchmarkConfig(StrictConfig):
             raise ValueError(f"two systems have the same name: {', '.join(sorted(names))}")
         if self.encoder is None and (with_text := [system.name for system in self.systems if system.text]):
             raise ValueError(f"systems with text need an encoder: {', '.join(with_text)}")
+        baselines = [system.model for system in self.systems if system.baseline and system.model is not None]
+        in_time = not isinstance(self.data.split, LeaveOneOutSplit)
+        needed = {
+            "{kind: popularity, window_days: ...}" if in_time else "{kind: popularity}": any(
+                isinstance(model, Popularity) and (model.window_days is not None or not in_time) for model in baselines
+            ),
+            "{kind: item_knn}": any(isinstance(model, ItemKNN) for model in baselines),
+        }
+        if missing := [model for model, there in needed.items() if not there]:
+            raise ValueError(f"a suite needs these models, too, each with baseline: true: {', '.join(missing)}")
         return self
 
     def system(self, name: str) -> SystemConfig:

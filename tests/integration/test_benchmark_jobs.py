@@ -40,6 +40,7 @@ SUITE = {
     "systems": [
         {"name": "sequence", "model": MODEL, "search": SEARCH},
         {"name": "popularity", "baseline": True, "model": {"kind": "popularity"}},
+        {"name": "item_knn", "baseline": True, "model": {"kind": "item_knn"}},
     ],
     "evaluation": {"num_bootstrap": 100},
     "compute": {"num_workers": 2},
@@ -71,7 +72,11 @@ def test_a_suite_is_trained_by_several_workers(local_ray, tmp_path):
     config = BenchmarkConfig.parse(SUITE | {"workdir": str(tmp_path)}, where="test")
     report = benchmark.run(config, "the command").folder
     (systems,) = read_json(report / "suite.json")["views"].values()
-    assert [(one["name"], one["num_workers"]) for one in systems] == [("sequence", 2), ("popularity", 1)]
+    assert [(one["name"], one["num_workers"]) for one in systems] == [
+        ("sequence", 2),
+        ("popularity", 1),
+        ("item_knn", 1),
+    ]
 
 
 @pytest.mark.slow
@@ -79,7 +84,7 @@ def test_a_suite_is_trained_by_several_workers(local_ray, tmp_path):
 def test_a_search_that_was_killed_goes_on(tmp_path):
     path = tmp_path / "tiny.yaml"
     longer = MODEL | {"train": {"epochs": 40, "batch_tokens": 50}}
-    systems = [{"name": "sequence", "model": longer, "search": SEARCH}, SUITE["systems"][1]]
+    systems = [{"name": "sequence", "model": longer, "search": SEARCH}, *SUITE["systems"][1:]]
     path.write_text(yaml.safe_dump(SUITE | {"workdir": str(tmp_path / "work"), "systems": systems}))
     command = [sys.executable, "-m", "jobs.tune", "--suite", str(path), "--system", "sequence", "--trials", "4"]
     tried = tmp_path / "work" / "tiny" / "tune"
