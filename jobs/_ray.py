@@ -23,7 +23,7 @@ from jobs.tracking import Tracker, TrackingConfig
 from recsys.config import StrictConfig
 from recsys.errors import RecsysError
 from recsys.files import read_json, write_json
-from recsys.training.runtime import ModuleT, Runtime
+from recsys.training.runtime import ModuleT, Precision, Runtime
 
 PayloadT = TypeVar("PayloadT")
 SaveResult = Callable[[Path], None]
@@ -50,7 +50,11 @@ class ComputeConfig(StrictConfig):
         le=1024,
         description="torch threads per worker; 0 shares a machine's cores between its workers",
     )
-    use_gpu: bool = Field(default=False, description="one GPU per worker, nccl and bf16; false is gloo on CPU")
+    use_gpu: bool = Field(default=False, description="one GPU per worker, and nccl; false is gloo on CPU")
+    precision: Precision = Field(
+        default="auto",
+        description="of matrix products in trainings: fp32, bf16, or auto: bf16 on a GPU that computes it, else fp32",
+    )
     max_failures: int = Field(
         default=2, ge=0, le=1000, description="worker failures survived per training before giving up"
     )
@@ -59,6 +63,13 @@ class ComputeConfig(StrictConfig):
         description="folder or URI that all nodes reach, for checkpoints of running trainings; null: beside the result",
     )
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="learning curves in TensorBoard or MLflow")
+
+    def runtime(
+        self, *, checkpoints: Path | None = None, report: Callable[[Mapping[str, float]], None] | None = None
+    ) -> Runtime:
+        """For a training in this very process."""
+        device = "cuda" if self.use_gpu else "cpu"
+        return Runtime(device, precision=self.precision, checkpoints=checkpoints, report=report)
 
     @property
     def threads(self) -> int:
@@ -111,12 +122,12 @@ class FitResult:
 class RayRuntime(Runtime):
     """One worker of a Ray Train run."""
 
-    def __init__(self, tracking: TrackingConfig, name: str) -> None:
+    def __init__(self, precision: Precision, tracking: TrackingConfig, name: str) -> None:
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
-        super().__init__(str(ray.train.torch.get_device()))
+        super().__init__(str(ray.train.torch.get_device()), precision=precision)
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self._metrics: dict[str, float] = {}
@@ -219,8 +230,7 @@ def _fit_here(
         last.update(metrics)
         tracker.log(metrics)
 
-    device = "cuda" if compute.use_gpu else "cpu"
-    save = fn(payload, Runtime(device, checkpoints=home / "checkpoints", report=report))
+    save = fn(payload, compute.runtime(checkpoints=home / "checkpoints", report=report))
     tracker.close()
     (home / _RESULT).mkdir(parents=True)
     save(home / _RESULT)
@@ -245,6 +255,7 @@ def _fit_on_ray(
                 "fn": fn,
                 "payload": ray.put(payload),
                 "threads": compute.threads_per_worker,
+                "precision": compute.precision,
                 "tracking": compute.tracking,
                 "name": name,
             },
@@ -291,7 +302,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    runtime = RayRuntime(config["tracking"], config["name"])
+    runtime = RayRuntime(config["precision"], config["tracking"], config["name"])
     # Counted where the worker runs: on a cluster the driver's machine may be another one.
     workers_here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(config["threads"] or max(1, (os.cpu_count() or 1) // workers_here))

@@ -25,7 +25,6 @@ from recsys.evaluation.importance import Selection, ndcg10, permutation_importan
 from recsys.evaluation.significance import Interval, bootstrap
 from recsys.files import write_json
 from recsys.models.attention_ranker import AttentionRankerConfig
-from recsys.training.runtime import Runtime
 
 STEP = "features"
 console = Console(stderr=True)
@@ -44,7 +43,7 @@ def run(config: JobConfig) -> Artifact:
 
     def make(folder: Path) -> dict[str, Any]:
         lesson = learned_from(config, prepared, embedded, retriever)
-        runtime = Runtime("cuda" if config.compute.use_gpu else "cpu")
+        runtime = config.compute.runtime()
 
         def fitted(left_out: tuple[str, ...]):
             one = model.model_copy(update={"left_out": tuple(sorted({*model.left_out, *left_out}))})

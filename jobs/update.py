@@ -292,8 +292,7 @@ def _taught_ranker(
     """``fitted`` once it has learned ``split`` among the candidates of a ``stage`` that has not, and its examples."""
     known = ranking_catalogue(dataset, Split(split - 1), embeddings_of(stage.retriever), text, names)
     examples = ranking_lesson(stage, dataset, split, known, job.pipeline, fitted.max_history, online)
-    runtime = Runtime("cuda" if job.compute.use_gpu else "cpu")
-    return teach_ranker(fitted, examples, known, runtime, online), examples
+    return teach_ranker(fitted, examples, known, job.compute.runtime(), online), examples
 
 
 def _texts(live: Bundle, dataset: Dataset) -> NDArray[np.float32]:

@@ -222,6 +222,16 @@ class RetrieverContract:
         )
         assert ndcg >= self.min_ndcg
 
+    def test_finds_it_in_mixed_precision(self, fitted: Retriever, histories: Histories) -> None:
+        """Products in bfloat16 make another network that is as good."""
+        mixed = self.config.fit(self.fit_data(self.dataset), Runtime("cpu", precision="bf16"))
+        if fitted.history:
+            assert (mixed.score(histories) != fitted.score(histories)).any()
+        ndcg = validation_ndcg(
+            mixed.score, self.dataset.targets(Split.VALID), Runtime("cpu"), num_items=self.dataset.num_items
+        )
+        assert ndcg >= self.min_ndcg
+
     def test_goes_on_learning(self, fitted: Retriever, histories: Histories) -> None:
         """With newer interactions and one item more: it still answers for what it knew, and for the item too."""
         data = self.fit_data(self.dataset)

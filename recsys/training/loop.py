@@ -231,7 +231,7 @@ def _run_epoch(
         for turn in range(config.accumulation):
             part = step.part(turn * runtime.world_size + runtime.rank, num_parts, runtime.device)
             with _no_sync(parallel) if turn + 1 < config.accumulation else nullcontext():
-                with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.device.type == "cuda"):
+                with runtime.mixed_precision():
                     loss_sum: Tensor = parallel(part)
                 # Data-parallel workers average their gradients; the factor makes that the sum a single worker has.
                 (loss_sum * (runtime.world_size / step.weight)).backward()

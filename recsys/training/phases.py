@@ -31,6 +31,10 @@ class Phase(Runtime):
         """As the shared runtime does."""
         return self._runtime.prepare(module)
 
+    def mixed_precision(self) -> torch.autocast:
+        """As the shared runtime does."""
+        return self._runtime.mixed_precision()
+
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         """As the shared runtime does."""
         return self._runtime.all_reduce_sum(value)

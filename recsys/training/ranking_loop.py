@@ -96,7 +96,8 @@ def train_ranker(
             mine = np.resize(rows, max(len(rows), runtime.world_size))[runtime.rank :: runtime.world_size]
             draws = np.random.default_rng([seed, epoch, step, runtime.rank])
             batch, relevant = examples.sample(mine, config.num_negatives, draws)
-            value = loss(model, batch, relevant)
+            with runtime.mixed_precision():
+                value = loss(model, batch, relevant)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(learning, 1.0)

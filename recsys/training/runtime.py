@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Runtime:
-    """One process on one device. Subclasses place the same training on many (see ``jobs/_ray.py``)."""
+    """One process on one device. Subclasses place the same training on many (see ``jobs/_ray.py``).
+
+    Args:
+        device: where to train, e.g. ``cpu`` or ``cuda:0``; None is a GPU where there is one.
+        precision: of matrix products, ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that computes it, else fp32.
+        checkpoints: folder of the running training's checkpoints; None keeps none.
+        report: called with the metrics of every epoch.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -24,16 +32,27 @@ class Runtime:
         self,
         device: str | None = None,
         *,
+        precision: Precision = "auto",
         checkpoints: str | Path | None = None,
         report: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # On a CPU it is the caller's choice: what it gains depends on instructions and on how large the products are.
+        native = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self._is_bf16 = precision == "bf16" or (precision == "auto" and native)
         self._checkpoints = Path(checkpoints) if checkpoints is not None else None
         self._report = report
 
     def prepare(self, module: ModuleT) -> ModuleT:
         """Move ``module`` to the device and, where there are several workers, make it data-parallel (DDP)."""
         return module.to(self.device)
+
+    def mixed_precision(self) -> torch.autocast:
+        """Inside, matrix products are computed in bfloat16 where ``precision`` says so; weights stay float32.
+
+        For forward passes (Micikevicius et al., 2018); bfloat16 has the range of float32, so no loss is scaled.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16)
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of ``value`` over all workers."""

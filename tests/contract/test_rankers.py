@@ -110,6 +110,16 @@ class PlantedContract(RankerContract):
         assert holdout.ndcg10(ranker.score(holdout.batch)).mean() > 0.85
         assert ranker.num_epochs > 0
 
+    def test_it_learns_alike_in_mixed_precision(self) -> None:
+        train, _, catalogue = planted()
+        short = self.config.model_copy(update={"epochs": 3})
+        whole, mixed = (
+            [row["loss"] for row in short.fit(train, catalogue, runtime, holdout=None, seed=0).history]
+            for runtime in (Runtime("cpu"), Runtime("cpu", precision="bf16"))
+        )
+        assert whole != mixed
+        np.testing.assert_allclose(mixed, whole, rtol=0.05)
+
 
 class TestAttention(PlantedContract):
     """The colour is in the content vectors."""
