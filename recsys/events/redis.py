@@ -2,8 +2,12 @@
 
 A batch is one Lua script, which Redis runs alone and writes to its append-only file as one transaction: all of it is
 kept, or nothing. Redis answers once that file is synced (``appendfsync always``); what it is set to is checked when the
-store is opened. One instance, not Redis Cluster: a batch concerns many users. A replica that is promoted may lack the
-last of what was acknowledged, since Redis replicates after it has answered.
+store is opened. A crash may cut the last transaction. With ``aof-load-truncated yes`` Redis leaves what it has of that
+transaction open in the file, and the next start loses the batch that was written behind it: the setting is refused, and
+``redis-check-aof --fix`` before each start removes what was cut.
+
+One instance, not Redis Cluster: a batch concerns many users. A replica that is promoted may lack the last of what was
+acknowledged, since Redis replicates after it has answered.
 
 Keys below ``prefix``: ``log`` is a stream with every event, ``ids`` tells which are in it, ``user:ID`` holds the newest
 events of a user by time, ``last:ID`` the position of the last one, ``history:GENERATION:ID`` what a Bundle brought.
@@ -46,6 +50,10 @@ from recsys.libraries import library
 VARIABLE = "RECSYS_REDIS_PASSWORD"
 """environment variable with the server's password"""
 FORMAT = "1"
+_ADVICE = {
+    "appendfsync": " (or fsync: everysec in the event store's settings)",
+    "aof-load-truncated": ", and run `redis-check-aof --fix` on its append-only file before each start",
+}
 _LOG_ROWS = 10_000
 _RESTORED_ROWS = 1000
 _SEED_USERS = 512
@@ -323,11 +331,12 @@ class RedisEventStore(EventStore):
     def _check_server(self) -> None:
         """Refuse a server that may lose or forget what it acknowledged."""
         wanted = {"appendonly": {"yes"}, "no-appendfsync-on-rewrite": {"no"}, "maxmemory-policy": {"noeviction"}}
+        wanted["aof-load-truncated"] = {"no"}
         wanted["appendfsync"] = {"always"} if self.config.fsync == "always" else {"always", "everysec"}
         found = self._redis.config_get(*wanted)
         for name, values in wanted.items():
             if found.get(name) not in values:
-                advice = " (or fsync: everysec in the event store's settings)" if name == "appendfsync" else ""
+                advice = _ADVICE.get(name, "")
                 raise EventStoreError(
                     f"{self._where} has {name} {found.get(name)}, which may lose events: set it to "
                     f"{' or '.join(sorted(values))}{advice}"

@@ -29,6 +29,11 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def manifest(self) -> Path:
+        """Lists the files that the append-only file consists of (Redis 7)."""
+        return self.folder / "appendonlydir" / "appendonly.aof.manifest"
+
     def start(self) -> None:
         """Until it answers."""
         import redis
@@ -43,11 +48,15 @@ class RedisServer:
             "dir": str(self.folder),
             "appendonly": "yes",
             "appendfsync": "always",
+            "aof-load-truncated": "no",
             "save": "",
             **self.settings,
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]
         with (self.folder / "redis.log").open("ab") as log:
+            if self.manifest.exists():  # a crash may have cut the last transaction
+                fix = ["redis-check-aof", "--fix", str(self.manifest)]
+                subprocess.run(fix, input=b"y\n" * 9, stdout=log, stderr=log, check=True)
             self.process = subprocess.Popen(["redis-server", *words], stdout=log, stderr=log)
         deadline = time.monotonic() + _START_S
         while True:

@@ -1,5 +1,6 @@
 """What only the event store in Redis has: a server that is set wrongly, is gone, dies, and forgets on purpose."""
 
+import os
 import threading
 import time
 
@@ -21,7 +22,13 @@ def event(event_id, item_id="a", *, user_id="u", at=1000, name="click", **rest):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("appendonly", "no"), ("appendfsync", "everysec"), ("maxmemory-policy", "allkeys-lru")]
+    ("setting", "value"),
+    [
+        ("appendonly", "no"),
+        ("appendfsync", "everysec"),
+        ("maxmemory-policy", "allkeys-lru"),
+        ("aof-load-truncated", "yes"),
+    ],
 )
 def test_a_server_that_may_lose_events_is_refused(tmp_path, setting, value):
     with redis_server(tmp_path, **{setting: value}) as server:
@@ -89,6 +96,26 @@ def test_what_was_acknowledged_survives_the_death_of_the_server_exactly_once(tmp
         for round_ in range(3):
             state = store.user(f"u{round_}0")
             assert len(state) == sum(event_id.startswith(f"{round_}0-") for event_id in kept)
+
+
+@pytest.mark.parametrize("share_lost", [0.2, 0.5, 0.8])
+def test_a_batch_that_a_crash_cut_takes_no_other_with_it(tmp_path, share_lost):
+    def size():
+        return sum(path.stat().st_size for path in server.manifest.parent.glob("*.incr.aof"))
+
+    with redis_server(tmp_path) as server, config(server).open() as store:
+        store.append([event("before")])
+        whole = size()
+        store.append([event(f"cut-{n}") for n in range(3)])
+        server.kill()
+        (log,) = server.manifest.parent.glob("*.incr.aof")
+        os.truncate(log, size() - round(share_lost * (size() - whole)))
+        server.start()
+        assert store.append([event(f"after-{n}") for n in range(3)]).accepted == 3
+        server.kill()
+        server.start()
+        found = [event_id for table in store.log() for event_id in table["event_id"].to_pylist()]
+        assert found == ["before", "after-0", "after-1", "after-2"]
 
 
 def test_a_user_without_events_is_forgotten_after_the_days_that_are_set(tmp_path):
