@@ -135,7 +135,7 @@ class BenchmarkConfig(StrictConfig):
             raise ValueError(f"two systems have the same name: {', '.join(sorted(names))}")
         if self.encoder is None and (with_text := [system.name for system in self.systems if system.text]):
             raise ValueError(f"systems with text need an encoder: {', '.join(with_text)}")
-        baselines = [system.model for system in self.systems if system.baseline and system.model is not None]
+        baselines = [system.model for system in self.systems if system.baseline and system.ranker is None]
         in_time = not isinstance(self.data.split, LeaveOneOutSplit)
         needed = {
             "{kind: popularity, window_days: ...}" if in_time else "{kind: popularity}": any(

@@ -163,6 +163,7 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
         ({"systems": []}, "systems"),
         ({"systems": SUITE["systems"][:1]}, r"each with baseline: true: {kind: popularity}, {kind: item_knn}$"),
         ({"systems": [BASELINES[0], BASELINES[1] | {"baseline": False}]}, r"baseline: true: {kind: item_knn}$"),
+        ({"systems": [BASELINES[0], BASELINES[1] | {"ranker": {"kind": "attention"}}]}, r"true: {kind: item_knn}$"),
         ({"data": SUITE["data"] | {"split": {"kind": "global_time"}}}, r"true: {kind: popularity, window_days: ...}"),
         ({"seeds": []}, "seeds"),
     ],
