@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 from safetensors.torch import load_file
 
-from jobs import embed, prepare, train_encoder
 from jobs._ray import ComputeConfig, discard, fit_distributed, ray_session
 from jobs.artifacts import Artifact, build
 from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.external import run_program
-from jobs.train_ranker import ranking_embeddings
+from jobs.steps import embed, prepare, train_encoder
+from jobs.steps.train_ranker import ranking_embeddings
 from recsys.config import StrictConfig, load_config
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split, Targets
@@ -47,16 +47,16 @@ from recsys.evaluation.page import suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
 from recsys.files import atomic_path, read_json, write_json
-from recsys.index import FlatIndex
+from recsys.index.flat import FlatIndex
 from recsys.models import AnyRanker, AnyRetriever, load_ranker, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
-from recsys.models.item_knn import ItemKNN
-from recsys.models.popularity import Popularity
-from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
-from recsys.models.text_encoder import TextEncoderConfig
+from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.retrievers.popularity import Popularity
+from recsys.models.text.encoder import TextEncoderConfig
 from recsys.pipeline.offline import retrieval_stage, retrieved_examples, staged
 from recsys.pipeline.stages.ranking import RankingStage
-from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 SUITES = Path("configs/benchmark")

@@ -19,10 +19,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.markdown import Markdown
 
-from jobs import prepare
 from jobs.benchmark import hardware
 from jobs.cli import show_progress
 from jobs.config import JobConfig
+from jobs.steps import prepare
 from recsys.config import StrictConfig, load_config
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split

@@ -66,7 +66,7 @@ def application(step: str) -> typer.Typer:
         ] = False,
     ) -> None:
         from jobs.pipeline import run
-        from jobs.publish import point_to
+        from jobs.steps.publish import point_to
         from recsys.bundle.store import BundleStore
 
         with _errors():

@@ -11,12 +11,12 @@ from recsys.evaluation.protocol import EvaluationConfig
 from recsys.index import AnyIndex
 from recsys.index.flat import FlatIndex
 from recsys.models import AnyRanker, AnyRetriever
-from recsys.models.attention_ranker import AttentionRankerConfig
-from recsys.models.esasrec import ESASRec
-from recsys.models.item_knn import ItemKNN
-from recsys.models.popularity import Popularity
-from recsys.models.ranker_export import ExportConfig
-from recsys.models.text_encoder import TextEncoderConfig
+from recsys.models.rankers.attention import AttentionRankerConfig
+from recsys.models.rankers.export import ExportConfig
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.retrievers.popularity import Popularity
+from recsys.models.retrievers.sequences.esasrec import ESASRec
+from recsys.models.text.encoder import TextEncoderConfig
 from recsys.pipeline.config import PipelineConfig
 
 

@@ -18,13 +18,13 @@ from jobs import pipeline
 from jobs.artifacts import Artifact, build
 from jobs.cli import show_progress
 from jobs.config import JobConfig
-from jobs.train_ranker import learned_from
+from jobs.steps.train_ranker import learned_from
 from recsys.config import load_config
 from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.importance import Selection, ndcg10, permutation_importance, worthless
 from recsys.evaluation.significance import Interval, bootstrap
 from recsys.files import write_json
-from recsys.models.attention_ranker import AttentionRankerConfig
+from recsys.models.rankers.attention import AttentionRankerConfig
 
 STEP = "features"
 console = Console(stderr=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobs import embed, evaluate, prepare, publish, recommend, train_encoder, train_ranker, train_retriever
 from jobs._ray import ray_session
 from jobs.artifacts import Artifact
 from jobs.config import JobConfig
+from jobs.steps import embed, evaluate, prepare, publish, recommend, train_encoder, train_ranker, train_retriever
 from recsys.errors import ConfigError
 
 console = Console(stderr=True)

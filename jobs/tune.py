@@ -23,11 +23,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs import embed, prepare, train_encoder
 from jobs._ray import ray_session
 from jobs.benchmark import SUITES, BenchmarkConfig, Range, SystemConfig
 from jobs.cli import show_progress
 from jobs.config import JobConfig
+from jobs.steps import embed, prepare, train_encoder
 from recsys.config import load_config, parse, to_yaml
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix

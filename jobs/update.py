@@ -29,22 +29,24 @@ from jobs._ray import discard, fit_distributed
 from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.events import log_config
-from jobs.publish import golden, histories, popular
+from jobs.steps.publish import golden, histories, popular
 from recsys import schema
+from recsys.arrow import pc
 from recsys.bundle.live import LiveBundle
 from recsys.bundle.reader import Bundle
 from recsys.bundle.store import BundleStore
 from recsys.bundle.writer import BundleWriter
 from recsys.config import StrictConfig, apply_override
-from recsys.data.arrow import pc
+from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.errors import BundleError, PointerConflictError, RecsysError
 from recsys.events import AnyEventLog, EventLog
 from recsys.files import write_json
 from recsys.models import load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
-from recsys.models.ranking import Ranker
-from recsys.models.text_encoder import item_texts
+from recsys.models.rankers.base import Ranker
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.text.encoder import item_texts
 from recsys.online.config import OnlineConfig
 from recsys.online.gate import Contestant, Verdict, judge, unsettled
 from recsys.online.learn import (
@@ -58,12 +60,10 @@ from recsys.online.learn import (
     teach_retriever,
 )
 from recsys.online.log import GrownLog, grow, with_unknown
-from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.offline import staged
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.retrieval import RetrievalStage
-from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 console = Console(stderr=True)

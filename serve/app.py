@@ -14,7 +14,7 @@ from ray.serve.schema import LoggingConfig
 
 from recsys.bundle import Bundle
 from serve.config import STAGES, ScalingConfig, ServeConfig
-from serve.deployments import Gateway, StageDeployment
+from serve.graph.deployments import Gateway, StageDeployment
 
 APP_NAME = "recsys"
 

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.events import AnyEventStore, SqliteEventStoreConfig
-from serve.canary import CanaryConfig
-from serve.logs import LogLevel
+from serve.live.canary import CanaryConfig
+from serve.observe.logs import LogLevel
 
 STAGES = ("retrieval", "ranking", "reranking")
 IMPRESSION = "impression"

@@ -24,8 +24,8 @@ import typer
 from recsys.bundle.manifest import MANIFEST
 from recsys.errors import ConfigError, RecsysError
 from serve import fastpath
+from serve.access.keys import SCOPES, KeyFile, add_key
 from serve.config import ServeConfig
-from serve.keys import SCOPES, KeyFile, add_key
 
 _SESSION = "RECSYS_SERVE_SESSION"
 _UNAUTHORIZED = 401

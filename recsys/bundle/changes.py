@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from recsys import schema
+from recsys.arrow import pc
 from recsys.bundle.location import Location
-from recsys.data.arrow import pc
 from recsys.errors import BundleCorruptError, BundleError
 
 ITEM_CHANGES = pa.schema(

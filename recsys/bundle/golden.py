@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.errors import BundleMismatchError
-from recsys.pipeline.types import Filters
+from recsys.types import Filters
 
 
 class GoldenEvent(StrictConfig):

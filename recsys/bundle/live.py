@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from recsys.bundle.golden import GoldenQuery
+    from recsys.data.catalogue import Catalogue
+    from recsys.data.changed_catalogue import ChangedCatalogue
     from recsys.index import VectorIndex
     from recsys.models.base import Retriever
-    from recsys.models.ranking import Ranker
+    from recsys.models.rankers.base import Ranker
     from recsys.models.stand_in import StandIns
-    from recsys.pipeline.catalogue import Catalogue
-    from recsys.pipeline.changed import ChangedCatalogue
     from recsys.pipeline.search import Words
 
 NUM_STAND_INS = 10
@@ -71,7 +71,7 @@ class LiveBundle(Bundle):
         return self._changed().changed_item_idx
 
     def _changed(self) -> ChangedCatalogue:
-        from recsys.pipeline.changed import ChangedCatalogue
+        from recsys.data.changed_catalogue import ChangedCatalogue
 
         return self._load(layout.ITEMS, lambda _: ChangedCatalogue(self.base.catalogue(), self._changes))
 
@@ -155,7 +155,7 @@ class LiveBundle(Bundle):
         return self._load(layout.ENCODER, lambda _: self._made_text_vectors(), "changed texts")
 
     def _made_text_vectors(self) -> NDArray[np.float32]:
-        from recsys.models.text_encoder import item_texts
+        from recsys.models.text.encoder import item_texts
 
         words = self.base.words()
         vectors_CE = np.zeros((len(self._changes), self.base.text_index().dim), np.float32)

@@ -4,9 +4,9 @@ Layout of a Bundle's folder::
 
     manifest.json        this module
     config.yaml          the resolved configuration of the job that made it
-    items/               the catalogue and the id map (recsys.pipeline.catalogue)
+    items/               the catalogue and the id map (recsys.data.catalogue)
     histories.parquet    what users did, to seed an event store
-    slates.arrow         the best items of every user, made offline (recsys.pipeline.slates)
+    slates.arrow         the best items of every user, made offline (recsys.bundle.slates)
     popular.arrow        fallback candidates: item_idx int32, score float32, best first
     retriever/           recsys.models.load_retriever
     index/               recsys.index.load_index

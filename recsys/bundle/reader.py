@@ -33,13 +33,13 @@ from recsys.errors import BundleCorruptError, BundleMismatchError, BundleNotFoun
 from recsys.files import map_arrow, read_json
 
 if TYPE_CHECKING:
+    from recsys.bundle.slates import Slates
+    from recsys.data.catalogue import Catalogue
     from recsys.index import VectorIndex
     from recsys.models.base import Retriever
-    from recsys.models.ranking import Ranker
-    from recsys.pipeline.catalogue import Catalogue
+    from recsys.models.rankers.base import Ranker
     from recsys.pipeline.config import PipelineConfig
     from recsys.pipeline.search import Words
-    from recsys.pipeline.slates import Slates
 
 CACHE_VARIABLE = "RECSYS_CACHE"
 """Environment variable that names the folder for copies of remote Bundles; ``~/.cache/recsys`` without it."""
@@ -133,7 +133,7 @@ class Bundle:
 
     def catalogue(self) -> Catalogue:
         """Items and id map; as many and the same as the manifest says."""
-        from recsys.pipeline.catalogue import Catalogue
+        from recsys.data.catalogue import Catalogue
 
         def load(folder: Path) -> Catalogue:
             catalogue = Catalogue.load(folder)
@@ -189,7 +189,7 @@ class Bundle:
 
     def words(self) -> Words:
         """The text encoder, loaded when it is used first."""
-        from recsys.models.text_encoder import TextEncoderConfig
+        from recsys.models.text.encoder import TextEncoderConfig
         from recsys.pipeline.search import Words
 
         config = self._parsed(TextEncoderConfig, "encoder")
@@ -233,7 +233,7 @@ class Bundle:
 
     def slates(self) -> Slates:
         """What users are shown while retrieval fails."""
-        from recsys.pipeline.slates import Slates
+        from recsys.bundle.slates import Slates
 
         return self._load(layout.SLATES, lambda path: Slates(map_arrow(path), self.manifest.num_items))
 

@@ -71,7 +71,7 @@ class BundleWriter:
         write_arrow(self.part(layout.POPULAR), table)
 
     def add_slates(self, slates: pa.Table) -> None:
-        """The best items of every user: :data:`~recsys.pipeline.slates.SLATES_SCHEMA`."""
+        """The best items of every user: :data:`~recsys.bundle.slates.SLATES_SCHEMA`."""
         write_arrow(self.part(layout.SLATES), slates)
 
     def add_histories(self, histories: pa.Table) -> None:

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys import schema
+from recsys.arrow import pc
 from recsys.config import StrictConfig
-from recsys.data.arrow import pc
 from recsys.data.histories import Histories
 from recsys.errors import DataError
 from recsys.files import read_json, write_json, write_parquet

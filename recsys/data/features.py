@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys import schema
-from recsys.data.arrow import pc
+from recsys.arrow import pc
 from recsys.data.dataset import Dataset, Split
 from recsys.data.leaks import check_blind
 from recsys.errors import ModelError

@@ -9,8 +9,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from recsys.arrow import pc
 from recsys.config import StrictConfig
-from recsys.data.arrow import pc
 
 
 class EventRule(StrictConfig):

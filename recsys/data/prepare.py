@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from recsys import schema
+from recsys.arrow import pc
 from recsys.config import StrictConfig
-from recsys.data.arrow import pc
 from recsys.data.config import DataConfig, FilterConfig
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.sources import Source

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys import schema
-from recsys.data.arrow import pc
+from recsys.arrow import pc
 from recsys.data.sources.base import LINE, REJECTED, ROW, Source, TimestampEncoding
 from recsys.errors import SchemaError
 from recsys.files import atomic_path

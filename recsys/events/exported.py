@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from recsys import schema
+from recsys.arrow import pc
 from recsys.config import StrictConfig
-from recsys.data.arrow import pc
 from recsys.errors import EventStoreError
 from recsys.events.base import EventLog, position_in
 from recsys.files import atomic_path

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from recsys.config import parse, union
 from recsys.errors import ModelError
 from recsys.files import read_json
 from recsys.index.base import INDEX_FILE, INFO_FILE, IndexConfig, VectorIndex, faiss
-from recsys.index.flat import FlatIndex
-from recsys.index.hnsw import HnswIndex
-from recsys.index.ivf import IvfIndex
+from recsys.kinds import Kinds
 
-KINDS = (FlatIndex, IvfIndex, HnswIndex)
+KINDS: Kinds[IndexConfig] = Kinds(
+    "index",
+    {
+        "flat": "recsys.index.flat:FlatIndex",
+        "ivf": "recsys.index.ivf:IvfIndex",
+        "hnsw": "recsys.index.hnsw:HnswIndex",
+    },
+)
+AnyIndex = Annotated[IndexConfig, KINDS]
 
-if TYPE_CHECKING:
-    AnyIndex = IndexConfig
-else:
-    AnyIndex = union("index", KINDS)
-
-__all__ = ["KINDS", "AnyIndex", "FlatIndex", "HnswIndex", "IndexConfig", "IvfIndex", "VectorIndex", "load_index"]
+__all__ = ["KINDS", "AnyIndex", "IndexConfig", "VectorIndex", "load_index"]
 
 
 def load_index(folder: str | Path, *, threads: int | None = None) -> VectorIndex:
@@ -35,7 +35,7 @@ def load_index(folder: str | Path, *, threads: int | None = None) -> VectorIndex
         if not (folder / name).exists():
             raise ModelError(f"{folder}: no index here ({name} is missing)", path=str(folder))
     info = read_json(folder / INFO_FILE)
-    config: IndexConfig = parse(AnyIndex, info["config"], where=str(folder / INFO_FILE))
+    config = KINDS.parse(info["config"], where=str(folder / INFO_FILE))
     try:
         index = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:

@@ -8,32 +8,32 @@ from typing import TYPE_CHECKING
 from recsys.config import parse, union
 from recsys.errors import ModelError
 from recsys.files import read_json
-from recsys.models.als import ALS
-from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
 from recsys.models.base import Retriever, RetrieverConfig
-from recsys.models.bert4rec import BERT4Rec
-from recsys.models.blend import Blend
-from recsys.models.bpr import BPR
-from recsys.models.caser import Caser
-from recsys.models.causal_lm import CausalLMConfig
-from recsys.models.cnn_lstm import CNNLSTM
-from recsys.models.cross_encoder import CrossEncoderConfig
-from recsys.models.ease import EASE
-from recsys.models.esasrec import ESASRec
-from recsys.models.gru4rec import GRU4Rec
-from recsys.models.hstu import HSTU
-from recsys.models.item_knn import ItemKNN
-from recsys.models.lstm import LSTM
-from recsys.models.mind import MIND
-from recsys.models.neumf import NeuMF
-from recsys.models.popularity import Popularity
-from recsys.models.ranker_export import load_exported
-from recsys.models.ranking import Ranker, RankerConfig
-from recsys.models.sasrec import SASRec
-from recsys.models.svd import SVD
-from recsys.models.text_two_tower import TextTwoTower
-from recsys.models.tfidf import TfIdf
-from recsys.models.user_knn import UserKNN
+from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig
+from recsys.models.rankers.base import Ranker, RankerConfig
+from recsys.models.rankers.causal_lm import CausalLMConfig
+from recsys.models.rankers.cross_encoder import CrossEncoderConfig
+from recsys.models.rankers.export import load_exported
+from recsys.models.retrievers.blend import Blend
+from recsys.models.retrievers.matrices.als import ALS
+from recsys.models.retrievers.matrices.bpr import BPR
+from recsys.models.retrievers.matrices.ease import EASE
+from recsys.models.retrievers.matrices.svd import SVD
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.retrievers.neighbours.tfidf import TfIdf
+from recsys.models.retrievers.neighbours.user_knn import UserKNN
+from recsys.models.retrievers.popularity import Popularity
+from recsys.models.retrievers.sequences.bert4rec import BERT4Rec
+from recsys.models.retrievers.sequences.caser import Caser
+from recsys.models.retrievers.sequences.cnn_lstm import CNNLSTM
+from recsys.models.retrievers.sequences.esasrec import ESASRec
+from recsys.models.retrievers.sequences.gru4rec import GRU4Rec
+from recsys.models.retrievers.sequences.hstu import HSTU
+from recsys.models.retrievers.sequences.lstm import LSTM
+from recsys.models.retrievers.sequences.sasrec import SASRec
+from recsys.models.retrievers.towers.mind import MIND
+from recsys.models.retrievers.towers.neumf import NeuMF
+from recsys.models.retrievers.towers.text_two_tower import TextTwoTower
 
 KINDS: tuple[type[RetrieverConfig], ...] = (
     Popularity,

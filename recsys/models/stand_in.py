@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from recsys.data.histories import Histories
 from recsys.errors import ModelError
 from recsys.models.base import ItemBonus, Retriever, VectorRetriever
-from recsys.models.blend import BlendRetriever
-from recsys.models.ranking import Ranker, RankingBatch, RankingCatalogue, RankingQuery
+from recsys.models.rankers.base import Ranker, RankingBatch, RankingCatalogue, RankingQuery
+from recsys.models.retrievers.blend import BlendRetriever
 
 TEMPERATURE = 0.05
 """cosines are divided by it before the softmax that weights the stand-ins"""

@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures
 from recsys.evaluation.protocol import EvaluationConfig, sample_queries, select
-from recsys.models.attention_ranker import AttentionRanker
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
-from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker
-from recsys.models.ranking import Ranker, RankingCatalogue, RankingItems, item_content
+from recsys.models.rankers.attention import AttentionRanker
+from recsys.models.rankers.base import Ranker, RankingCatalogue, RankingItems, item_content
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.export import ExportConfig, ExportedRanker, export_ranker
 from recsys.models.stand_in import StandIns
 from recsys.online.config import OnlineConfig
 from recsys.online.replay import lesson_of
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.offline import retrieved_examples
 from recsys.pipeline.stages.retrieval import RetrievalStage
-from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 FloatArray = NDArray[np.float32]

@@ -14,10 +14,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys import schema
+from recsys.arrow import pc
 from recsys.bundle.reader import Bundle
-from recsys.data.arrow import pc
 from recsys.data.dataset import Dataset, DatasetInfo, Split
-from recsys.pipeline.id_map import IdMap
+from recsys.data.id_map import IdMap
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Targets
 from recsys.index.base import IndexConfig
 from recsys.models.base import Retriever, VectorRetriever
-from recsys.models.ranking import RankingItems
-from recsys.pipeline.catalogue import Catalogue
+from recsys.models.rankers.base import RankingItems
+from recsys.models.rankers.examples import RankingExamples, ranking_examples
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.stage import Stage
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.pipeline.stages.retrieval import RetrievalStage
-from recsys.pipeline.types import Candidates, Query
-from recsys.training.ranking_examples import RankingExamples, ranking_examples
+from recsys.types import Candidates, Query
 
 PROGRESS_S = 5.0
 logger = logging.getLogger(__name__)

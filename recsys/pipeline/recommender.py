@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from recsys.bundle.slates import Slates
+from recsys.data.catalogue import Catalogue
 from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleError, EventStoreError, RequestError
 from recsys.events import UserState
-from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import CATALOGUE, POPULAR, PopularItems
 from recsys.pipeline.requests import (
     HistoryItem,
@@ -38,16 +40,14 @@ from recsys.pipeline.requests import (
     SearchRequest,
     SimilarRequest,
 )
-from recsys.pipeline.rules import HardRules
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.search import SEARCH, TextSearch
 from recsys.pipeline.similarity import ItemSimilarity
-from recsys.pipeline.slates import Slates
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
 from recsys.pipeline.stages.reranking import PINNED
-from recsys.pipeline.types import Candidates, Filters, FloatArray, Int32Array, Query
 from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates
+from recsys.types import Candidates, Filters, FloatArray, Int32Array, Query
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle, GoldenQuery

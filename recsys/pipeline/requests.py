@@ -9,7 +9,7 @@ from typing import Any
 
 from recsys.errors import RequestError
 from recsys.pipeline.config import PipelineConfig
-from recsys.pipeline.types import NO_FILTERS, Filters, Slate
+from recsys.types import NO_FILTERS, Filters, Slate
 
 _LATEST_MS = 1 << 53
 MAX_QUERY_LENGTH = 1000

@@ -23,14 +23,14 @@ from typing import TypeAlias
 
 import numpy as np
 
+from recsys.bundle.slates import SLATES
+from recsys.data.catalogue import contains
 from recsys.errors import StageError, StageOverloadedError, StageSkippedError, StageTimeoutError
-from recsys.pipeline.catalogue import contains
 from recsys.pipeline.config import BreakerConfig, PipelineConfig
+from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import POPULAR, PopularItems
-from recsys.pipeline.rules import HardRules
-from recsys.pipeline.slates import SLATES
 from recsys.pipeline.stage import AsyncStage, Stage, StageOutput
-from recsys.pipeline.types import Candidates, Query, Removal, Slate
+from recsys.types import Candidates, Query, Removal, Slate
 
 Spare: TypeAlias = Callable[[], Candidates]
 RUNNER = "runner"

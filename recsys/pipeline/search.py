@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recsys.pipeline.catalogue import BoolArray
-from recsys.pipeline.types import FloatArray, Int32Array
+from recsys.data.catalogue import BoolArray
+from recsys.types import FloatArray, Int32Array
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle
     from recsys.index import VectorIndex
-    from recsys.models.text_encoder import TextEncoder, TextEncoderConfig
+    from recsys.models.text.encoder import TextEncoder, TextEncoderConfig
 
 SEARCH = "search"
 
@@ -32,7 +32,7 @@ class Words:
 
     def encode(self, texts: Sequence[str]) -> FloatArray:
         """float32 [B, D], unit length."""
-        from recsys.models.text_encoder import TextEncoder
+        from recsys.models.text.encoder import TextEncoder
 
         with self._lock:  # a tokenizer is for one thread at a time
             if self._encoder is None:

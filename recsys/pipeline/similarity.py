@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recsys.pipeline.catalogue import BoolArray, Catalogue
-from recsys.pipeline.types import FloatArray, Int32Array
+from recsys.data.catalogue import BoolArray, Catalogue
+from recsys.types import FloatArray, Int32Array
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle

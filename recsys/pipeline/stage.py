@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from recsys.pipeline.types import Candidates, Query
+from recsys.types import Candidates, Query
 
 
 @dataclass(frozen=True, slots=True)

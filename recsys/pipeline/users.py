@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys.data.catalogue import Catalogue
+from recsys.data.id_map import IdMap
 from recsys.data.positives import PositivePolicy
 from recsys.events import UserState
 from recsys.pipeline.cache import Cache
-from recsys.pipeline.catalogue import Catalogue
-from recsys.pipeline.id_map import IdMap
-from recsys.pipeline.types import Int32Array, Int64Array
+from recsys.types import Int32Array, Int64Array
 
 _DAY_MS = 86_400_000
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from recsys import schema
 from recsys.pipeline.stage import Stage
-from recsys.pipeline.types import Candidates, Filters, Query
+from recsys.types import Candidates, Filters, Query
 
 
 def items_table(

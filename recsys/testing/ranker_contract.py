@@ -19,7 +19,7 @@ import pytest
 
 from recsys.errors import ModelError
 from recsys.models import load_ranker
-from recsys.models.ranking import Ranker, RankingQuery
+from recsys.models.rankers.base import Ranker, RankingQuery
 
 _TOLERANCE = 1e-4
 

@@ -28,8 +28,8 @@ from recsys.evaluation.protocol import select
 from recsys.index.flat import FlatIndex
 from recsys.models import AnyRetriever, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig, VectorRetriever
+from recsys.models.retrievers.towers.base import TowerConfig
 from recsys.models.stand_in import StandIns
-from recsys.models.towers import TowerConfig
 from recsys.online.replay import lesson_of
 from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
 from recsys.testing.planted import dataset_of, planted_clusters

@@ -13,20 +13,20 @@ import torch
 
 from recsys import schema
 from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery
+from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
 from recsys.data.features import ItemFeatures
 from recsys.data.histories import Histories
+from recsys.data.id_map import fingerprint_ids
 from recsys.data.positives import PositivePolicy
 from recsys.index.base import IndexConfig
 from recsys.index.flat import FlatIndex
-from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig, RankerNetwork, project
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
-from recsys.models.esasrec import ESASRec
-from recsys.models.ranking import RankingItems, item_content
-from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, item_texts
-from recsys.pipeline.catalogue import Catalogue
+from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig, RankerNetwork, project
+from recsys.models.rankers.base import RankingItems, item_content
+from recsys.models.retrievers.sequences.esasrec import ESASRec
+from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
 from recsys.pipeline.config import PipelineConfig
-from recsys.pipeline.id_map import fingerprint_ids
 from recsys.pipeline.recommender import Recommender
 from recsys.testing.planted import random_numeric
 from recsys.training.runtime import Runtime

@@ -15,11 +15,12 @@ import numpy as np
 import typer
 from rows import RESULTS, write_row
 
-from jobs import benchmark, benchmark_ratings, prepare
+from jobs import benchmark, benchmark_ratings
 from jobs.benchmark import SUITES, BenchmarkConfig, Judged, hardware
 from jobs.benchmark_ratings import RatingSuite
 from jobs.cli import show_progress
 from jobs.config import JobConfig
+from jobs.steps import prepare
 from recsys.config import load_config
 from recsys.data.dataset import Dataset
 from recsys.evaluation.page import latency_plot
@@ -27,9 +28,9 @@ from recsys.evaluation.significance import Interval
 from recsys.evaluation.suite import ratio_interval
 from recsys.files import atomic_path
 from recsys.models import KINDS, RANKER_KINDS
-from recsys.models.text_encoder import TextEncoderConfig, item_texts
-from recsys.training.contrastive import PairData, finetune
-from recsys.training.masked_lm import pretrain
+from recsys.models.text.contrastive import PairData, finetune
+from recsys.models.text.encoder import TextEncoderConfig, item_texts
+from recsys.models.text.masked_lm import pretrain
 from recsys.training.runtime import Runtime
 
 COMMAND = "make bench-families"

@@ -30,7 +30,7 @@ from recsys.data.prepare import prepare
 from recsys.evaluation.protocol import EvaluationConfig, evaluate_ranker, retriever_ranker
 from recsys.evaluation.suite import ratio_interval
 from recsys.models.base import FitData, Retriever, UpdateConfig
-from recsys.models.esasrec import ESASRec
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.online.config import OnlineConfig
 from recsys.online.learn import lesson_data, teach_retriever
 from recsys.training.loop import best_epoch

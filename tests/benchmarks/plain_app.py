@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from serve import wire
+from serve.http import wire
 
 
 def main(bundle: str, events: str, port: int, threads: int = 1, processes: int = 1) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from jobs.artifacts import FORMAT
 from recsys.bundle import Bundle
 from recsys.index.ivf import IvfIndex
-from recsys.models.esasrec import ESASRec
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.testing.tiny_bundle import Size, make_bundle
 
 HERE = Path(__file__).parent

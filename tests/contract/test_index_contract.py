@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys.config import parse
 from recsys.errors import ConfigError, ModelError
 from recsys.files import read_json, write_json
-from recsys.index import KINDS, AnyIndex, FlatIndex, HnswIndex, IndexConfig, IvfIndex, load_index
+from recsys.index import KINDS, IndexConfig, load_index
+from recsys.index.flat import FlatIndex
+from recsys.index.hnsw import HnswIndex
+from recsys.index.ivf import IvfIndex
 
 NUM_ITEMS, DIM = 2003, 24
 VARIANTS = [
-    *(kind() for kind in KINDS),
+    *(kind() for kind in KINDS.classes),
     IvfIndex(codec="flat"),
     IvfIndex(num_lists=20, num_probes=1, exhaustive_below=0.0),
 ]
@@ -134,14 +136,14 @@ def test_misuse_is_refused(built, queries, k, allowed):
         built.search(queries, k, allowed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.classes)
 @pytest.mark.parametrize("num_items", [1, 2, 50])
 def test_tiny_catalogues(kind: type[IndexConfig], num_items, vectors, queries):
     _, items = kind().build(vectors[:num_items]).search(queries, num_items)
     np.testing.assert_array_equal(np.sort(items, axis=1), np.tile(np.arange(num_items), (7, 1)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.classes)
 def test_unusable_vectors_are_refused(kind: type[IndexConfig], vectors):
     broken = vectors.copy()
     broken[17, 3] = np.nan
@@ -168,7 +170,7 @@ def test_exhaustive_search_of_hnsw_is_exact(vectors, queries):
 
 def test_unknown_kind_is_refused():
     with pytest.raises(ConfigError, match="flat"):
-        parse(AnyIndex, {"kind": "annoy"}, where="test.yaml")
+        KINDS.parse({"kind": "annoy"}, where="test.yaml")
 
 
 def test_broken_folders_are_refused(vectors, tmp_path):

@@ -13,18 +13,18 @@ from recsys import schema
 from recsys.data.features import ITEM_COLUMNS, ItemFeatures
 from recsys.errors import ConfigError
 from recsys.models import RANKER_KINDS
-from recsys.models.adapters import LoRA, Prefix
-from recsys.models.attention_ranker import AttentionRanker, AttentionRankerConfig
-from recsys.models.causal_lm import CausalLMConfig, SmallDecoder
-from recsys.models.cross_encoder import CrossEncoderConfig
-from recsys.models.ranker_export import ExportConfig, ExportedRanker, export_ranker, openvino_available
-from recsys.models.ranking import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content, ranking_batch
-from recsys.models.text_ranker import TextRanker, TextRankerConfig
+from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig
+from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content, ranking_batch
+from recsys.models.rankers.causal_lm import CausalLMConfig, SmallDecoder
+from recsys.models.rankers.cross_encoder import CrossEncoderConfig
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.export import ExportConfig, ExportedRanker, export_ranker, openvino_available
+from recsys.models.rankers.text_ranker import TextRanker, TextRankerConfig
+from recsys.models.text.adapters import LoRA, Prefix
 from recsys.testing.covered import configured_kinds
 from recsys.testing.planted import random_numeric
 from recsys.testing.ranker_contract import RankerContract, ranking_query
 from recsys.testing.tiny_encoder import tiny_encoder
-from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 CONFIG = AttentionRankerConfig(dim=16, hidden=16, max_history=8, epochs=1)

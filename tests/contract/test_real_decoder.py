@@ -12,11 +12,11 @@ import pytest
 from recsys import schema
 from recsys.data.features import ITEM_COLUMNS, ItemFeatures
 from recsys.models import load_ranker
-from recsys.models.adapters import LoRA
-from recsys.models.causal_lm import CausalLMConfig
-from recsys.models.ranking import RankingCatalogue, RankingItems, ranking_batch
+from recsys.models.rankers.base import RankingCatalogue, RankingItems, ranking_batch
+from recsys.models.rankers.causal_lm import CausalLMConfig
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.text.adapters import LoRA
 from recsys.testing.ranker_contract import ranking_query
-from recsys.training.ranking_examples import RankingExamples
 from recsys.training.runtime import Runtime
 
 pytestmark = [

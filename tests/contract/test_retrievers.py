@@ -16,29 +16,29 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.errors import ConfigError, ModelError, NoTimeError
 from recsys.models import KINDS
-from recsys.models.als import ALS
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
-from recsys.models.bert4rec import BERT4Rec
-from recsys.models.blend import Blend
-from recsys.models.bpr import BPR
-from recsys.models.caser import Caser
-from recsys.models.cnn_lstm import CNNLSTM
-from recsys.models.ease import EASE
-from recsys.models.esasrec import ESASRec
-from recsys.models.gru4rec import GRU4Rec
-from recsys.models.hstu import HSTU
-from recsys.models.item_knn import ItemKNN
 from recsys.models.layers.packing import PackedLayout
-from recsys.models.lstm import LSTM
-from recsys.models.mind import MIND
-from recsys.models.neumf import NeuMF
-from recsys.models.popularity import Popularity
-from recsys.models.sasrec import SASRec
-from recsys.models.sequence import SequenceConfig, SequenceRetriever
-from recsys.models.svd import SVD
-from recsys.models.text_two_tower import TextTwoTower
-from recsys.models.tfidf import TfIdf
-from recsys.models.user_knn import UserKNN
+from recsys.models.retrievers.blend import Blend
+from recsys.models.retrievers.matrices.als import ALS
+from recsys.models.retrievers.matrices.bpr import BPR
+from recsys.models.retrievers.matrices.ease import EASE
+from recsys.models.retrievers.matrices.svd import SVD
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.retrievers.neighbours.tfidf import TfIdf
+from recsys.models.retrievers.neighbours.user_knn import UserKNN
+from recsys.models.retrievers.popularity import Popularity
+from recsys.models.retrievers.sequences.base import SequenceConfig, SequenceRetriever
+from recsys.models.retrievers.sequences.bert4rec import BERT4Rec
+from recsys.models.retrievers.sequences.caser import Caser
+from recsys.models.retrievers.sequences.cnn_lstm import CNNLSTM
+from recsys.models.retrievers.sequences.esasrec import ESASRec
+from recsys.models.retrievers.sequences.gru4rec import GRU4Rec
+from recsys.models.retrievers.sequences.hstu import HSTU
+from recsys.models.retrievers.sequences.lstm import LSTM
+from recsys.models.retrievers.sequences.sasrec import SASRec
+from recsys.models.retrievers.towers.mind import MIND
+from recsys.models.retrievers.towers.neumf import NeuMF
+from recsys.models.retrievers.towers.text_two_tower import TextTwoTower
 from recsys.testing.covered import configured_kinds
 from recsys.testing.planted import planted_chain, planted_clusters, planted_fashion
 from recsys.testing.retriever_contract import RetrieverContract

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recsys.models.text_encoder import TextEncoder, TextEncoderConfig
+from recsys.models.text.encoder import TextEncoder, TextEncoderConfig
 
 TEXTS = ["Toy Story. Adventure, Animation, Children", "Heat. Action, Crime, Thriller"]
 GOLDEN = [

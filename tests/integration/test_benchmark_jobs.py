@@ -17,7 +17,7 @@ from jobs.benchmark import BenchmarkConfig
 from recsys.config import parse
 from recsys.files import read_json
 from recsys.models import AnyRetriever
-from recsys.models.esasrec import ESASRec
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {

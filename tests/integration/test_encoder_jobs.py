@@ -13,16 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import embed, train_encoder
 from jobs._ray import ComputeConfig, fit_distributed
 from jobs.artifacts import Artifact
+from jobs.steps import embed, train_encoder
 from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.histories import Histories
 from recsys.files import write_json
-from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
+from recsys.models.text.contrastive import PairData, consecutive_pairs, finetune
+from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
 from recsys.testing.tiny_encoder import tiny_encoder
-from recsys.training.contrastive import PairData, consecutive_pairs, finetune
 from recsys.training.runtime import Runtime
 
 WORDS = ["red", "green", "blue", "car", "bike", "boat"]

@@ -10,9 +10,9 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from serve.batching import Batcher
-from serve.deployments import StageDeployment
-from serve.metrics import Meters, no_sink
+from serve.graph.batching import Batcher
+from serve.graph.deployments import StageDeployment
+from serve.observe.metrics import Meters, no_sink
 
 
 @pytest.mark.timeout(300)

@@ -19,17 +19,17 @@ import httpx
 import pytest
 
 from recsys.bundle.store import BundleStore
-from recsys.models.blend import Blend
-from recsys.models.item_knn import ItemKNN
-from recsys.models.mind import MIND
-from recsys.models.popularity import Popularity
-from recsys.models.text_two_tower import TextTwoTower
+from recsys.models.retrievers.blend import Blend
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.retrievers.popularity import Popularity
+from recsys.models.retrievers.towers.mind import MIND
+from recsys.models.retrievers.towers.text_two_tower import TextTwoTower
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.testing.tiny_bundle import make_bundle
 from recsys.training.loop import TrainConfig
-from serve.keys import SCOPES, add_key, revoke_keys
-from serve.metrics import METRICS
+from serve.access.keys import SCOPES, add_key, revoke_keys
+from serve.observe.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 150

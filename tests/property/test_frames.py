@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from recsys.pipeline.stage import StageOutput
-from recsys.pipeline.types import NO_FILTERS, Candidates, Filters, Query, Removal
-from serve.frames import pack_call, pack_output, unpack_call, unpack_output
+from recsys.types import NO_FILTERS, Candidates, Filters, Query, Removal
+from serve.graph.frames import pack_call, pack_output, unpack_call, unpack_output
 
 texts = st.text(max_size=8)
 numbers = st.none() | st.floats(0, 1e6)

@@ -9,14 +9,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.pipeline.catalogue import Catalogue
+from recsys.data.catalogue import Catalogue
 from recsys.pipeline.config import Boost, Bury, Pin, PipelineConfig, RerankingConfig
+from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
-from recsys.pipeline.rules import HardRules
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.stages.reranking import RerankingStage
-from recsys.pipeline.types import Candidates, Filters, Removal
 from recsys.testing.pipeline import FunctionStage, items_table, make_query, raises
+from recsys.types import Candidates, Filters, Removal
 
 NUM_ITEMS = 24
 CATEGORIES = ("a", "b", "c")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.data.arrow import Texts
+from recsys.arrow import Texts
 
 
 @given(st.lists(st.text(max_size=6), max_size=12), st.data())

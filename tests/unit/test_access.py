@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 from recsys.errors import ConfigError
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import make_bundle
-from serve import keys as keys_module
-from serve.access import Access, Rates
+from serve.access import keys as keys_module
+from serve.access.keys import SCOPES, ApiKey, KeyFile, Keys, add_key, revoke_keys, rotate_keys
+from serve.access.middleware import Access, Rates
 from serve.config import KeyAccess, OpenAccess, ServeConfig
-from serve.deployments import refuse_open_network
-from serve.gateway import Guarded, http_app
-from serve.keys import SCOPES, ApiKey, KeyFile, Keys, add_key, app, revoke_keys, rotate_keys
-from serve.middleware import PROBES, PROBLEM_JSON
-from serve.service import Service
+from serve.graph.deployments import refuse_open_network
+from serve.http.middleware import PROBES, PROBLEM_JSON
+from serve.http.routes import Guarded, http_app
+from serve.keys import app
+from serve.live.service import Service
 
 
 @pytest.fixture(autouse=True)
@@ -311,8 +312,8 @@ def test_processes_share_a_rate(tmp_path):
     program = """
 import sys
 from pathlib import Path
-from serve.access import Rates
-from serve.keys import ApiKey
+from serve.access.middleware import Rates
+from serve.access.keys import ApiKey
 rates, key = Rates(Path(sys.argv[1])), ApiKey.model_validate_json(sys.argv[2])
 print(sum(rates.wait_s(key) == 0 for _ in range(20_000)))
 """
@@ -366,7 +367,7 @@ def test_wrong_settings_are_named(path):
 def test_editors_at_once_lose_nothing(path):
     program = """
 import sys
-from serve.keys import add_key
+from serve.access.keys import add_key
 for _ in range(20):
     add_key(sys.argv[1], sys.argv[2], ["read"])
 """

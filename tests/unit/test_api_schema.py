@@ -9,10 +9,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from recsys.bundle import BundleStore
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import make_bundle
+from serve.access.keys import SCOPES, add_key
 from serve.config import GatewayConfig, KeyAccess, ServeConfig
-from serve.gateway import http_app
-from serve.keys import SCOPES, add_key
-from serve.service import Service
+from serve.http.routes import http_app
+from serve.live.service import Service
 
 
 @pytest.fixture(scope="module")

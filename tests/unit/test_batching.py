@@ -8,7 +8,7 @@ import time
 import pytest
 
 from recsys.errors import StageError
-from serve.batching import Batcher
+from serve.graph.batching import Batcher
 
 
 class Stage:

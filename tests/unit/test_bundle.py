@@ -23,15 +23,15 @@ from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, G
 from recsys.bundle import reader as reader_module
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, content_id, git_revision, list_files
+from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleCorruptError, BundleError, BundleMismatchError, BundleNotFoundError
 from recsys.files import read_json, write_json
-from recsys.index import FlatIndex
+from recsys.index.flat import FlatIndex
 from recsys.models.base import VectorRetriever
-from recsys.models.popularity import Popularity, PopularityRetriever
-from recsys.pipeline.catalogue import Catalogue
+from recsys.models.retrievers.popularity import Popularity, PopularityRetriever
 from recsys.pipeline.config import PipelineConfig
 
 NUM_ITEMS, DIM = 6, 4

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys.data.catalogue import Catalogue, contains
 from recsys.errors import BundleMismatchError, SchemaError
-from recsys.pipeline.catalogue import Catalogue, contains
 from recsys.pipeline.popular import PopularItems
-from recsys.pipeline.types import Filters
 from recsys.testing.pipeline import items_table
+from recsys.types import Filters
 
 NOTHING = np.zeros(0, np.int32)
 

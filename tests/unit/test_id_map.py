@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys.data import id_map as module
+from recsys.data.id_map import IdMap
 from recsys.data.prepare import id_map_fingerprint
 from recsys.errors import SchemaError
-from recsys.pipeline import id_map as module
-from recsys.pipeline.id_map import IdMap
 
 
 def test_finds_every_id_and_nothing_else():

@@ -12,13 +12,13 @@ from recsys.events import Event, SqliteEventStoreConfig
 from recsys.events.base import events_of
 from recsys.pipeline.config import PipelineConfig
 from recsys.testing.tiny_bundle import make_bundle
-from serve import impressions as impressions_module
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
-from serve.gateway import http_app
-from serve.impressions import IMPRESSION, Impressions
-from serve.metrics import Meters
-from serve.observe import Observer
-from serve.service import Service
+from serve.http.routes import http_app
+from serve.live.service import Service
+from serve.observe import impressions as impressions_module
+from serve.observe.impressions import IMPRESSION, Impressions
+from serve.observe.metrics import Meters
+from serve.observe.observer import Observer
 
 SHARE = 0.3
 

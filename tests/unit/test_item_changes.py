@@ -12,20 +12,20 @@ from recsys.bundle import changes as changes_module
 from recsys.bundle.changes import FOLD_EVERY, ITEM_CHANGES, ItemLog, last_word
 from recsys.bundle.live import LiveBundle, live_id, split_id
 from recsys.bundle.location import Location
+from recsys.data.catalogue import Catalogue
+from recsys.data.changed_catalogue import ChangedCatalogue
 from recsys.data.histories import Histories
 from recsys.errors import BundleCorruptError, ModelError
-from recsys.index import FlatIndex
 from recsys.index.extended import ExtendedIndex
+from recsys.index.flat import FlatIndex
 from recsys.models import ALS, EASE, Blend, ItemKNN
 from recsys.models.stand_in import StandIns, with_new_items
-from recsys.models.text_encoder import TextEncoderConfig
-from recsys.pipeline.catalogue import Catalogue
-from recsys.pipeline.changed import ChangedCatalogue
+from recsys.models.text.encoder import TextEncoderConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RequestFilters
-from recsys.pipeline.types import Filters
 from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle
 from recsys.testing.tiny_encoder import tiny_encoder
+from recsys.types import Filters
 
 
 def change(item_id, **values):

@@ -11,14 +11,15 @@ import torch
 
 from recsys import schema
 from recsys.data.histories import Histories
-from recsys.models import load_retriever, towers
+from recsys.models import load_retriever
 from recsys.models.base import FitData
-from recsys.models.bert4rec import BERT4Rec
-from recsys.models.esasrec import ESASRec
 from recsys.models.layers.items import ItemVectors
-from recsys.models.mind import MIND
-from recsys.models.neumf import NeuMF
-from recsys.models.towers import TowerConfig
+from recsys.models.retrievers.sequences.bert4rec import BERT4Rec
+from recsys.models.retrievers.sequences.esasrec import ESASRec
+from recsys.models.retrievers.towers import base as towers
+from recsys.models.retrievers.towers.base import TowerConfig
+from recsys.models.retrievers.towers.mind import MIND
+from recsys.models.retrievers.towers.neumf import NeuMF
 from recsys.training.runtime import Runtime
 
 TABLE = "items.id_embedding.weight"

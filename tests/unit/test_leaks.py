@@ -20,8 +20,8 @@ from recsys.data.prepare import prepare
 from recsys.errors import LeakageError
 from recsys.evaluation.protocol import check_no_leak
 from recsys.models.base import FitData
-from recsys.training import contrastive
-from recsys.training.contrastive import PairData
+from recsys.models.text import contrastive
+from recsys.models.text.contrastive import PairData
 from recsys.training.sampling import NegativeSampler, rng_for
 
 TRAIN, VALID, TEST = Split.TRAIN, Split.VALID, Split.TEST

@@ -8,8 +8,8 @@ import pytest
 
 from recsys.data.dataset import Split
 from recsys.errors import ConfigError
-from recsys.models.als import ALS
 from recsys.models.base import FitData
+from recsys.models.retrievers.matrices.als import ALS
 from recsys.testing.planted import planted_clusters
 from recsys.training.runtime import Runtime
 

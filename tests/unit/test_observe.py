@@ -14,13 +14,13 @@ import pytest
 from recsys.events import SqliteEventStoreConfig
 from recsys.pipeline.cache import Cache
 from recsys.testing.tiny_bundle import make_bundle
-from serve import observe
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
-from serve.gateway import http_app
-from serve.logs import JsonFormatter, log_as_json
-from serve.metrics import METRICS, Meters
-from serve.observe import Observer, Shown
-from serve.service import Service
+from serve.http.routes import http_app
+from serve.live.service import Service
+from serve.observe import observer as observe
+from serve.observe.logs import JsonFormatter, log_as_json
+from serve.observe.metrics import METRICS, Meters
+from serve.observe.observer import Observer, Shown
 
 
 class Recorded:
@@ -182,7 +182,7 @@ async def test_a_trace_of_another_gateway_is_found(gateway):
 
 async def test_a_line_per_request_if_wished(gateway, caplog):
     client, *_ = gateway
-    caplog.set_level(logging.INFO, "serve.observe")
+    caplog.set_level(logging.INFO, "serve.observe.observer")
     request_id = (await client.post("/v1/recommend", json={})).json()["request_id"]
     (line,) = [json.loads(JsonFormatter(deployment="gateway").format(record)) for record in caplog.records]
     assert line["request_id"] == request_id

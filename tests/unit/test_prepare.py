@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.prepare import run
+from jobs.steps.prepare import run
 from recsys import schema
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split

@@ -14,8 +14,17 @@ from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import FEATURE_NAMES, NO_TIME, ItemFeatures, candidate_features
 from recsys.models import load_ranker
-from recsys.models.attention_ranker import AttentionRankerConfig, RankerNetwork
-from recsys.models.ranker_export import (
+from recsys.models.rankers.attention import AttentionRankerConfig, RankerNetwork
+from recsys.models.rankers.base import (
+    PADDING,
+    RankingCatalogue,
+    RankingItems,
+    RankingQuery,
+    item_content,
+    ranking_batch,
+)
+from recsys.models.rankers.examples import RankingExamples, ranking_examples
+from recsys.models.rankers.export import (
     ExportConfig,
     ExportedRanker,
     ItemRows,
@@ -23,12 +32,10 @@ from recsys.models.ranker_export import (
     export_ranker,
     openvino_available,
 )
-from recsys.models.ranking import PADDING, RankingCatalogue, RankingItems, RankingQuery, item_content, ranking_batch
 from recsys.pipeline.stages.ranking import RankingStage
-from recsys.pipeline.types import Candidates, Query
 from recsys.testing.planted import random_numeric
-from recsys.training.ranking_examples import RankingExamples, ranking_examples
 from recsys.training.runtime import Runtime
+from recsys.types import Candidates, Query
 
 NUM_ITEMS, DIM, HOUR_MS, DAY_MS = 300, 16, 3_600_000, 86_400_000
 SMALL = AttentionRankerConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recsys.training.ranking_loop import one_cycle
+from recsys.models.rankers.loop import one_cycle
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 8, 9, 10, 11, 19, 40])

@@ -10,23 +10,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys.bundle.slates import SLATES, SLATES_SCHEMA, Slates
+from recsys.data.catalogue import Catalogue
 from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleMismatchError, EventStoreError, RequestError
 from recsys.events import UserState
-from recsys.index import FlatIndex
-from recsys.pipeline.catalogue import Catalogue
+from recsys.index.flat import FlatIndex
 from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import HistoryItem, RecommendRequest, RequestFilters, SimilarRequest
-from recsys.pipeline.rules import HardRules
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.similarity import ItemSimilarity
-from recsys.pipeline.slates import SLATES, SLATES_SCHEMA, Slates
 from recsys.pipeline.stages.reranking import RerankingStage
-from recsys.pipeline.types import Candidates, Query
 from recsys.pipeline.users import HistoriesTable, Profiles
 from recsys.testing.pipeline import FunctionStage, items_table, raises
+from recsys.types import Candidates, Query
 
 NUM_ITEMS = 30
 POLICY = PositivePolicy()

@@ -11,16 +11,16 @@ import pytest
 from recsys import Recommender
 from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery
 from recsys.config import StrictConfig
+from recsys.data.catalogue import Catalogue
 from recsys.data.config import DataConfig
 from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.data.sources import SyntheticSource
 from recsys.events import Event, SqliteEventStoreConfig
-from recsys.index import FlatIndex
+from recsys.index.flat import FlatIndex
 from recsys.models import ESASRec, ItemKNN
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
-from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.config import PipelineConfig
 from recsys.testing.pipeline import items_table
 from recsys.training.loop import TrainConfig

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from recsys.pipeline.catalogue import Catalogue
+from recsys.data.catalogue import Catalogue
 from recsys.pipeline.config import Boost, Bury, Pin, RerankingConfig
 from recsys.pipeline.stages.reranking import PROPENSITY, RerankingStage
-from recsys.pipeline.types import Candidates, Filters, Query
 from recsys.testing.pipeline import items_table, make_query
+from recsys.types import Candidates, Filters, Query
 
 CREATORS = ["ann", "ann", "ann", "bob", None, None, None, "eve", "eve", "bob"]
 

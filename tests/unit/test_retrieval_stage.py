@@ -6,16 +6,16 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from recsys.data.catalogue import Catalogue
 from recsys.data.histories import Histories
 from recsys.errors import BundleMismatchError
-from recsys.index import FlatIndex
+from recsys.index.flat import FlatIndex
 from recsys.models.base import ItemBonus, Retriever, RetrieverConfig, VectorRetriever
-from recsys.models.blend import Blend, BlendRetriever
-from recsys.pipeline.catalogue import Catalogue
+from recsys.models.retrievers.blend import Blend, BlendRetriever
 from recsys.pipeline.stages import retrieval
 from recsys.pipeline.stages.retrieval import RetrievalStage
-from recsys.pipeline.types import Candidates, Filters, Query
 from recsys.testing.pipeline import items_table, make_query
+from recsys.types import Candidates, Filters, Query
 
 NUM_ITEMS, DIM = 300, 8
 

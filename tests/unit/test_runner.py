@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recsys.data.catalogue import Catalogue
 from recsys.errors import StageError, StageOverloadedError
-from recsys.pipeline.catalogue import Catalogue
 from recsys.pipeline.config import Boost, BreakerConfig, BudgetsConfig, PipelineConfig, RerankingConfig
+from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
-from recsys.pipeline.rules import HardRules
 from recsys.pipeline.runner import CircuitBreaker, LocalStage, Runner
 from recsys.pipeline.stages.reranking import RerankingStage
-from recsys.pipeline.types import Candidates, Filters, Query, Slate
 from recsys.testing.pipeline import (
     FunctionStage,
     items_table,
@@ -27,6 +26,7 @@ from recsys.testing.pipeline import (
     retrieves,
     sleeps,
 )
+from recsys.types import Candidates, Filters, Query, Slate
 
 NUM_ITEMS = 40
 CONFIG = PipelineConfig(

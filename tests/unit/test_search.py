@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recsys.errors import RequestError
-from recsys.models.text_encoder import TextEncoderConfig
+from recsys.models.text.encoder import TextEncoderConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RequestFilters, SearchRequest
 from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle

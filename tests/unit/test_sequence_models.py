@@ -6,9 +6,9 @@ import numpy as np
 
 from recsys.data.histories import Histories
 from recsys.models.base import FitData
-from recsys.models.bert4rec import BERT4Rec
-from recsys.models.hstu import HSTU
-from recsys.models.sequence import _token_times
+from recsys.models.retrievers.sequences.base import _token_times
+from recsys.models.retrievers.sequences.bert4rec import BERT4Rec
+from recsys.models.retrievers.sequences.hstu import HSTU
 from recsys.testing.planted import planted_clusters
 from recsys.training.loop import TrainConfig
 from recsys.training.runtime import Runtime

@@ -21,14 +21,15 @@ from pydantic import BaseModel, Field
 from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
 from recsys.events import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import START_MS, make_bundle
-from serve import middleware as middleware_module
-from serve import run, wire
-from serve.access import Access
+from serve import run
+from serve.access.middleware import Access
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
 from serve.fastpath import fast_path
-from serve.gateway import QuickBody, http_app, needs
-from serve.middleware import PROBLEM_JSON
-from serve.service import Service
+from serve.http import middleware as middleware_module
+from serve.http import wire
+from serve.http.middleware import PROBLEM_JSON
+from serve.http.routes import QuickBody, http_app, needs
+from serve.live.service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
 

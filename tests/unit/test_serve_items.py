@@ -7,12 +7,12 @@ from recsys.bundle.live import live_id
 from recsys.errors import BundleError
 from recsys.events import SqliteEventStoreConfig
 from recsys.pipeline.requests import RecommendRequest
-from serve import switch as switch_module
-from serve.canary import CanaryConfig
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
-from serve.gateway import http_app
-from serve.shelf import Shelf, open_bundle
-from serve.switch import Switch
+from serve.http.routes import http_app
+from serve.live import switch as switch_module
+from serve.live.canary import CanaryConfig
+from serve.live.shelf import Shelf, open_bundle
+from serve.live.switch import Switch
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +189,7 @@ async def test_a_trial_goes_on_through_a_change(client, opened, store, bundles):
 
 async def test_a_bundle_is_proven_before_its_changes(config, store, bundles, monkeypatch):
     """A server that starts when there are changes already does not take the Bundle's own word for it."""
-    from serve.items import changes_of
+    from serve.live.items import changes_of
 
     store.items.append(changes_of([item("new") | NOTHING], bundles[0]))
     real = switch_module.open_bundle
@@ -215,7 +215,7 @@ NOTHING = {"description": None, "creator": None, "price": None, "created_at": No
 
 
 def test_a_stage_loads_versions_over_one_bundle(store, bundles):
-    from serve.items import changes_of
+    from serve.live.items import changes_of
 
     store.items.append(changes_of([item("new") | NOTHING], bundles[0]))
     shelf = Shelf("retrieval", str(store), lambda bundle: bundle)

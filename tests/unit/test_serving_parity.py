@@ -16,7 +16,7 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, candidate_features
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.models import load_ranker, load_retriever
-from recsys.models.ranking import RankingItems
+from recsys.models.rankers.base import RankingItems
 from recsys.online.log import grow
 from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages, staged
 from recsys.pipeline.popular import PopularItems

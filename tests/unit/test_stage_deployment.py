@@ -13,13 +13,13 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from recsys.errors import StageError
 from recsys.pipeline.stages import build_stage
-from recsys.pipeline.types import Candidates
 from recsys.testing.pipeline import make_query
 from recsys.testing.tiny_bundle import make_bundle
+from recsys.types import Candidates
 from serve.config import StageConfig
-from serve.deployments import RemoteStage, StageDeployment
-from serve.frames import pack_call, unpack_output
-from serve.shelf import StageInfo
+from serve.graph.deployments import RemoteStage, StageDeployment
+from serve.graph.frames import pack_call, unpack_output
+from serve.live.shelf import StageInfo
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import pytest
 from recsys.errors import BundleError, StageError
 from recsys.events import SqliteEventStoreConfig
 from recsys.pipeline.requests import RecommendRequest
-from serve import shelf as shelf_module
-from serve import switch as switch_module
-from serve.canary import CanaryConfig, Tally, worse
 from serve.config import OpenAccess, ServeConfig
-from serve.shelf import Shelf, StageInfo
-from serve.switch import Switch
+from serve.live import shelf as shelf_module
+from serve.live import switch as switch_module
+from serve.live.canary import CanaryConfig, Tally, worse
+from serve.live.shelf import Shelf, StageInfo
+from serve.live.switch import Switch
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from recsys import schema
 from recsys.errors import ConfigError, ModelError
-from recsys.models.text_encoder import (
+from recsys.models.text.encoder import (
     SentenceModule,
     TextEncoder,
     TextEncoderConfig,

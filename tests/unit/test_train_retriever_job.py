@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.train_retriever import Payload, fit, summary
+from jobs.steps.train_retriever import Payload, fit, summary
 from recsys.data.dataset import Split
 from recsys.data.histories import Histories
 from recsys.files import read_json
 from recsys.models import load_retriever
 from recsys.models.base import FitData, RetrieverConfig
-from recsys.models.esasrec import ESASRec
-from recsys.models.popularity import Popularity
+from recsys.models.retrievers.popularity import Popularity
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.testing.planted import planted_clusters
 from recsys.training.loop import TrainConfig
 from recsys.training.runtime import Runtime

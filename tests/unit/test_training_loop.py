@@ -15,8 +15,8 @@ from recsys.data.dataset import Split
 from recsys.data.histories import Histories
 from recsys.errors import ModelError
 from recsys.models.base import FitData, Retriever
-from recsys.models.esasrec import ESASRec
-from recsys.models.sequence import SequenceRetriever
+from recsys.models.retrievers.sequences.base import SequenceRetriever
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.testing.planted import planted_clusters
 from recsys.training.loop import TrainConfig, best_epoch, sample_targets, validation_ndcg
 from recsys.training.runtime import Runtime

@@ -8,9 +8,9 @@ import pytest
 from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
 from recsys.models.base import FitData
-from recsys.models.esasrec import ESASRec
 from recsys.models.layers import trend
 from recsys.models.layers.trend import Trends
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.testing.planted import planted_clusters
 from recsys.training.loop import TrainConfig
 from recsys.training.runtime import Runtime

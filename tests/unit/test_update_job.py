@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from jobs import update
 from jobs.events import log_config
-from jobs.publish import histories
+from jobs.steps.publish import histories
 from recsys import schema
 from recsys.bundle.changes import ITEM_CHANGES
 from recsys.bundle.store import BundleStore

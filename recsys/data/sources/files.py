@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from recsys import schema
+from recsys.arrow import pc
 from recsys.config import StrictConfig
-from recsys.data.arrow import pc
 from recsys.data.sources.base import LINE, REJECTED, ROW
 from recsys.errors import ConfigError, DataError, EmptyDataError, SchemaError
 from recsys.files import file_sha256

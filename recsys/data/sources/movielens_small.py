@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from recsys import schema
-from recsys.data.arrow import pc
+from recsys.arrow import pc
 from recsys.data.sources.base import Source
 from recsys.data.sources.files import split_categories
 from recsys.errors import ConfigError

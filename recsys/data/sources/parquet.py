@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from recsys import schema
-from recsys.data.arrow import pc
+from recsys.arrow import pc
 from recsys.data.sources.base import Source, TimestampEncoding
 from recsys.data.sources.files import BATCH_ROWS, InteractionColumns, ItemsFile, check_columns, existing, fingerprint
 from recsys.errors import EmptyDataError, SchemaError

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from recsys import schema
-from recsys.data.arrow import pc
+from recsys.arrow import pc
 from recsys.data.sources.base import LINE, REJECTED, Source
 from recsys.data.sources.files import BATCH_ROWS, ItemsFile, estimate_lines, existing, fingerprint
 from recsys.errors import SchemaError

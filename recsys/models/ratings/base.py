@@ -24,7 +24,7 @@ from recsys.data.histories import Histories
 from recsys.data.leaks import check_blind
 from recsys.errors import DataError, EmptyDataError, ModelError
 from recsys.files import write_json
-from recsys.models.matrices import Sparse
+from recsys.models.retrievers.matrices.base import Sparse
 from recsys.training.checkpoint import load_tensors, save_tensors
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from recsys.models.matrices import Sparse
 from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, check_items, saved_arrays, some_ratings
+from recsys.models.retrievers.matrices.base import Sparse
 
 
 class Biases(RatingConfig):

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from recsys.models.matrices import Sparse
 from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, check_items, saved_arrays
 from recsys.models.ratings.biases import Biases, BiasModel
+from recsys.models.retrievers.matrices.base import Sparse
 
 
 class Factors(RatingConfig):

@@ -17,9 +17,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from pydantic import Field
 
-from recsys.models.matrices import Sparse
 from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, check_items, saved_arrays
 from recsys.models.ratings.biases import Biases, BiasModel
+from recsys.models.retrievers.matrices.base import Sparse
 
 _ITEMS_AT_ONCE = 1024
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recsys.models.ranking import Ranker, RankingQuery
-from recsys.pipeline.types import Candidates, Query
+from recsys.models.rankers.base import Ranker, RankingQuery
+from recsys.types import Candidates, Query
 
 
 class RankingStage:

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.pipeline.catalogue import BoolArray, Catalogue
+from recsys.data.catalogue import BoolArray, Catalogue
 from recsys.pipeline.config import ItemSelection, Pin, RerankingConfig
-from recsys.pipeline.types import Candidates, FloatArray, Int32Array, Query, Removal
+from recsys.types import Candidates, FloatArray, Int32Array, Query, Removal
 
 _CREATOR_HANDICAP = 1e3
 """larger than any relevance: a creator over the cap comes after everything else"""

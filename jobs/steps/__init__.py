@@ -1,0 +1,1 @@
+"""The steps from interactions to a published Bundle."""

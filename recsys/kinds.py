@@ -1,0 +1,99 @@
+"""Kinds: the members of a room, which a configuration names by ``kind``.
+
+A room (retrievers, sources, index kinds, reranking rules ...) lists its members in one table, a line each::
+
+    KINDS: Kinds[IndexConfig] = Kinds("index", {"flat": "recsys.index.flat:FlatIndex"})
+    AnyIndex = Annotated[IndexConfig, KINDS]      # the type of a field that takes any of them
+
+A member is imported when it is asked for, so a room costs what is used of it and its members do not import each other.
+An installed package adds a member with an entry point ``<room>.<kind>`` in the group ``recsys.kinds`` that names the
+class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import operator
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
+
+from recsys.config import StrictConfig, parse
+from recsys.errors import ConfigError
+
+GROUP = "recsys.kinds"
+"""entry-point group of third-party kinds"""
+MemberT = TypeVar("MemberT", bound=StrictConfig)
+
+
+class Kinds(Generic[MemberT]):
+    """The members of one room. As an annotation (``Annotated[Base, KINDS]``) it makes a field take any of them."""
+
+    def __init__(self, room: str, members: Mapping[str, str]) -> None:
+        """``members``: per kind ``"module:Class"``, the class's field ``kind`` being ``Literal[kind]``."""
+        self.room = room
+        self._places = dict(members)
+        self._classes: dict[str, type[MemberT]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kinds, in the order of the table, those of installed packages last."""
+        return (*self._places, *(name for name in self._added if name not in self._places))
+
+    def get(self, kind: str) -> type[MemberT]:
+        """The class of ``kind``.
+
+        :raises ConfigError: when the room has no such kind; it names the nearest one.
+        """
+        if kind not in self._classes:
+            if kind in self._places:
+                module, _, name = self._places[kind].partition(":")
+                self._classes[kind] = getattr(importlib.import_module(module), name)
+            elif kind in self._added:
+                self._classes[kind] = self._added[kind].load()
+            else:
+                near = difflib.get_close_matches(kind, self.names, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(
+                    f"{self.room} has no kind {kind!r}: {hint}kinds are {', '.join(self.names)}",
+                    room=self.room,
+                    kind=kind,
+                )
+        return self._classes[kind]
+
+    @property
+    def classes(self) -> tuple[type[MemberT], ...]:
+        """All classes; imports every member."""
+        return tuple(self.get(kind) for kind in self.names)
+
+    def parse(self, tree: Any, *, where: str) -> MemberT:
+        """The configuration in ``tree`` (a mapping with ``kind``, or a configuration already); imports that kind alone.
+
+        :raises ConfigError: when the kind is missing or unknown, or a key is wrong; it says ``where``.
+        """
+        if isinstance(tree, StrictConfig):
+            tree = tree.model_dump()
+        kind = tree.get("kind") if isinstance(tree, Mapping) else None
+        if not isinstance(kind, str):
+            raise ConfigError(f"{where}: name a kind; kinds of {self.room} are {', '.join(self.names)}", where=where)
+        return parse(self.get(kind), tree, where=where)
+
+    def union(self) -> Any:
+        """The discriminated union of all members; imports every one."""
+        members = self.classes
+        if len(members) == 1:
+            return members[0]
+        return Annotated[functools.reduce(operator.or_, members), Field(discriminator="kind")]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler.generate_schema(self.union())
+
+    @functools.cached_property
+    def _added(self) -> dict[str, Any]:
+        found = (entry for entry in entry_points(group=GROUP) if entry.name.split(".", 1)[0] == self.room)
+        return {entry.name.split(".", 1)[1]: entry for entry in found}

@@ -1,0 +1,1 @@
+"""Rankers: who score the candidates of one user."""

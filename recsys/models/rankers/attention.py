@@ -1,0 +1,317 @@
+"""A candidate-isolated ranker: every candidate attends to the user's history and meets its features in an MLP.
+
+Target attention after DIN (Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018), with
+multi-head scaled dot-product attention in place of DIN's activation unit, a learned null entry so that an empty
+history is ordinary, additive biases by recency rank and age, and the retrieval score as a residual. Trained with a
+listwise softmax over the retriever's own candidates (ListNet top-one, Cao et al., ICML 2007).
+
+Items enter by content (text vector and categories), not by id: the weights stay valid when the retriever is
+refitted, and a new item can be ranked at once. Every projection of an item alone is linear up to its use, so the
+export computes it once per item and keeps it as an int8 row (:mod:`recsys.models.rankers.export`).
+
+Shape legend: B queries, C candidates, L history, N items, E content dimension, D model dimension, H heads, M MLP width,
+F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recsys.data.features import FEATURE_NAMES, NUM_FEATURES, fixed_size_list, matrix
+from recsys.errors import ModelError
+from recsys.files import atomic_path, map_arrow, read_json, write_arrow, write_json
+from recsys.models.rankers.base import (
+    PADDING,
+    Ranker,
+    RankerConfig,
+    RankingBatch,
+    RankingCatalogue,
+    RankingItems,
+    load_ranking_items,
+    save_ranking_items,
+)
+from recsys.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from recsys.models.base import UpdateConfig
+    from recsys.models.rankers.examples import RankingExamples
+
+NUM_AGE_BUCKETS = 12
+MASKED = -20.0
+"""attention bias of an empty slot: nothing after the softmax, and small enough not to coarsen int8 steps"""
+HOUR_MS = 3_600_000.0
+
+
+class AttentionRankerConfig(RankerConfig):
+    """Target attention over the history and an MLP over features."""
+
+    kind: Literal["attention"] = "attention"
+    dim: int = Field(default=32, ge=8, description="model dimension; a multiple of num_heads")
+    num_heads: int = Field(default=2, ge=1, description="attention heads")
+    hidden: int = Field(default=64, ge=8, description="width of the MLP's first layer; the second has half")
+    dropout: float = Field(default=0.2, ge=0, lt=1, description="dropout of attention output and MLP, share of units")
+    left_out: tuple[str, ...] = Field(
+        default=(), description="features that are not read, by name; `python -m jobs.features` says which"
+    )
+
+    @field_validator("left_out")
+    @classmethod
+    def _known_features(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        strange = [name for name in names if name not in FEATURE_NAMES[1:]]
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)}: not a feature that can be left out of {', '.join(FEATURE_NAMES[1:])}"
+            )
+        return names
+
+    def fit(
+        self,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        *,
+        holdout: RankingExamples | None,
+        seed: int,
+    ) -> AttentionRanker:
+        content = catalogue.content
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = RankerNetwork(self, content.shape[1])
+        used = examples.batch.candidate_item_idx != PADDING
+        values = examples.batch.features[used] if used.any() else np.zeros((1, NUM_FEATURES), np.float32)
+        network.feature_mean.copy_(torch.from_numpy(values.mean(axis=0)))
+        spread = values.std(axis=0)
+        # A feature that was constant in training tells nothing, and must not shout when it varies in serving.
+        scale = np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)
+        scale[[FEATURE_NAMES.index(name) for name in self.left_out]] = 0.0
+        network.feature_scale.copy_(torch.from_numpy(scale))
+
+        return self._trained(network, examples, catalogue, runtime, holdout, seed)
+
+    def update(
+        self,
+        fitted: Ranker,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        how: UpdateConfig,
+        *,
+        seed: int,
+    ) -> AttentionRanker:
+        """Train on from the weights of ``fitted``, whose features keep their scale."""
+        assert isinstance(fitted, AttentionRanker)
+        network = RankerNetwork(self, catalogue.content.shape[1])
+        network.load_state_dict(fitted.network.state_dict())
+        train = {"epochs": how.epochs, "learning_rate": self.learning_rate * how.rate}
+        done = self.model_copy(update=train)._trained(network, examples, catalogue, runtime, None, seed)
+        return AttentionRanker(self, network, done.items, done.projected, done.history, uses_time=fitted.uses_time)
+
+    def _trained(
+        self,
+        network: RankerNetwork,
+        examples: RankingExamples,
+        catalogue: RankingCatalogue,
+        runtime: Runtime,
+        holdout: RankingExamples | None,
+        seed: int,
+    ) -> AttentionRanker:
+        from recsys.models.rankers.loop import listwise_loss, train_ranker
+
+        content = catalogue.content
+
+        def ranker(history: Sequence[Mapping[str, float]] = ()) -> AttentionRanker:
+            projected = project(network, content)
+            return AttentionRanker(self, network, catalogue.items, projected, history, uses_time=examples.uses_time)
+
+        def loss(model: nn.Module, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+            return listwise_loss(model(*_inputs(batch, content, runtime.device)), batch, relevant)
+
+        history = train_ranker(
+            network,
+            examples,
+            loss=loss,
+            scorer=lambda: ranker().score,
+            config=self,
+            runtime=runtime,
+            holdout=holdout,
+            seed=seed,
+        )
+        return ranker(history)
+
+    def load(self, folder: Path) -> AttentionRanker:
+        return AttentionRanker.load(folder, self)
+
+
+class RankerNetwork(nn.Module):
+    """The trained weights. ``content`` is the item's raw content vector, projected by ``item``."""
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+
+    def __init__(self, config: AttentionRankerConfig, content_dim: int) -> None:
+        super().__init__()
+        if config.dim % config.num_heads:
+            raise ModelError(f"ranker.dim {config.dim} must be a multiple of ranker.num_heads {config.num_heads}")
+        dim, heads, hidden = config.dim, config.num_heads, config.hidden
+        self.num_heads = heads
+        self.item = nn.Linear(content_dim, dim)
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.null_key = nn.Parameter(torch.zeros(dim))
+        self.null_value = nn.Parameter(torch.zeros(dim))
+        self.rank_bias = nn.Parameter(torch.zeros(config.max_history, heads))
+        self.age_bias = nn.Parameter(torch.zeros(NUM_AGE_BUCKETS, heads))
+        self.candidate = nn.Linear(dim, hidden, bias=False)
+        self.attended = nn.Linear(dim, hidden, bias=False)
+        self.features = nn.Linear(NUM_FEATURES, hidden)
+        self.middle = nn.Linear(hidden, hidden // 2)
+        self.out = nn.Linear(hidden // 2, 1)
+        self.retrieval_weight = nn.Parameter(torch.ones(()))
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("feature_mean", torch.zeros(NUM_FEATURES))
+        self.register_buffer("feature_scale", torch.ones(NUM_FEATURES))
+        # A fresh ranker keeps the retriever's order; training only has to improve on it.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def history_bias(self, age_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Additive attention bias [B, L, H]; ``MASKED`` where the slot is empty."""
+        bucket = torch.log2(age_BL / HOUR_MS + 1.0).long().clamp(max=NUM_AGE_BUCKETS - 1)
+        bias_BLH = self.rank_bias + self.age_bias[bucket]
+        return bias_BLH.masked_fill(~mask_BL.unsqueeze(-1), MASKED)
+
+    def forward(
+        self, content_BCE: Tensor, history_BLE: Tensor, age_BL: Tensor, mask_BL: Tensor, features_BCF: Tensor
+    ) -> Tensor:
+        """Scores [B, C] from raw content: the form that is trained."""
+        return self.score(self.item(content_BCE), self.item(history_BLE), age_BL, mask_BL, features_BCF)
+
+    def score(
+        self, candidate_BCD: Tensor, history_BLD: Tensor, age_BL: Tensor, mask_BL: Tensor, features_BCF: Tensor
+    ) -> Tensor:
+        """Scores [B, C] from projected items."""
+        return self.head(
+            self.query(candidate_BCD),
+            self.candidate(candidate_BCD),
+            self.key(history_BLD),
+            self.value(history_BLD),
+            self.history_bias(age_BL, mask_BL),
+            features_BCF,
+        )
+
+    def head(
+        self,
+        query_BCD: Tensor,
+        candidate_BCM: Tensor,
+        key_BLD: Tensor,
+        value_BLD: Tensor,
+        bias_BLH: Tensor,
+        features_BCF: Tensor,
+    ) -> Tensor:
+        """Scores [B, C] from what each item gives by itself; this part runs per request."""
+        heads = self.num_heads
+        null_key, null_value = (vector.expand(key_BLD.shape[0], 1, -1) for vector in (self.null_key, self.null_value))
+        key_BHKD = _split(torch.cat([null_key, key_BLD], 1), heads)
+        value_BHKD = _split(torch.cat([null_value, value_BLD], 1), heads)
+        bias_BHK = functional.pad(bias_BLH.transpose(1, 2), (1, 0))
+        query_BHCD = _split(query_BCD, heads) * (query_BCD.shape[-1] // heads) ** -0.5
+        weights_BHCK = torch.softmax(query_BHCD @ key_BHKD.transpose(-1, -2) + bias_BHK.unsqueeze(2), dim=-1)
+        attended_BCD = (weights_BHCK @ value_BHKD).transpose(1, 2).flatten(2)
+        normalised_BCF = (features_BCF - self.feature_mean) * self.feature_scale
+        hidden_BCM = candidate_BCM + self.attended(self.dropout(attended_BCD)) + self.features(normalised_BCF)
+        hidden_BCM = self.dropout(functional.relu(hidden_BCM))
+        hidden_BCM = self.dropout(functional.relu(self.middle(hidden_BCM)))
+        return self.out(hidden_BCM).squeeze(-1) + self.retrieval_weight * features_BCF[..., 0]
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[B, S, D] to [B, H, S, D / H]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class AttentionRanker(Ranker):
+    """A fitted network with the projected content of the items it ranks: the fp32 reference of every export."""
+
+    config: AttentionRankerConfig
+
+    def __init__(
+        self,
+        config: AttentionRankerConfig,
+        network: RankerNetwork,
+        items: RankingItems,
+        projected: NDArray[np.float32],
+        history: Sequence[Mapping[str, float]] = (),
+        *,
+        uses_time: bool,
+    ) -> None:
+        self.config = config
+        self.network = network.eval()
+        self.items = items
+        self.projected = projected
+        """float32 [N, D]: ``network.item`` of every item's content"""
+        self.max_history = config.max_history
+        self.uses_time = uses_time
+        self.history = history
+
+    def with_items(self, catalogue: RankingCatalogue) -> AttentionRanker:
+        projected = project(self.network, catalogue.content)
+        return AttentionRanker(
+            self.config, self.network, catalogue.items, projected, self.history, uses_time=self.uses_time
+        )
+
+    def score(self, batch: RankingBatch) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return self.network.score(*_inputs(batch, self.projected, self.network.null_key.device)).cpu().numpy()
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / "model.safetensors") as temporary:
+            save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
+        save_ranking_items(self.items, folder)
+        write_arrow(folder / "projected.arrow", pa.table({"vector": fixed_size_list(self.projected)}))
+        write_json(folder / "fit.json", {"uses_time": self.uses_time, "history": [dict(row) for row in self.history]})
+        write_json(folder / "config.json", self.config.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: str | Path, config: AttentionRankerConfig) -> AttentionRanker:
+        folder = Path(folder)
+        items = load_ranking_items(folder)
+        weights = load_file(folder / "model.safetensors")
+        network = RankerNetwork(config, weights["item.weight"].shape[1])
+        network.load_state_dict(weights)
+        projected = matrix(map_arrow(folder / "projected.arrow")["vector"])
+        fit = read_json(folder / "fit.json")
+        return cls(config, network, items, projected, fit["history"], uses_time=fit["uses_time"])
+
+
+@torch.inference_mode()
+def project(network: RankerNetwork, content: NDArray[np.float32], chunk: int = 65536) -> NDArray[np.float32]:
+    """float32 [N, D]: ``network.item`` of every row of ``content``."""
+    device = network.null_key.device
+    parts = [network.item(torch.tensor(content[row : row + chunk]).to(device)) for row in range(0, len(content), chunk)]
+    return torch.cat(parts).cpu().numpy()
+
+
+def _inputs(batch: RankingBatch, table: NDArray[np.float32], device: torch.device) -> tuple[Tensor, ...]:
+    """The network's arguments for a batch, items looked up in ``table`` (which may be memory-mapped)."""
+    tensors = (
+        torch.from_numpy(table[np.maximum(batch.candidate_item_idx, 0)]),
+        torch.from_numpy(table[np.maximum(batch.history_item_idx, 0)]),
+        torch.tensor(batch.history_age_ms),  # a copy: what came through Ray's object store is read-only
+        torch.from_numpy(batch.history_item_idx != PADDING),
+        torch.tensor(batch.features),
+    )
+    return tuple(tensor.to(device) for tensor in tensors)

@@ -1,0 +1,1 @@
+"""Retrievers: who find candidates among all items, by family."""

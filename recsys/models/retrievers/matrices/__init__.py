@@ -1,0 +1,1 @@
+"""By factors or weights fitted to the matrix of interactions."""

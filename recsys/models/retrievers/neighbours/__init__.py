@@ -1,0 +1,1 @@
+"""By likeness of items, of users or of words."""

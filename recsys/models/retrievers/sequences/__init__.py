@@ -1,0 +1,1 @@
+"""By networks that read a history in order."""

@@ -1,0 +1,1 @@
+"""By networks that make user vectors and item vectors for each other."""

@@ -1,0 +1,1 @@
+"""The Serve graph: deployments, batches, and what crosses between them."""

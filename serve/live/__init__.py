@@ -1,0 +1,1 @@
+"""What is served now: Bundles, canaries, changes of the catalogue."""
