@@ -7,6 +7,7 @@ Markdown, one HTML page) is written anew after each of them, into ``WORKDIR/SUIT
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -38,6 +39,7 @@ from jobs.external import run_program
 from jobs.steps import embed, prepare, train_encoder
 from jobs.steps.train_ranker import ranking_embeddings
 from recsys.config import StrictConfig, load_config
+from recsys.data.catalogue import Catalogue
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.features import ItemFeatures, matrix
@@ -55,8 +57,10 @@ from recsys.models.rankers.examples import RankingExamples
 from recsys.models.retrievers.neighbours.item_knn import ItemKNN
 from recsys.models.retrievers.popularity import Popularity
 from recsys.models.text.encoder import TextEncoderConfig
-from recsys.pipeline.offline import retrieval_stage, retrieved_examples, staged
-from recsys.pipeline.stages.ranking import RankingStage
+from recsys.pipeline.build import Parts
+from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.offline import OfflinePipeline, retrieved_examples
+from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
 
 SUITES = Path("configs/benchmark")
@@ -356,14 +360,19 @@ def _train_ranker(
     features = ItemFeatures.of(dataset, Split.TRAIN)
     content = item_content(text, features)
     items = RankingItems.of(features, ranking_embeddings(retriever, content))
-    stage = retrieval_stage(FlatIndex(), dataset, retriever)
-    asked = {"num_candidates": system.num_candidates, "max_history": _MAX_HISTORY}
-    valid = dataset.targets(Split.VALID)
-    if dataset.info.protocol == "next_basket":  # its first view has repeats
-        valid = replace(valid, seen=replace(valid.seen, stops=valid.seen.starts))
+    catalogue = Catalogue.build(dataset.items)
+    repeats = dataset.info.protocol == "next_basket"  # its first view has them
+    pipeline = PipelineConfig(
+        num_candidates=system.num_candidates, max_history=_MAX_HISTORY, repeat_after_days=0 if repeats else None
+    )
+    valid = replace(dataset.targets(Split.VALID), repeats=repeats)
     sampling = config.evaluation.model_copy(update={"max_queries": _MAX_RANKER_QUERIES, "seed": seed})
     examples = retrieved_examples(
-        stage, select(valid, sample_queries(valid, sampling)), items, **asked, ranker_history=model.max_history
+        Parts.of_models(catalogue, retriever, FlatIndex()),
+        pipeline,
+        select(valid, sample_queries(valid, sampling)),
+        items,
+        model.max_history,
     )
     train, holdout = examples.split_by_user(_HOLDOUT_SHARE, seed)
     payload = RankerPayload(model, RankingCatalogue(items, content, dataset.items), train, holdout, seed)
@@ -375,9 +384,13 @@ def _train_ranker(
     discard(fitted)
     summed = {name: training[name] + own[name] for name in ("train_seconds", "cpu_seconds", "num_parameters")}
     peak = max(training["peak_memory_bytes"], own["peak_memory_bytes"])
-    ranking = RankingStage("", load_ranker(folder / "ranker"))
-    rank_fn = staged([stage, ranking], **asked, depth=config.evaluation.depth)
-    return rank_fn, {**training, **summed, "peak_memory_bytes": peak}
+    parts = Parts.of_models(catalogue, retriever, FlatIndex(), load_ranker(folder / "ranker"))
+    ranked = OfflinePipeline(parts, pipeline, stages=(RETRIEVAL, RANKING))
+    return functools.partial(ranked.rank, depth=config.evaluation.depth), {
+        **training,
+        **summed,
+        "peak_memory_bytes": peak,
+    }
 
 
 def recommend_ms(rank_fn: RankFn, targets: Targets, num_queries: int = 50) -> float:

@@ -100,7 +100,7 @@ def ranker(targets: Targets, ranked: pa.Table, command: str) -> RankFn:
     def rank(batch: Targets) -> NDArray[np.int32]:
         rows = np.array([row_of[int(stop)] for stop in batch.histories.stops], np.int64)
         # Nothing is left out for a user who has seen nothing, or where repeats are asked for.
-        return np.where(batch.seen.lengths[:, None] > 0, new[rows], every[rows])
+        return np.where(batch.left_out.lengths[:, None] > 0, new[rows], every[rows])
 
     return rank
 

@@ -9,11 +9,12 @@ Bundle that answers as it is; what it may leave besides (scratch files, a trial 
 from __future__ import annotations
 
 import fcntl
+import functools
 import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,10 +61,9 @@ from recsys.online.learn import (
     teach_retriever,
 )
 from recsys.online.log import GrownLog, grow, with_unknown
-from recsys.pipeline.offline import staged
-from recsys.pipeline.popular import PopularItems
-from recsys.pipeline.stages.ranking import RankingStage
-from recsys.pipeline.stages.retrieval import RetrievalStage
+from recsys.pipeline.build import NO_POPULAR, Parts, Popular
+from recsys.pipeline.offline import OfflinePipeline
+from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
 
 console = Console(stderr=True)
@@ -214,36 +214,21 @@ class _Models:
     ranker: Ranker | None
     names: tuple[str, ...]
 
-    def stage(self, job: JobConfig, retriever: Retriever) -> RetrievalStage:
-        """Retrieval as it will be served."""
-        index = job.index.build(retriever.item_vectors()) if isinstance(retriever, VectorRetriever) else None
-        return RetrievalStage("", retriever, index, self.live.catalogue())
+    def parts(self, job: JobConfig, popular: Popular = NO_POPULAR) -> Parts:
+        """What the child will be served from."""
+        return Parts.of_models(self.live.catalogue(), self.retriever, job.index, self.ranker, popular)
 
     def contestants(self, job: JobConfig, dataset: Dataset) -> tuple[Contestant, Contestant]:
         """The parent with what stands in for new items, and the child."""
-        live = self.live
-        index = live.index() if live.has("index") else None
-        before = RetrievalStage("", live.retriever(), index, live.catalogue())
-        sides = [
-            (before, live.ranker() if live.has("ranker") else None),
-            (self.stage(job, self.retriever), self.ranker),
-        ]
-        asked = {
-            "num_candidates": job.pipeline.num_candidates,
-            "max_history": job.pipeline.max_history,
-            "depth": job.evaluation.depth,
-        }
-        newcomers: PopularItems | None = None
-        if job.pipeline.newcomers == "popular":
-            newcomers = PopularItems(dataset.num_items, *popular(job, dataset, Split.VALID))
-        made = [
-            Contestant(
-                staged([stage] if ranker is None else [stage, RankingStage("", ranker)], newcomers, **asked),
-                stage.retriever,
-            )
-            for stage, ranker in sides
-        ]
-        return made[0], made[1]
+        found = popular(job, dataset, Split.VALID)  # the same for both
+        before = replace(Parts.of_bundle(self.live), popular=lambda: found)
+        hides = dataset.hides(job.data.positives)
+
+        def contestant(parts: Parts) -> Contestant:
+            ranked = OfflinePipeline(parts, job.pipeline, stages=(RETRIEVAL, RANKING), hides=hides)
+            return Contestant(functools.partial(ranked.rank, depth=job.evaluation.depth), parts.retriever())
+
+        return contestant(before), contestant(self.parts(job, found))
 
     def finished(self, job: JobConfig, dataset: Dataset, online: OnlineConfig, scratch: Path) -> _Models:
         """What passed the gate, once it has learned what judged it, too."""
@@ -251,7 +236,7 @@ class _Models:
         retriever = _taught(job, self.retriever, data, online, scratch / "last")
         if self.ranker is None:
             return _Models(self.live, self.text, retriever, None, self.names)
-        lesson = (self.stage(job, self.retriever), Split.TEST, self.ranker, self.text, self.names)
+        lesson = (self.parts(job), Split.TEST, self.ranker, self.text, self.names)
         taught, examples = _taught_ranker(job, dataset, *lesson, online)
         now = ranking_catalogue(dataset, Split.TEST, embeddings_of(retriever), self.text, self.names)
         ranker = compressed_like(self.ranker, taught.with_items(now), job.ranking.export, examples)
@@ -271,8 +256,7 @@ def _learned(job: JobConfig, live: Bundle, log: GrownLog, online: OnlineConfig, 
         return _Models(live, text, retriever, None, ())
     served = base.ranker()
     names = category_names(served, base.catalogue().table())
-    index = live.index() if live.has("index") else None
-    before = RetrievalStage("", live.retriever(), index, live.catalogue())
+    before = Parts.of_bundle(live)
     taught, examples = _taught_ranker(job, dataset, before, Split.VALID, served, text, names, online)
     now = ranking_catalogue(dataset, Split.VALID, embeddings_of(retriever), text, names)
     ranker = compressed_like(served, taught.with_items(now), job.ranking.export, examples)
@@ -282,16 +266,16 @@ def _learned(job: JobConfig, live: Bundle, log: GrownLog, online: OnlineConfig, 
 def _taught_ranker(
     job: JobConfig,
     dataset: Dataset,
-    stage: RetrievalStage,
+    parts: Parts,
     split: Split,
     fitted: Ranker,
     text: NDArray[np.float32] | None,
     names: tuple[str, ...],
     online: OnlineConfig,
 ) -> tuple[Ranker, RankingExamples]:
-    """``fitted`` once it has learned ``split`` among the candidates of a ``stage`` that has not, and its examples."""
-    known = ranking_catalogue(dataset, Split(split - 1), embeddings_of(stage.retriever), text, names)
-    examples = ranking_lesson(stage, dataset, split, known, job.pipeline, fitted.max_history, online)
+    """``fitted`` once it has learned ``split`` among the candidates of ``parts`` that have not, and its examples."""
+    known = ranking_catalogue(dataset, Split(split - 1), embeddings_of(parts.retriever()), text, names)
+    examples = ranking_lesson(parts, dataset, split, known, job.pipeline, fitted.max_history, online)
     return teach_ranker(fitted, examples, known, job.compute.runtime(), online), examples
 
 

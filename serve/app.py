@@ -13,7 +13,8 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from recsys.bundle import Bundle
-from serve.config import STAGES, ScalingConfig, ServeConfig
+from recsys.pipeline.stage import STAGES
+from serve.config import ScalingConfig, ServeConfig
 from serve.graph.deployments import Gateway, StageDeployment
 
 APP_NAME = "recsys"

@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.events import AnyEventStore, SqliteEventStoreConfig
+from recsys.pipeline.stage import RERANKING, StageName
 from serve.live.canary import CanaryConfig
 from serve.observe.logs import LogLevel
 
-STAGES = ("retrieval", "ranking", "reranking")
 IMPRESSION = "impression"
 """the event that something was shown"""
 
@@ -142,8 +142,8 @@ class ServeConfig(StrictConfig):
     retrieval: StageConfig = Field(default=StageConfig(), description="finds candidates")
     ranking: StageConfig = Field(default=StageConfig(), description="scores candidates")
     reranking: StageConfig = Field(default=StageConfig(), description="orders the slate")
-    local_stages: tuple[Literal["retrieval", "ranking", "reranking"], ...] = Field(
-        default=("reranking",),
+    local_stages: tuple[StageName, ...] = Field(
+        default=(RERANKING,),
         description="stages that run inside the gateway in topology graph, too: they save a hop and do not scale "
         "alone; reranking takes a fraction of the time of a hop",
     )
@@ -160,4 +160,4 @@ class ServeConfig(StrictConfig):
 
     def stage(self, name: str) -> StageConfig:
         """The settings of one stage."""
-        return {"retrieval": self.retrieval, "ranking": self.ranking, "reranking": self.reranking}[name]
+        return getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,10 @@ from recsys.data.dataset import Dataset, Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
 from recsys.evaluation.report import build_report
 from recsys.models import load_ranker, load_retriever
-from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
-from recsys.pipeline.offline import retrieval_stage, staged
-from recsys.pipeline.popular import PopularItems
-from recsys.pipeline.stage import Stage
-from recsys.pipeline.stages.ranking import RankingStage
-from recsys.pipeline.stages.reranking import RerankingStage
+from recsys.models.base import FitData, RetrieverConfig
+from recsys.pipeline.build import Parts
+from recsys.pipeline.offline import OfflinePipeline
+from recsys.pipeline.stage import RETRIEVAL
 from recsys.training.runtime import Runtime
 
 STEP = "evaluate"
@@ -33,22 +32,19 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         dataset = Dataset.load(prepared.path)
         targets = dataset.targets(Split.TEST)
         model = load_retriever(retriever.path / "judged")
-        stages: list[Stage] = [retrieval_stage(config.index, dataset, model)]
-        stages.append(RankingStage("", load_ranker(ranker.path / "judged")))
-        catalogue = Catalogue.build(dataset.items)
-        embeddings = model.item_embeddings() if isinstance(model, VectorRetriever) else None
-        served = [*stages, RerankingStage("", catalogue, config.pipeline.reranking, item_embeddings=embeddings)]
-        asked = {
-            "num_candidates": config.pipeline.num_candidates,
-            "max_history": config.pipeline.max_history,
-            "depth": config.evaluation.depth,
-        }
-        newcomers: PopularItems | None = None
-        if config.pipeline.newcomers == "popular":
-            newcomers = PopularItems(dataset.num_items, *popular(config, dataset, Split.VALID))
+        parts = Parts.of_models(
+            Catalogue.build(dataset.items),
+            model,
+            config.index,
+            load_ranker(ranker.path / "judged"),
+            popular(config, dataset, Split.VALID),
+        )
+        hides = dataset.hides(config.data.positives)
+        served = OfflinePipeline(parts, config.pipeline, hides=hides)
+        retrieval = OfflinePipeline(parts, config.pipeline, stages=(RETRIEVAL,), hides=hides)
         systems: dict[str, RankFn] = {
-            "served": staged(served, newcomers, **asked),
-            "retrieval": staged(stages[:1], **asked),
+            name: functools.partial(pipeline.rank, depth=config.evaluation.depth)
+            for name, pipeline in (("served", served), ("retrieval", retrieval))
         }
         baselines: list[str] = []
         for baseline in config.baselines:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,9 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.files import atomic_path, write_parquet
 from recsys.models import load_ranker, load_retriever
-from recsys.models.base import VectorRetriever
+from recsys.pipeline.build import Parts
 from recsys.pipeline.config import ExplorationConfig
-from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
-from recsys.pipeline.stage import Stage
-from recsys.pipeline.stages.ranking import RankingStage
-from recsys.pipeline.stages.reranking import RerankingStage
-from recsys.pipeline.users import Profile
-from recsys.types import Int32Array
+from recsys.pipeline.offline import OfflinePipeline
 
 STEP = "recommend"
 FILE = "slates.parquet"
@@ -90,33 +84,22 @@ class SlateMaker:
         prepared, retriever, ranker = paths
         self._config, self._target = config, target
         self._dataset = Dataset.load(prepared)
-        model = load_retriever(retriever)
-        embeddings = model.item_embeddings() if isinstance(model, VectorRetriever) else None
+        parts = Parts.of_models(
+            Catalogue.build(self._dataset.items), load_retriever(retriever), config.index, load_ranker(ranker)
+        )
         # What is kept for days must not hang on one throw of the dice.
         reranking = config.pipeline.reranking.model_copy(update={"exploration": ExplorationConfig()})
-        self._stages: list[Stage] = [
-            retrieval_stage(config.index, self._dataset, model),
-            RankingStage("", load_ranker(ranker)),
-            RerankingStage("", Catalogue.build(self._dataset.items), reranking, item_embeddings=embeddings),
-        ]
+        self._pipeline = OfflinePipeline(
+            parts,
+            config.pipeline.model_copy(update={"reranking": reranking}),
+            hides=self._dataset.hides(config.data.positives),
+        )
         self._everybody = self._dataset.everybody()
 
     def make(self, part: int) -> int:
         """Write the part of the users from number ``part`` on; how many they are."""
         users = self._everybody[part : part + PART_USERS]
-        pipeline = self._config.pipeline
-        queries = queries_of(
-            users,
-            num_candidates=max(pipeline.num_candidates, self._config.slates.top_k),
-            max_history=pipeline.max_history,
-            top_k=self._config.slates.top_k,
-        )
-        if pipeline.repeat_after_days is not None:
-            queries = [
-                replace(query, excluded_item_idx=self._excluded(user, query.now_ms))
-                for user, query in zip(users.user_idx.tolist(), queries, strict=True)
-            ]
-        slates = run_stages(self._stages, queries)
+        slates = self._pipeline.slates(users, self._config.slates.top_k)
         offsets = pa.array(np.cumsum([0, *map(len, slates)]), pa.int32())
         items = pa.array(np.concatenate([slate.item_idx for slate in slates]), pa.int32())
         scores = pa.array(np.concatenate([slate.score for slate in slates]), pa.float32())
@@ -126,16 +109,6 @@ class SlateMaker:
         table = pa.table([user_ids, *lists], names=[schema.USER_ID, "item_ids", schema.ITEM_IDX, "scores"])
         write_parquet(_part(self._target, part), table)
         return len(users)
-
-    def _excluded(self, user: int, now_ms: int) -> Int32Array:
-        """What a server would leave out: hidden items, and those met too short a time ago."""
-        log, pipeline = self._dataset.log, self._config.pipeline
-        rows = slice(int(log.user_offsets[user]), int(log.user_offsets[user + 1]))
-        told = self._dataset.interactions[rows.start : rows.stop]
-        weights, negative = self._config.data.positives.judge(told[schema.EVENT], told[schema.VALUE])
-        times = np.zeros(len(told), np.int64) if log.timestamp_ms is None else log.timestamp_ms[rows]
-        profile = Profile.resolve(log.item_idx[rows], times, weights > 0, negative, pipeline.max_history)
-        return profile.excluded(now_ms, pipeline.repeat_after_days)
 
 
 def _part(folder: Path, start: int) -> Path:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from jobs._ray import discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
+from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, matrix
 from recsys.evaluation.protocol import sample_queries, select
@@ -34,7 +35,8 @@ from recsys.models.rankers.attention import AttentionRanker
 from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.export import choose_export, export_ranker
-from recsys.pipeline.offline import retrieval_stage, retrieved_examples
+from recsys.pipeline.build import Parts
+from recsys.pipeline.offline import retrieved_examples
 from recsys.training.runtime import Runtime
 
 STEP = "ranker"
@@ -88,18 +90,14 @@ def learned_from(
     features = ItemFeatures.of(dataset, Split.TRAIN)
     content = item_content(text_vectors(embedded), features)
     items = RankingItems.of(features, ranking_embeddings(base_retriever, content))
-    stage = retrieval_stage(config.index, dataset, base_retriever)
+    parts = Parts.of_models(Catalogue.build(dataset.items), base_retriever, config.index)
+    pipeline = config.pipeline.model_copy(update={"num_candidates": config.ranking.num_candidates})
     sampling = config.evaluation.model_copy(update={"max_queries": config.ranking.max_queries, "seed": config.seed})
 
     def examples(split: Split) -> RankingExamples:
         targets = dataset.targets(split)
         return retrieved_examples(
-            stage,
-            select(targets, sample_queries(targets, sampling)),
-            items,
-            num_candidates=config.ranking.num_candidates,
-            max_history=config.pipeline.max_history,
-            ranker_history=model.max_history,
+            parts, pipeline, select(targets, sample_queries(targets, sampling)), items, model.max_history
         )
 
     valid = examples(Split.VALID)

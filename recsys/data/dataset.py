@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from recsys import schema
 from recsys.arrow import pc
 from recsys.config import StrictConfig
 from recsys.data.histories import Histories
+from recsys.data.positives import PositivePolicy
 from recsys.errors import DataError
 from recsys.files import read_json, write_json, write_parquet
 
@@ -81,13 +82,20 @@ class Targets:
     histories: Histories
     """positives before the target"""
     seen: Histories
-    """every interaction before the target, positives or not: what a served slate excludes"""
+    """every interaction before the target, positives or not"""
     relevant_item_idx: NDArray[np.int32]
     """int32 [R]"""
     relevant_offsets: NDArray[np.int64]
     """int64 [B+1]"""
     now_ms: NDArray[np.int64] | None
     """int64 [B]: when the target happened, or None where the data has order only"""
+    repeats: bool = False
+    """whether an item that was seen before may be an answer"""
+
+    @property
+    def left_out(self) -> Histories:
+        """What may not be an answer: what was seen, unless it may be repeated."""
+        return replace(self.seen, stops=self.seen.starts) if self.repeats else self.seen
 
     def __len__(self) -> int:
         return len(self.user_idx)
@@ -105,6 +113,7 @@ class Targets:
             self.relevant_item_idx[lo:hi],
             self.relevant_offsets[start : stop + 1] - lo,
             None if self.now_ms is None else self.now_ms[rows],
+            self.repeats,
         )
 
     def relevant(self, row: int) -> NDArray[np.int32]:
@@ -210,6 +219,10 @@ class Dataset:
             relevant_offsets=np.zeros(num_users + 1, np.int64),
             now_ms=None if now_ms is None else np.full(num_users, now_ms, np.int64),
         )
+
+    def hides(self, policy: PositivePolicy) -> NDArray[np.bool_]:
+        """bool [R]: the rows of :attr:`log` that say that their user wants no more of an item."""
+        return policy.judge(self.interactions[schema.EVENT], self.interactions[schema.VALUE])[1]
 
     @cached_property
     def _is_positive(self) -> NDArray[np.bool_]:

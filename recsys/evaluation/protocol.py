@@ -1,7 +1,7 @@
 """Evaluation of any ranking system on the queries of a split: checked for leaks, warm and cold apart.
 
 A *system* is a function from :class:`~recsys.data.dataset.Targets` to ranked items. It must rank the whole catalogue
-and leave out ``targets.seen``; both are checked, so that systems are compared on equal terms.
+and leave out ``targets.left_out``; both are checked, so that systems are compared on equal terms.
 
 A *view* says what may be asked for. ``new``: items the user has not seen; seen items are excluded and are not
 relevant, and a query with nothing else relevant is left out (and counted). ``with_repeats``: everything; the system
@@ -172,7 +172,7 @@ def retriever_ranker(retriever: Retriever, dataset: Dataset, config: EvaluationC
                 f"scores of shape {scores.shape} for {len(targets)} queries and {dataset.num_items} items: "
                 "a retriever is judged on the whole catalogue"
             )
-        return rank_scores(scores, targets.seen, config.depth)
+        return rank_scores(scores, targets.left_out, config.depth)
 
     return rank
 
@@ -294,6 +294,7 @@ def select(targets: Targets, rows: NDArray[np.int64]) -> Targets:
         targets.relevant_item_idx[gather],
         offsets,
         None if targets.now_ms is None else targets.now_ms[rows],
+        targets.repeats,
     )
 
 
@@ -349,8 +350,7 @@ def _evaluate_view(
     if view == "new":
         wanted &= _not_seen(targets, num_items)
     else:
-        empty = replace(targets.seen, stops=targets.seen.starts)
-        targets = replace(targets, seen=empty)
+        targets = replace(targets, repeats=True)
     asked, kept = _keep_relevant(targets, wanted)
     if not len(asked):
         raise EmptyDataError(f"{name}: no query has a relevant item in the view {view!r}", system=name, view=view)
@@ -407,7 +407,7 @@ def _checked(name: str, ranked: NDArray[np.int32], targets: Targets, num_items: 
     refuse((ranked[:, :-1] < 0) & (ranked[:, 1:] >= 0), "goes on after a -1")
     ordered = np.sort(ranked, axis=1)
     refuse((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0), "holds an item twice")
-    packed = targets.seen.pack()
+    packed = targets.left_out.pack()
     seen = metrics.hits(ranked, packed.item_idx, packed.offsets, num_items)
     refuse(seen, "holds an item that the user has seen")
     return ranked

@@ -18,9 +18,9 @@ from recsys.models.rankers.export import ExportConfig, ExportedRanker, export_ra
 from recsys.models.stand_in import StandIns
 from recsys.online.config import OnlineConfig
 from recsys.online.replay import lesson_of
+from recsys.pipeline.build import Parts
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.offline import retrieved_examples
-from recsys.pipeline.stages.retrieval import RetrievalStage
 from recsys.training.runtime import Runtime
 
 FloatArray = NDArray[np.float32]
@@ -82,7 +82,7 @@ def ranking_catalogue(
 
 
 def ranking_lesson(
-    stage: RetrievalStage,
+    parts: Parts,
     dataset: Dataset,
     split: Split,
     catalogue: RankingCatalogue,
@@ -90,16 +90,11 @@ def ranking_lesson(
     max_history: int,
     online: OnlineConfig,
 ) -> RankingExamples:
-    """The new events of ``split`` among the candidates of a ``stage`` that has not learned them."""
+    """The new events of ``split`` among the candidates of ``parts`` that have not learned them."""
     targets = dataset.targets(split)
     some = EvaluationConfig(max_queries=online.max_ranking_queries, seed=online.seed)
     return retrieved_examples(
-        stage,
-        select(targets, sample_queries(targets, some)),
-        catalogue.items,
-        num_candidates=pipeline.num_candidates,
-        max_history=pipeline.max_history,
-        ranker_history=max_history,
+        parts, pipeline, select(targets, sample_queries(targets, some)), catalogue.items, max_history
     )
 
 

@@ -16,21 +16,21 @@ import time
 import uuid
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from recsys.bundle import Bundle, GoldenQuery
 from recsys.bundle.slates import Slates
 from recsys.data.catalogue import Catalogue
 from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleError, EventStoreError, RequestError
 from recsys.events import UserState
+from recsys.pipeline.build import Parts, build_runner, build_stages, local, warm_up
 from recsys.pipeline.config import PipelineConfig
-from recsys.pipeline.hard_rules import HardRules
-from recsys.pipeline.popular import CATALOGUE, POPULAR, PopularItems
+from recsys.pipeline.popular import CATALOGUE, POPULAR
 from recsys.pipeline.requests import (
     HistoryItem,
     Recommendation,
@@ -43,14 +43,10 @@ from recsys.pipeline.requests import (
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.search import SEARCH, TextSearch
 from recsys.pipeline.similarity import ItemSimilarity
-from recsys.pipeline.stage import AsyncStage, Stage
-from recsys.pipeline.stages import STAGES, build_stage
+from recsys.pipeline.stage import AsyncStage
 from recsys.pipeline.stages.reranking import PINNED
-from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates
-from recsys.types import Candidates, Filters, FloatArray, Int32Array, Query
-
-if TYPE_CHECKING:
-    from recsys.bundle import Bundle, GoldenQuery
+from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates, query_of
+from recsys.types import Candidates, Filters, Int32Array, Query
 
 ResultT = TypeVar("ResultT")
 STATE = "state"
@@ -113,15 +109,19 @@ class Recommender:
 
         ``users`` None knows nobody; ``config`` defaults to the Bundle's.
         """
-        catalogue = bundle.catalogue()
-        config = config or bundle.pipeline_config
-        stages = local_stages(bundle, config, inline=True) if stages is None else stages
-        item_idx, score = bundle.popular() if bundle.has("popular.arrow") else (NOBODY.item_idx, _NO_SCORES)
-        runner = Runner(stages, HardRules(catalogue), PopularItems(len(catalogue), item_idx, score), config)
-        similarity = ItemSimilarity.of(bundle)
-        slates = bundle.slates() if bundle.has("slates.arrow") else None
-        policy, words = bundle.positive_policy, TextSearch.of(bundle)
-        return cls(catalogue, runner, users, policy, bundle.bundle_id, config, similarity, slates, words)
+        parts, config = Parts.of_bundle(bundle), config or bundle.pipeline_config
+        index = bundle.index() if bundle.has("index") else None
+        return cls(
+            parts.catalogue,
+            build_runner(parts, config, stages),
+            users,
+            bundle.positive_policy,
+            bundle.bundle_id,
+            config,
+            ItemSimilarity(parts.catalogue, parts.item_embeddings(), index),
+            bundle.slates() if bundle.has("slates.arrow") else None,
+            TextSearch(bundle.text_index(), bundle.words()) if bundle.knows_words else None,
+        )
 
     @classmethod
     def load(
@@ -139,15 +139,13 @@ class Recommender:
 
         :raises BundleError: when there is no usable Bundle.
         """
-        from recsys.bundle import Bundle
-
         bundle = Bundle.open(uri)
         config = config or bundle.pipeline_config
         if store is None and bundle.has("histories.parquet"):
             store = HistoriesTable(bundle.histories())
-        stages = local_stages(bundle, config, inline=inline)
-        warm_up([stage.stage for stage in stages])
-        return cls.of(bundle, stages, store, config=config)
+        stages = build_stages(Parts.of_bundle(bundle), config)
+        warm_up(stages)
+        return cls.of(bundle, [local(stage, config, inline=inline) for stage in stages], store, config=config)
 
     def recommend(
         self,
@@ -189,25 +187,16 @@ class Recommender:
             _log.warning("request %s: nothing is known of its user: %s", request_id, error, extra=extra)
             profile, degraded = NOBODY, (STATE,)
         told, unknown_items = self._told(request.history, now_ms) if request.history else (NOBODY, 0)
-        history = np.concatenate([profile.item_idx, told.item_idx])[-self.config.max_history :]
-        times = np.concatenate([profile.timestamp_ms, told.timestamp_ms])[-self.config.max_history :]
-        repeat_after_days = self.config.repeat_after_days if request.exclude_seen else 0
-        excluded = profile.excluded(now_ms, repeat_after_days)
-        if request.history:
-            if repeat_after_days == 0:  # what they take now, they do not hide any more
-                excluded = np.setdiff1d(excluded, told.item_idx)
-            excluded = np.concatenate([excluded, told.excluded(now_ms, repeat_after_days)])
-        if request.filters.exclude_items:
-            excluded = np.concatenate([excluded, self._named(request.filters)])
-        query = Query(
+        query = query_of(
+            profile,
+            told,
+            config=self.config,
             request_id=request_id,
             bundle_id=self.bundle_id,
             now_ms=now_ms,
-            history_item_idx=history,
-            history_timestamp_ms=times,
-            excluded_item_idx=excluded,
             top_k=request.top_k,
-            num_candidates=max(self.config.num_candidates, request.top_k),
+            exclude_seen=request.exclude_seen,
+            left_out=self._named(request.filters) if request.filters.exclude_items else None,
             filters=request.filters.hard(),
             diversity=request.diversity,
         )
@@ -414,9 +403,6 @@ class _LoopThread:
         self._loop.close()
 
 
-_NO_SCORES: FloatArray = np.zeros(0, np.float32)
-
-
 def golden_request(golden: GoldenQuery, config: PipelineConfig) -> RecommendRequest:
     """The request that a golden query stands for; its time is given to ``arecommend`` beside it."""
     wanted = golden.filters
@@ -430,43 +416,3 @@ def golden_request(golden: GoldenQuery, config: PipelineConfig) -> RecommendRequ
         deadline_ms=config.max_deadline_ms,
         request_id="golden",
     )
-
-
-def local_stages(bundle: Bundle, config: PipelineConfig, *, inline: bool) -> list[LocalStage]:
-    """The stages of ``bundle``, in this process. Unless ``inline``, even the shortest is in a thread: one that hangs in
-    the event loop would take everything with it.
-    """
-    stages = [stage for name in STAGES if (stage := build_stage(bundle, name, config)) is not None]
-    return [
-        LocalStage(
-            stage,
-            threads=config.threads,
-            max_queued=config.max_queued,
-            inline=inline,
-        )
-        for stage in stages
-    ]
-
-
-def warm_up(stages: Sequence[Stage]) -> None:
-    """Run each stage for a user nobody knows and one with a history, so that the first request is not the slowest.
-
-    :raises RecsysError: what a stage raises when it cannot work at all.
-    """
-    if not stages:
-        return
-    nobody = Query(
-        request_id="warm-up",
-        bundle_id=stages[0].bundle_id,
-        now_ms=0,
-        history_item_idx=NOBODY.item_idx,
-        history_timestamp_ms=NOBODY.timestamp_ms,
-        excluded_item_idx=NOBODY.item_idx,
-        top_k=1,
-        num_candidates=200,
-    )
-    somebody = replace(nobody, history_item_idx=np.zeros(1, np.int32), history_timestamp_ms=np.zeros(1, np.int64))
-    for query in (nobody, somebody):
-        candidates = Candidates.empty()
-        for stage in stages:
-            (candidates,) = stage.run_batch([query], [candidates])

@@ -17,30 +17,21 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TypeAlias
 
 import numpy as np
 
-from recsys.bundle.slates import SLATES
-from recsys.data.catalogue import contains
 from recsys.errors import StageError, StageOverloadedError, StageSkippedError, StageTimeoutError
 from recsys.pipeline.config import BreakerConfig, PipelineConfig
-from recsys.pipeline.hard_rules import HardRules
-from recsys.pipeline.popular import POPULAR, PopularItems
-from recsys.pipeline.stage import AsyncStage, Stage, StageOutput
-from recsys.types import Candidates, Query, Removal, Slate
+from recsys.pipeline.selection import Selection, Spare
+from recsys.pipeline.stage import NEEDS_RETRIEVAL, AsyncStage, Stage, StageOutput
+from recsys.types import Candidates, Query, Slate
 
-Spare: TypeAlias = Callable[[], Candidates]
-RUNNER = "runner"
-"""the name under which the runner records candidates it cut itself"""
 OK = "ok"
 """the outcome of a stage that answered"""
 UNASKED = "unasked"
 """the outcome of a stage that has nothing to say of a newcomer"""
-_NEEDS_RETRIEVAL = frozenset({"ranking"})
-"""stages that read retrieval's scores; popularity is no substitute for them"""
 _RESERVE_S = 0.002
 """seconds of the deadline kept for the final check and for composing the answer"""
 _log = logging.getLogger(__name__)
@@ -208,14 +199,12 @@ class Runner:
     def __init__(
         self,
         stages: Sequence[AsyncStage],
-        rules: HardRules,
-        popular: PopularItems,
+        selection: Selection,
         config: PipelineConfig | None = None,
     ) -> None:
         """``stages`` in order, the first one retrieves. Each name must have a budget in ``config.budgets_ms``."""
         self.stages = tuple(stages)
-        self.rules = rules
-        self.popular = popular
+        self.selection = selection
         self.config = config or PipelineConfig()
         budgets = self.config.budgets_ms.model_dump()
         self._budgets_s = {stage.name: budgets[stage.name] / 1e3 for stage in stages}
@@ -238,12 +227,12 @@ class Runner:
         is_newcomer = self.config.newcomers == "popular" and not len(query.history_item_idx)
         spare_s = 0.0  # what stages have left of their budgets
         for position, stage in enumerate(self.stages):
-            if is_newcomer and (position == 0 or stage.name in _NEEDS_RETRIEVAL):
+            if is_newcomer and (position == 0 or stage.name in NEEDS_RETRIEVAL):
                 if position == 0:
-                    candidates = self._without_retrieval(query, spare, provenance)
+                    candidates = self.selection.without_retrieval(query, spare, provenance)
                 outcomes[stage.name] = UNASKED
                 continue
-            if stage.name in _NEEDS_RETRIEVAL and failures:
+            if stage.name in NEEDS_RETRIEVAL and failures:
                 failures[stage.name] = "skipped, because retrieval was"
                 outcomes[stage.name] = StageSkippedError.outcome
                 continue
@@ -265,7 +254,7 @@ class Runner:
                     extra={"request_id": query.request_id, "stage": stage.name},
                 )
                 if position == 0:
-                    candidates = self._without_retrieval(query, spare, provenance)
+                    candidates = self.selection.without_retrieval(query, spare, provenance)
             else:
                 before, candidates = candidates, output.candidates
                 provenance[stage.name] = output.bundle_id
@@ -274,7 +263,7 @@ class Runner:
             took_s = time.perf_counter() - stage_started
             timings_ms[stage.name] = took_s * 1e3
             spare_s = max(0.0, allowed_s - took_s)
-        selected, filtered, not_selected = self._finish(query, candidates, before, provenance)
+        selected, filtered, not_selected = self.selection.finish(query, candidates, before, provenance)
         timings_ms["total"] = (time.perf_counter() - started) * 1e3
         return Slate(
             query,
@@ -288,19 +277,6 @@ class Runner:
             timings_ms=timings_ms,
             busy_ms=busy_ms,
         )
-
-    def _without_retrieval(self, query: Query, spare: Spare | None, provenance: dict[str, str]) -> Candidates:
-        if spare is not None:
-            own = spare()
-            own = own.take(np.flatnonzero(self.rules.allowed(query)[own.item_idx]))
-            if len(own):
-                provenance[SLATES] = query.bundle_id
-                return own  # popular items fill up what is short
-        return self._popular(query, provenance)
-
-    def _popular(self, query: Query, provenance: dict[str, str]) -> Candidates:
-        provenance[POPULAR] = query.bundle_id
-        return self.popular.best(query.num_candidates, self.rules.allowed(query))
 
     async def _call(self, stage: AsyncStage, query: Query, candidates: Candidates, timeout_s: float) -> StageOutput:
         budget_s = self._budgets_s[stage.name]
@@ -343,7 +319,7 @@ class Runner:
             raise StageError(
                 f"{stage.name} answered from Bundle {output.bundle_id}, not {query.bundle_id}", stage=stage.name
             )
-        items, num_items = output.candidates.item_idx, len(self.rules.catalogue)
+        items, num_items = output.candidates.item_idx, len(self.selection.rules.catalogue)
         if items.dtype != np.int32:
             raise StageError(f"{stage.name} names items as {items.dtype}, not int32", stage=stage.name)
         # Read as unsigned, a negative number is beyond any catalogue.
@@ -351,40 +327,3 @@ class Runner:
             raise StageError(f"{stage.name} names an item beyond the {num_items} of the catalogue", stage=stage.name)
         if not np.logical_and.reduce(np.isfinite(output.candidates.score)):
             raise StageError(f"{stage.name} gives a score that is no finite number", stage=stage.name)
-
-    def _finish(
-        self, query: Query, candidates: Candidates, before: Candidates, provenance: dict[str, str]
-    ) -> tuple[Candidates, tuple[Removal, ...], tuple[Removal, ...]]:
-        """The last check of the hard rules, the cut to ``top_k``, and, where it is short, the top-up."""
-        checked = self.rules.final_check(query, candidates)
-        selected, dropped = checked, checked.dropped
-        if len(checked) > query.top_k:
-            selected = checked.take(np.arange(query.top_k))
-            dropped += (Removal(checked.item_idx[query.top_k :], RUNNER, "below_top_k"),)
-        if len(selected) < query.top_k:
-            selected = self._top_up(query, selected, before, provenance)
-            dropped = _without(dropped, selected)
-        return replace(selected, removed=(), dropped=()), checked.removed, dropped
-
-    def _top_up(self, query: Query, selected: Candidates, before: Candidates, provenance: dict[str, str]) -> Candidates:
-        """``selected`` followed by the best of what the last stage was given, then by popular items."""
-        missing = query.top_k - len(selected)
-        spare = self.rules.final_check(query, before)
-        rows = np.flatnonzero(~contains(selected.item_idx, spare.item_idx))[:missing]
-        if len(rows):
-            selected = selected.then(replace(spare.take(rows), removed=(), dropped=()))
-        missing = query.top_k - len(selected)
-        if missing:
-            allowed = self.rules.allowed(query)
-            allowed[selected.item_idx] = False
-            popular = self.popular.best(missing, allowed)
-            if len(popular):
-                provenance[POPULAR] = query.bundle_id
-                selected = selected.then(popular)
-        return selected
-
-
-def _without(removals: tuple[Removal, ...], selected: Candidates) -> tuple[Removal, ...]:
-    """``removals`` less the items that were selected after all."""
-    kept = (replace(r, item_idx=r.item_idx[~contains(selected.item_idx, r.item_idx)]) for r in removals)
-    return tuple(removal for removal in kept if len(removal.item_idx))

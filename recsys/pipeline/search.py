@@ -13,7 +13,6 @@ from recsys.data.catalogue import BoolArray
 from recsys.types import FloatArray, Int32Array
 
 if TYPE_CHECKING:
-    from recsys.bundle import Bundle
     from recsys.index import VectorIndex
     from recsys.models.text.encoder import TextEncoder, TextEncoderConfig
 
@@ -47,11 +46,6 @@ class TextSearch:
         """``index`` holds the vector of every item's text, of unit length."""
         self._index = index
         self._words = words
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> TextSearch | None:
-        """What ``bundle`` offers; None where it was trained on ids alone."""
-        return cls(bundle.text_index(), bundle.words()) if bundle.knows_words else None
 
     def find(self, words: str, k: int, allowed: BoolArray) -> tuple[Int32Array, FloatArray]:
         """The ``k`` allowed items (bool [N]) whose texts are nearest to ``words``, and their cosines, descending."""

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from recsys.data.catalogue import BoolArray, Catalogue
+from recsys.index import VectorIndex
 from recsys.types import FloatArray, Int32Array
-
-if TYPE_CHECKING:
-    from recsys.bundle import Bundle
-    from recsys.index import VectorIndex
 
 _OVERFETCH = 4
 """so many times ``k`` are fetched: the index finds by inner product, which favours long vectors, not by cosine"""
@@ -27,11 +22,6 @@ class ItemSimilarity:
         self.catalogue = catalogue
         self.item_embeddings = item_embeddings
         self._index = index if item_embeddings is not None else None
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> ItemSimilarity:
-        """What ``bundle`` offers."""
-        return cls(bundle.catalogue(), bundle_item_embeddings(bundle), bundle.index() if bundle.has("index") else None)
 
     def cosines(self, rows: Int32Array, columns: Int32Array) -> FloatArray:
         """float32 [rows, columns], -1 to 1 (0 to 1 by categories)."""
@@ -58,11 +48,3 @@ class ItemSimilarity:
         cosines = self.cosines(np.array([item_idx], np.int32), items)[0]
         order = np.lexsort((items, -cosines))[:k]
         return items[order], cosines[order]
-
-
-def bundle_item_embeddings(bundle: Bundle) -> FloatArray | None:
-    """float32 [N, D] of the Bundle's retriever, or None where its kind has no vectors."""
-    from recsys.models.base import VectorRetriever
-
-    retriever = bundle.retriever()
-    return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else None

@@ -1,12 +1,19 @@
-"""The one protocol of all stages, local or remote."""
+"""The stages by name, and the one protocol that all of them follow, local or remote."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from recsys.types import Candidates, Query
+
+StageName = Literal["retrieval", "ranking", "reranking"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""names of the stages, in the order in which they run"""
+RETRIEVAL, RANKING, RERANKING = STAGES
+NEEDS_RETRIEVAL: frozenset[str] = frozenset({RANKING})
+"""stages that read retrieval's scores; popularity is no substitute for them"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys.data.catalogue import Catalogue
+from recsys.data.dataset import Targets
 from recsys.data.id_map import IdMap
 from recsys.data.positives import PositivePolicy
 from recsys.events import UserState
 from recsys.pipeline.cache import Cache
-from recsys.types import Int32Array, Int64Array
+from recsys.pipeline.config import PipelineConfig
+from recsys.types import NO_FILTERS, Filters, Int32Array, Int64Array, Query
 
 _DAY_MS = 86_400_000
 
@@ -105,8 +107,35 @@ class Profile:
         recent = (now_ms - self.seen_ms < repeat_after_days * _DAY_MS) | (self.seen_ms == 0)
         return np.union1d(self.seen_item_idx[recent], self.hidden_item_idx)
 
+    @classmethod
+    def of_target(cls, targets: Targets, row: int, max_history: int, hides: NDArray[np.bool_] | None) -> Self:
+        """Of query ``row``, as it was just before its target; ``hides`` (bool [R]) marks the rows of the log that say
+        that their user wants no more of an item, None for none.
+        """
+        histories, seen = targets.histories, targets.seen
+        start, stop = (
+            max(int(histories.starts[row]), int(histories.stops[row]) - max_history),
+            int(histories.stops[row]),
+        )
+        rows = slice(int(seen.starts[row]), int(seen.stops[row]))
+        items = seen.item_idx[rows]
+        latest, last = np.unique(items[::-1], return_index=True)
+        return cls(
+            histories.item_idx[start:stop],
+            _times(histories.timestamp_ms, slice(start, stop)),
+            latest,
+            _times(seen.timestamp_ms, rows)[::-1][last],
+            _NO_ITEMS if hides is None else latest[hides[rows][::-1][last]],
+        )
+
+
+def _times(timestamp_ms: Int64Array | None, rows: slice) -> Int64Array:
+    """int64 [n]; zeros where the data has order only."""
+    return np.zeros(rows.stop - rows.start, np.int64) if timestamp_ms is None else timestamp_ms[rows]
+
 
 _NONE = np.zeros(0, bool)
+_NO_ITEMS: Int32Array = np.zeros(0, np.int32)
 NOBODY = Profile.resolve(np.zeros(0, np.int32), np.zeros(0, np.int64), _NONE, _NONE, 1)
 
 
@@ -135,3 +164,47 @@ class Profiles:
             pa.array(state.events, pa.string()), pa.array(state.values, pa.float32())
         )
         return Profile.resolve(rows, state.timestamps_ms, weights > 0, negative, self._max_history)
+
+
+def query_of(
+    profile: Profile,
+    told: Profile = NOBODY,
+    *,
+    config: PipelineConfig,
+    request_id: str,
+    bundle_id: str,
+    now_ms: int,
+    top_k: int,
+    exclude_seen: bool = True,
+    left_out: Int32Array | None = None,
+    filters: Filters = NO_FILTERS,
+    diversity: float | None = None,
+) -> Query:
+    """The query of a user with ``profile``, after which ``told`` happened: the same for a request and for a question of
+    an evaluation.
+
+    Without ``exclude_seen`` what the user met may come again, but for what is hidden; ``left_out`` (int32) may not.
+    """
+    repeat_after_days = config.repeat_after_days if exclude_seen else 0
+    excluded = profile.excluded(now_ms, repeat_after_days)
+    history, times = profile.item_idx, profile.timestamp_ms
+    if told is not NOBODY:
+        history = np.concatenate([history, told.item_idx])[-config.max_history :]
+        times = np.concatenate([times, told.timestamp_ms])[-config.max_history :]
+        if repeat_after_days == 0:  # what they take now, they do not hide any more
+            excluded = np.setdiff1d(excluded, told.item_idx)
+        excluded = np.concatenate([excluded, told.excluded(now_ms, repeat_after_days)])
+    if left_out is not None:
+        excluded = np.concatenate([excluded, left_out])
+    return Query(
+        request_id=request_id,
+        bundle_id=bundle_id,
+        now_ms=now_ms,
+        history_item_idx=history,
+        history_timestamp_ms=times,
+        excluded_item_idx=excluded,
+        top_k=top_k,
+        num_candidates=max(config.num_candidates, top_k),
+        filters=filters,
+        diversity=diversity,
+    )

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from recsys.config import parse
+from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, ModelError, NoTimeError
@@ -31,7 +32,10 @@ from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig
 from recsys.models.retrievers.towers.base import TowerConfig
 from recsys.models.stand_in import StandIns
 from recsys.online.replay import lesson_of
-from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
+from recsys.pipeline.build import Parts
+from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.offline import OfflinePipeline
+from recsys.pipeline.stage import RETRIEVAL
 from recsys.testing.planted import dataset_of, planted_clusters
 from recsys.training.loop import validation_ndcg
 from recsys.training.runtime import Runtime
@@ -113,9 +117,10 @@ class RetrieverContract:
     def test_more_candidates_than_there_are_items(self, fitted: Retriever) -> None:
         """Retrieval then gives every item that the user has not seen, once."""
         targets = select(self.dataset.targets(Split.VALID), np.arange(3))
-        stage = retrieval_stage(FlatIndex(), self.dataset, fitted)
-        queries = queries_of(targets, num_candidates=1000, max_history=100, top_k=10)
-        for found, seen in zip(run_stages([stage], queries), _lists(targets.seen), strict=True):
+        parts = Parts.of_models(Catalogue.build(self.dataset.items), fitted, FlatIndex())
+        config = PipelineConfig(num_candidates=1000, max_history=100)
+        candidates = OfflinePipeline(parts, config, stages=(RETRIEVAL,)).candidates(targets)
+        for found, seen in zip(candidates, _lists(targets.seen), strict=True):
             assert sorted(found.item_idx.tolist()) == sorted(set(range(self.dataset.num_items)) - set(seen))
 
     def test_text_vectors_that_are_no_numbers(self) -> None:

@@ -17,9 +17,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from recsys.bundle import Bundle
 from recsys.errors import ConfigError, StageError, StageOverloadedError
-from recsys.pipeline.stage import StageOutput
-from recsys.pipeline.stages import build_stage
+from recsys.pipeline.build import Parts, build_stage
+from recsys.pipeline.stage import Stage, StageOutput
 from recsys.types import Candidates, Query
 from serve.config import OpenAccess, ServeConfig, StageConfig
 from serve.graph.batching import Batcher
@@ -44,7 +45,11 @@ class StageDeployment:
         log_as_json(settings.log_level, deployment=name)
         limit_threads(settings.threads)
         self._name = name
-        self._shelf = Shelf(name, bundle_uri, lambda bundle: build_stage(bundle, name))
+
+        def build(bundle: Bundle) -> Stage | None:
+            return build_stage(name, Parts.of_bundle(bundle), bundle.pipeline_config)
+
+        self._shelf = Shelf(name, bundle_uri, build)
         self._batcher = Batcher(self._compute, settings.max_batch_size)
         self._meters = Meters(ray_sink())
         self._meters.watch(lambda: self._meters.gauge("recsys_queue", self._batcher.num_waiting, name))

@@ -20,11 +20,10 @@ from recsys.bundle.live import split_id
 from recsys.data.catalogue import Catalogue
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
-from recsys.pipeline.recommender import STATE, Recommender, golden_request, warm_up
+from recsys.pipeline.build import Parts, build_stages, local, warm_up
+from recsys.pipeline.recommender import STATE, Recommender, golden_request
 from recsys.pipeline.requests import HistoryItem, Recommendation, RecommendRequest
-from recsys.pipeline.runner import LocalStage
-from recsys.pipeline.stage import AsyncStage, Stage
-from recsys.pipeline.stages import STAGES, build_stage
+from recsys.pipeline.stage import STAGES, AsyncStage
 from serve.config import ServeConfig
 from serve.live.canary import Tally
 
@@ -54,17 +53,12 @@ class Generation:
 
         :raises BundleError: when the Bundle is not usable.
         """
-        settings = bundle.pipeline_config
-        stages: list[AsyncStage] = []
-        local: list[Stage] = []
-        for name in STAGES:
-            if name in remote:
-                stages.append(remote[name])
-            elif name not in absent and (stage := build_stage(bundle, name)) is not None:
-                local.append(stage)
-                stages.append(LocalStage(stage, threads=settings.threads, max_queued=settings.max_queued))
+        parts, settings = Parts.of_bundle(bundle), bundle.pipeline_config
+        here = build_stages(parts, settings, [name for name in STAGES if name not in remote and name not in absent])
         if not remote:
-            warm_up(local)
+            warm_up(here)
+        by_name: dict[str, AsyncStage] = {**remote, **{stage.name: local(stage, settings) for stage in here}}
+        stages = [by_name[name] for name in STAGES if name in by_name]
         return cls(bundle, Recommender.of(bundle, stages, store))
 
     def seed(self, store: EventStore) -> None:

@@ -14,8 +14,7 @@ from recsys.events import Event
 from recsys.pipeline.recommender import STATE
 from recsys.pipeline.requests import Recommendation
 from recsys.pipeline.runner import LocalStage
-from recsys.pipeline.stage import Stage
-from recsys.pipeline.stages import STAGES
+from recsys.pipeline.stage import STAGES, Stage
 from recsys.pipeline.stages.retrieval import RetrievalStage
 from recsys.types import Int32Array
 from serve.config import GatewayConfig
@@ -94,7 +93,7 @@ class Observer:
         """What was shown from this Bundle, whose items have numbers of their own."""
         shown = self._shown.get(generation.bundle_id)
         if shown is None:
-            shown = Shown(generation.recommender.runner.popular.item_idx)
+            shown = Shown(generation.recommender.runner.selection.popular.item_idx)
             opened = {each.bundle_id for each in self._service.generations}
             self._shown = {each: kept for each, kept in self._shown.items() if each in opened}
             self._shown[generation.bundle_id] = shown

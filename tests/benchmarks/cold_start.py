@@ -48,7 +48,7 @@ Curves = dict[str, dict[str, list[float]]]
 def judge(retriever: Retriever, targets: Targets, num_items: int) -> dict[str, float]:
     """Means over ``targets`` of a full ranking without what was seen."""
     ranked = [
-        rank_scores(retriever.score(batch.histories, batch.now_ms), batch.seen, 100)
+        rank_scores(retriever.score(batch.histories, batch.now_ms), batch.left_out, 100)
         for batch in (targets[at : at + 512] for at in range(0, len(targets), 512))
     ]
     values = accuracy(

@@ -93,9 +93,9 @@ def overheads(workdir: Path) -> None:
 
     from recsys.bundle import Bundle
     from recsys.events import SqliteEventStoreConfig
-    from recsys.pipeline.offline import run_stages
     from recsys.pipeline.recommender import Recommender
     from recsys.pipeline.runner import LocalStage
+    from recsys.types import Candidates
     from serve.config import ServeConfig
     from serve.run import serving
 
@@ -148,7 +148,9 @@ def overheads(workdir: Path) -> None:
 
                 def stages_alone(number: int) -> float:
                     started = time.perf_counter()
-                    run_stages(stages, [queries[number]])
+                    candidates = Candidates.empty()
+                    for stage in stages:
+                        (candidates,) = stage.run_batch([queries[number]], [candidates])
                     return (time.perf_counter() - started) * 1e3
 
                 def over_http(name: str) -> Callable[[int], float]:
@@ -267,13 +269,14 @@ def quantized_ranker(workdir: Path) -> None:
 
     from jobs.config import JobConfig
     from recsys.config import load_config
+    from recsys.data.catalogue import Catalogue
     from recsys.data.dataset import Dataset, Split
     from recsys.evaluation.significance import paired_difference
     from recsys.models import load_ranker, load_retriever
     from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig
-    from recsys.models.rankers.examples import ranking_examples
     from recsys.models.rankers.export import ExportedRanker, interleaved_p50_ms
-    from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
+    from recsys.pipeline.build import Parts
+    from recsys.pipeline.offline import retrieved_examples
 
     torch.set_num_threads(THREADS)
     config = load_config(JobConfig, CONFIG)
@@ -285,9 +288,9 @@ def quantized_ranker(workdir: Path) -> None:
     assert isinstance(ranker, AttentionRanker)
     retriever = load_retriever(_newest(workdir / "retriever" / "*" / "artifact.json").parent / "judged")
     targets = dataset.targets(Split.TEST)
-    questions = queries_of(targets, num_candidates=200, max_history=config.pipeline.max_history, top_k=200)
-    found = run_stages([retrieval_stage(config.index, dataset, retriever)], questions)
-    examples = ranking_examples(targets, found, ranker.items, ranker.max_history)
+    parts = Parts.of_models(Catalogue.build(dataset.items), retriever, config.index)
+    pipeline = config.pipeline.model_copy(update={"num_candidates": 200})
+    examples = retrieved_examples(parts, pipeline, targets, ranker.items, ranker.max_history)
     if not isinstance(served, ExportedRanker):
         raise SystemExit("the gate kept fp32 on this machine: there is no quantized form to measure")
     single = examples.batch[:1]

@@ -14,6 +14,7 @@ from recsys.pipeline.config import Boost, Bury, Pin, PipelineConfig, RerankingCo
 from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.runner import LocalStage, Runner
+from recsys.pipeline.selection import Selection
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.testing.pipeline import FunctionStage, items_table, make_query, raises
 from recsys.types import Candidates, Filters, Removal
@@ -112,7 +113,9 @@ def test_every_candidate_ends_in_exactly_one_place(
         NUM_ITEMS, np.array(proposed_again, np.int32), np.arange(len(proposed_again), 0, -1).astype(np.float32)
     )
     query = make_query(history=history, excluded=excluded, top_k=top_k, num_candidates=max(10, top_k), filters=wanted)
-    slate = asyncio.run(Runner(stages, HardRules(catalogue), popular, PipelineConfig(newcomers=newcomers)).run(query))
+    slate = asyncio.run(
+        Runner(stages, Selection(HardRules(catalogue), popular), PipelineConfig(newcomers=newcomers)).run(query)
+    )
 
     selected = slate.selected.item_idx.tolist()
     filtered, not_selected = items_of(slate.filtered), items_of(slate.not_selected)

@@ -115,7 +115,7 @@ def by_item_idx(num_items: int, depth: int = 3) -> rooms.RankFn:
 
     def rank(targets: Targets) -> np.ndarray:
         scores = np.tile(np.arange(num_items, dtype=np.float32), (len(targets), 1))
-        return rank_scores(scores, targets.seen, depth)
+        return rank_scores(scores, targets.left_out, depth)
 
     return rank
 
@@ -411,7 +411,7 @@ def test_report(tmp_path: Any) -> None:
     def best(t: Targets) -> np.ndarray:
         scores = np.zeros((len(t), 8), np.float32)
         scores[np.arange(len(t)), t.relevant_item_idx[t.relevant_offsets[:-1]]] = 1
-        return rank_scores(scores, t.seen, 3)
+        return rank_scores(scores, t.left_out, 3)
 
     def nothing(t: Targets) -> np.ndarray:
         return np.full((len(t), 3), -1, np.int32)

@@ -63,7 +63,7 @@ def reasons(parent, dataset, *, scale=1.0, shift=0, **gate):
         retriever = Changed(parent.retriever(), scale, shift)
 
         def rank(targets):
-            return rank_scores(retriever.score(targets.histories, targets.now_ms), targets.seen, EVALUATION.depth)
+            return rank_scores(retriever.score(targets.histories, targets.now_ms), targets.left_out, EVALUATION.depth)
 
         return Contestant(rank, retriever)
 

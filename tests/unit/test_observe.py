@@ -109,7 +109,7 @@ async def test_every_metric_is_reported(gateway):
 
 async def test_the_head_is_the_popular_hundredth(gateway):
     client, service, meters, sink = gateway
-    popular = service.current.recommender.runner.popular.item_idx[:3]
+    popular = service.current.recommender.runner.selection.popular.item_idx[:3]
     answer = await client.post("/v1/recommend", json={"history": [], "top_k": 300, "exclude_seen": False})
     shown = {item["item_id"] for item in answer.json()["items"]}
     meters.flush()

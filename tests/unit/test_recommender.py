@@ -22,6 +22,7 @@ from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import HistoryItem, RecommendRequest, RequestFilters, SimilarRequest
 from recsys.pipeline.runner import LocalStage, Runner
+from recsys.pipeline.selection import Selection
 from recsys.pipeline.similarity import ItemSimilarity
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.pipeline.users import HistoriesTable, Profiles
@@ -87,7 +88,7 @@ class Fixture:
         first = raises("retrieval") if broken else FunctionStage("retrieval", find)
         stages = [LocalStage(first, inline=True), LocalStage(RerankingStage("bundle", self.catalogue), inline=True)]
         popular = PopularItems(NUM_ITEMS, np.array([9, 8], np.int32), np.array([2, 1], np.float32))
-        runner = Runner(stages, rules, popular, config)
+        runner = Runner(stages, Selection(rules, popular), config)
         similarity = ItemSimilarity(self.catalogue, vectors, FlatIndex().build(vectors) if index else None)
         self.recommender = Recommender(self.catalogue, runner, self.users, POLICY, "bundle", config, similarity)
 

@@ -16,6 +16,7 @@ from recsys.pipeline.config import Boost, BreakerConfig, BudgetsConfig, Pipeline
 from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.runner import CircuitBreaker, LocalStage, Runner
+from recsys.pipeline.selection import Selection
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.testing.pipeline import (
     FunctionStage,
@@ -54,7 +55,7 @@ def make_runner(
 ) -> Runner:
     local = [LocalStage(s, inline=inline) if isinstance(s, FunctionStage | RerankingStage) else s for s in stages]
     popular = PopularItems(NUM_ITEMS, np.array([30, 31, 1, 32], np.int32), np.array([4, 3, 2, 1], np.float32))
-    return Runner(local, HardRules(catalogue), popular, config.model_copy(update={"newcomers": newcomers}))
+    return Runner(local, Selection(HardRules(catalogue), popular), config.model_copy(update={"newcomers": newcomers}))
 
 
 def run(runner: Runner, query: Query | None = None, deadline_ms: float | None = None) -> Slate:
@@ -287,7 +288,7 @@ def test_a_full_queue_refuses_and_does_not_open_the_breaker(catalogue: Catalogue
     release = threading.Event()
     hang = FunctionStage("retrieval", lambda _q, _c: (release.wait(20), retrieves(*BEST).function(_q, _c))[1])
     stage = LocalStage(hang, threads=1, max_queued=1)
-    runner = Runner([stage], HardRules(catalogue), PopularItems(NUM_ITEMS, *_none()), CONFIG)
+    runner = Runner([stage], Selection(HardRules(catalogue), PopularItems(NUM_ITEMS, *_none())), CONFIG)
 
     async def go() -> None:
         waiting = [asyncio.create_task(stage.run(make_query(), Candidates.empty())) for _ in range(2)]

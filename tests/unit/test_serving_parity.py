@@ -12,17 +12,18 @@ import pytest
 
 from jobs import pipeline
 from recsys.bundle.store import BundleStore
+from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, candidate_features
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.models import load_ranker, load_retriever
 from recsys.models.rankers.base import RankingItems
 from recsys.online.log import grow
-from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages, staged
-from recsys.pipeline.popular import PopularItems
+from recsys.pipeline.build import Parts
+from recsys.pipeline.offline import OfflinePipeline
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RecommendRequest
-from recsys.pipeline.stages.ranking import RankingStage
+from recsys.pipeline.stage import STAGES
 
 NUM_CLUSTERS = 10
 
@@ -48,20 +49,19 @@ def test_served_requests_come_out_the_same_offline(recommender, steps, dataset, 
     """Every request is replayed through the stages of the jobs, over the prepared data: same items, same scores."""
     targets = dataset.everybody()[:60]
     now_ms = int(targets.now_ms[0])
-    asked = {"num_candidates": trained_job.pipeline.num_candidates, "max_history": trained_job.pipeline.max_history}
     retriever = load_retriever(steps["train_retriever"].path / "final")
     ranker = load_ranker(steps["train_ranker"].path / "final")
-    stages = [retrieval_stage(trained_job.index, dataset, retriever), RankingStage("", ranker)]
-    offline = run_stages(stages, queries_of(targets, **asked, top_k=10))
+    parts = Parts.of_models(Catalogue.build(dataset.items), retriever, trained_job.index, ranker)
+    offline = OfflinePipeline(parts, trained_job.pipeline).slates(targets, 10)
     ids = dataset.items["item_id"].to_pylist()
     for user, expected in zip(targets.user_idx.tolist(), offline, strict=True):
-        request = RecommendRequest(user_id=dataset.users["user_id"][user].as_py(), top_k=10, diversity=0.0)
+        request = RecommendRequest(user_id=dataset.users["user_id"][user].as_py(), top_k=10)
         served = asyncio.run(recommender.arecommend(request, now_ms=now_ms))
         assert served.degraded == ()
-        assert served.item_ids == [ids[item] for item in expected.item_idx[:10]]
-        for stage in ("retrieval", "ranking"):
+        assert served.item_ids == [ids[item] for item in expected.item_idx]
+        for stage in STAGES:
             online = [item.stage_scores[stage] for item in served.items]
-            np.testing.assert_allclose(online, expected.stage_scores[stage][:10], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(online, expected.stage_scores[stage], rtol=1e-4, atol=1e-4)
 
 
 def test_what_happened_since_counts_online_as_it_does_offline(published, trained_job, tmp_path):
@@ -83,48 +83,45 @@ def test_what_happened_since_counts_online_as_it_does_offline(published, trained
         targets = grown.everybody()[260:310]
         user_ids = grown.users["user_id"].to_pylist()[260:310]
         assert user_ids == [f"user-{number}" for number in range(260, 310)]
-        pipeline_config = trained_job.pipeline
-        queries = queries_of(
-            targets,
-            num_candidates=pipeline_config.num_candidates,
-            max_history=pipeline_config.max_history,
-            top_k=10,
+        parts = Parts.of_models(
+            Catalogue.build(grown.items), bundle.retriever(), trained_job.index, bundle.ranker(), bundle.popular()
         )
-        stages = [
-            retrieval_stage(trained_job.index, grown, bundle.retriever()),
-            RankingStage("", bundle.ranker()),
-        ]
-        offline = run_stages(stages, queries)
+        pipeline = OfflinePipeline(parts, trained_job.pipeline)
+        queries, offline = pipeline.queries(targets, 10), pipeline.slates(targets, 10)
         with Recommender.load(published, store) as recommender:
             for user_id, query, expected in zip(user_ids, queries, offline, strict=True):
-                request = RecommendRequest(user_id=user_id, top_k=10, diversity=0.0)
+                request = RecommendRequest(user_id=user_id, top_k=10)
                 served = asyncio.run(recommender.arecommend(request, now_ms=query.now_ms))
                 assert served.degraded == ()
                 history = served.slate.query
                 np.testing.assert_array_equal(history.history_item_idx, query.history_item_idx)
                 np.testing.assert_array_equal(history.history_timestamp_ms, query.history_timestamp_ms)
-                items = grown.items["item_id"].take(pa.array(expected.item_idx[:10])).to_pylist()
+                items = grown.items["item_id"].take(pa.array(expected.item_idx)).to_pylist()
                 assert served.item_ids == items
-                for stage in ("retrieval", "ranking"):
+                for stage in STAGES:
                     online = [item.stage_scores[stage] for item in served.items]
-                    np.testing.assert_allclose(online, expected.stage_scores[stage][:10], rtol=1e-4, atol=1e-4)
+                    np.testing.assert_allclose(online, expected.stage_scores[stage], rtol=1e-4, atol=1e-4)
 
 
 def test_a_newcomer_gets_the_same_online_and_offline(published, dataset, trained_job):
     bundle = BundleStore(published).open()
     nobody = dataset.everybody()[:1]
     nobody = replace(nobody, histories=nobody.histories.last(0), seen=nobody.seen.last(0))
-    stages = [retrieval_stage(trained_job.index, dataset, bundle.retriever()), RankingStage("", bundle.ranker())]
-    asked = {"num_candidates": trained_job.pipeline.num_candidates, "max_history": 100, "depth": 10}
-    popular = PopularItems(dataset.num_items, *bundle.popular())
-    (offline,) = staged(stages, popular, **asked)(nobody)
-    (modelled,) = staged(stages, **asked)(nobody)
+    parts = Parts.of_models(
+        Catalogue.build(dataset.items), bundle.retriever(), trained_job.index, bundle.ranker(), bundle.popular()
+    )
+
+    def ranked(newcomers):
+        config = trained_job.pipeline.model_copy(update={"newcomers": newcomers})
+        return OfflinePipeline(parts, config).rank(nobody, 10)[0]
+
+    offline, modelled = ranked("popular"), ranked("models")
     assert offline.tolist() != modelled.tolist()
     ids = dataset.items["item_id"].to_pylist()
     for newcomers, expected in (("popular", offline), ("models", modelled)):
         config = trained_job.pipeline.model_copy(update={"newcomers": newcomers})
         with Recommender.load(published, config=config) as recommender:
-            request = RecommendRequest(user_id="a stranger", top_k=10, diversity=0.0)
+            request = RecommendRequest(user_id="a stranger", top_k=10)
             served = asyncio.run(recommender.arecommend(request, now_ms=int(nobody.now_ms[0])))
         assert served.degraded == ()
         assert served.item_ids == [ids[item] for item in expected]

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from recsys.errors import StageError
-from recsys.pipeline.stages import build_stage
+from recsys.pipeline.build import Parts, build_stage
 from recsys.testing.pipeline import make_query
 from recsys.testing.tiny_bundle import make_bundle
 from recsys.types import Candidates
@@ -55,7 +55,7 @@ def test_a_batch_answers_each_call_as_it_would_alone(bundle, retrieval):
 
 def test_calls_for_several_bundles_share_a_batch(bundle, retrieval, tmp_path):
     other = make_bundle(tmp_path, seed=1)
-    retrieval._shelf._stages[other.bundle_id] = build_stage(other, "retrieval")
+    retrieval._shelf._stages[other.bundle_id] = build_stage("retrieval", Parts.of_bundle(other), other.pipeline_config)
     sizes = []
     for stage in retrieval._shelf.stages:
         stage.run_batch = counted(stage.run_batch, sizes)

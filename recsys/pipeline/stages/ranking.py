@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recsys.models.rankers.base import Ranker, RankingQuery
+from recsys.pipeline.stage import RANKING
 from recsys.types import Candidates, Query
 
 
 class RankingStage:
     """Rescores what retrieval found. It neither adds nor removes candidates."""
 
-    name = "ranking"
+    name = RANKING
 
     def __init__(self, bundle_id: str, ranker: Ranker) -> None:
         self.bundle_id = bundle_id

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from recsys.data.catalogue import BoolArray, Catalogue
 from recsys.pipeline.config import ItemSelection, Pin, RerankingConfig
+from recsys.pipeline.stage import RERANKING
 from recsys.types import Candidates, FloatArray, Int32Array, Query, Removal
 
 _CREATOR_HANDICAP = 1e3
@@ -46,7 +47,7 @@ class _ResolvedPin:
 class RerankingStage:
     """Cuts the candidates to ``top_k`` in their final order. Every soft rule gives way before a slate gets short."""
 
-    name = "reranking"
+    name = RERANKING
 
     def __init__(
         self,

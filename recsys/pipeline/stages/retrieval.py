@@ -18,6 +18,7 @@ from recsys.index import VectorIndex
 from recsys.models.base import ItemBonus, Retriever, VectorRetriever
 from recsys.models.retrievers.blend import RANK_OFFSET, BlendRetriever
 from recsys.pipeline.cache import Cache
+from recsys.pipeline.stage import RETRIEVAL
 from recsys.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
 
 _MAX_OVERFETCH = 1024
@@ -33,7 +34,7 @@ class RetrievalStage:
     among the allowed items alone gives.
     """
 
-    name = "retrieval"
+    name = RETRIEVAL
 
     def __init__(
         self,
