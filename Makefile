@@ -29,13 +29,27 @@ help:  ## list the targets
 	python -m pip install --quiet -c constraints.txt -e '.[cpu,demo,dev]'
 	touch .venv/.installed-demo $@
 
+# The tests' Redis: the machine's, or else Debian's package redis-tools. Its redis-check-rdb is the server under another
+# name; all that Debian's package redis-server adds is a link to it and a service that would run from then on.
+.venv/bin/redis-server: | .venv/bin/python
+	@as_root=env; [ "$$(id -u)" = 0 ] || as_root='sudo -n env'; \
+	command -v redis-server redis-check-rdb > /dev/null || { \
+	  $$as_root apt-get update -qq && \
+	  $$as_root DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends redis-tools; \
+	} || { echo 'The tests need redis-server on PATH: install it (Debian: apt-get install redis-tools),' \
+	  'or leave out the tests of the event store in Redis: make test REDIS=0' >&2; exit 1; }
+	ln -sf "$$(command -v redis-server redis-check-rdb | head -n 1)" $@
+	@$@ --version
+
 demo: .venv/.installed-demo  ## train on MovieLens-small and recommend over HTTP (ONCE=1: stop after the first answer)
 	python -m jobs.demo $(if $(filter-out 0,$(ONCE)),--once)
 
+PYTEST := python -m pytest -m 'not slow and not benchmark' $(if $(filter 0,$(REDIS)),-k 'not redis')
+
 # Two runs of pytest: no fast test shares a process with Ray.
-test: .venv/.installed-dev  ## unit, contract, property and golden tests, then the integration tests
-	python -m pytest -m 'not slow and not benchmark' $(wildcard tests/unit tests/contract tests/property tests/golden)
-	python -m pytest -m 'not slow and not benchmark' tests/integration
+test: $(if $(filter 0,$(REDIS)),,.venv/bin/redis-server) .venv/.installed-dev  ## unit, contract, property and golden tests, then the integration tests (REDIS=0: none that needs a Redis)
+	$(PYTEST) $(wildcard tests/unit tests/contract tests/property tests/golden)
+	$(PYTEST) tests/integration
 
 lint: .venv/.installed-dev audit  ## ruff, pyright (strict), import-linter, and the audit
 	ruff check .
@@ -71,7 +85,7 @@ bench-serve: .venv/.installed-dev  ## measure the figures of tests/benchmarks/re
 bench-faults: .venv/.installed-dev  ## kill, lock and take away parts of a served graph under load
 	python tests/benchmarks/faults.py
 
-bench-realtime: .venv/.installed-dev  ## measure how soon and how surely events count
+bench-realtime: .venv/.installed-dev .venv/bin/redis-server  ## measure how soon and how surely events count
 	python tests/benchmarks/realtime.py
 
 bench-online: .venv/.installed-dev  ## replay a year of Online Retail week by week: models that go on learning

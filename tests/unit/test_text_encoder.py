@@ -128,7 +128,7 @@ def test_saved_encoder_encodes_the_same_and_holds_no_pickle(encoder, config, tmp
 
 
 def test_openvino_agrees_with_torch(folder, encoder):
-    pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("openvino", reason="openvino is not installed on this platform")
     texts = some_texts(30)
     other = TextEncoder.load(TextEncoderConfig(model=str(folder), backend="openvino")).encode(texts)
     np.testing.assert_allclose(other, encoder.encode(texts), atol=0.02)
