@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families peers wheel clean
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house peers wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -102,6 +102,9 @@ bench-families: .venv/.installed-dev .venv-peers/.installed  ## measure the figu
 
 bench-training: .venv/.installed-dev .venv-peers/.installed  ## measure training speed beside RecTools
 	python tests/benchmarks/training.py
+
+bench-house: .venv/.installed-dev  ## measure the code itself: circles, blocks that stand twice, lines, what a new kind costs
+	python tests/benchmarks/house.py
 
 wheel: .venv/.installed-dev  ## build dist/recsys-*.whl
 	python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
