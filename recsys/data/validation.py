@@ -23,6 +23,7 @@ from recsys.arrow import pc
 from recsys.data.sources.base import LINE, REJECTED, ROW, Source, TimestampEncoding
 from recsys.errors import SchemaError
 from recsys.files import atomic_path
+from recsys.ids import id_problems
 
 MISSING_USER = "missing user_id"
 MISSING_ITEM = "missing item_id"
@@ -147,6 +148,8 @@ def validate(raw: pa.Table, source: Source, first_row: int, latest_ms: int) -> t
     for column, reason in ((schema.USER_ID, MISSING_USER), (schema.ITEM_ID, MISSING_ITEM)):
         out[column] = _ids(raw[column], column)
         reasons.add(reason, _blank(out[column]))
+        for why, mask in id_problems(out[column]).items():
+            reasons.add(f"{column} {why}", mask)
     if schema.EVENT in raw.column_names:
         out[schema.EVENT] = _strings(raw[schema.EVENT], schema.EVENT)
         reasons.add(MISSING_EVENT, _blank(out[schema.EVENT]))
@@ -202,6 +205,8 @@ def clean_items(given: pa.Table | None, where: str) -> tuple[pa.Table, pa.Table,
             reasons.add(reason, pc.equal(raw[REJECTED], reason))
     ids = _ids(raw[schema.ITEM_ID], schema.ITEM_ID)
     reasons.add(MISSING_ITEM, _blank(ids))
+    for why, mask in id_problems(ids).items():
+        reasons.add(f"{schema.ITEM_ID} {why}", mask)
     first = np.zeros(size, bool)
     first[
         np.unique(pc.fill_null(ids, "").combine_chunks().dictionary_encode().indices.to_numpy(), return_index=True)[1]

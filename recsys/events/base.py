@@ -26,9 +26,8 @@ from pydantic import Field
 from recsys import schema
 from recsys.config import StrictConfig
 from recsys.errors import EventStoreError, RequestError, SchemaError
+from recsys.ids import id_problem
 
-MAX_ID_LENGTH = 256
-"""Longest accepted id or event name, in characters."""
 RESTORED_GAP = 1 << 32
 """A restored log goes on so many positions later, behind all that the first one may have given after the backup."""
 MAX_FUTURE_MS = 24 * 60 * 60 * 1000
@@ -313,10 +312,11 @@ def check_events(events: Sequence[Event], now_ms: int | None = None) -> None:
     latest_ms = (time.time_ns() // 1_000_000 if now_ms is None else now_ms) + MAX_FUTURE_MS
     for row, event in enumerate(events):
         for name in ("event_id", "user_id", "item_id", "event"):
-            _check_text(row, name, getattr(event, name))
+            if why := id_problem(getattr(event, name)):
+                raise _bad(row, name, why)
         for name in ("request_id", "surface"):
-            if (text := getattr(event, name)) is not None:
-                _check_text(row, name, text)
+            if (text := getattr(event, name)) is not None and (why := id_problem(text)):
+                raise _bad(row, name, why)
         _check_integer(row, "timestamp_ms", event.timestamp_ms)
         if not 0 <= event.timestamp_ms <= latest_ms:
             raise _bad(row, "timestamp_ms", f"{event.timestamp_ms} is before 1970 or more than a day in the future")
@@ -326,15 +326,6 @@ def check_events(events: Sequence[Event], now_ms: int | None = None) -> None:
                 raise _bad(row, "slate_position", f"{event.slate_position} is not in 0 to 2147483647")
         if event.value is not None and not (_is_number(event.value) and abs(event.value) <= _FLOAT32_MAX):
             raise _bad(row, "value", f"{event.value!r} is not a finite 32-bit number")
-
-
-def _check_text(row: int, name: str, text: Any) -> None:
-    if not isinstance(text, str) or not text:
-        raise _bad(row, name, f"must be a non-empty string, not {text!r}")
-    if len(text) > MAX_ID_LENGTH:
-        raise _bad(row, name, f"is {len(text)} characters long, more than {MAX_ID_LENGTH}")
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise _bad(row, name, "holds a NUL or an unpaired surrogate, which is no text")
 
 
 def _check_integer(row: int, name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recsys.errors import RequestError
+from recsys.ids import id_problem
 from recsys.pipeline.config import PipelineConfig
 from recsys.types import NO_FILTERS, Filters, Slate
 
@@ -194,8 +195,8 @@ def _check_top_k(top_k: Any, config: PipelineConfig) -> None:
 
 
 def _check_id(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise _bad(name, f"must be a non-empty string, not {value!r}")
+    if why := id_problem(value):
+        raise _bad(name, why)
 
 
 def _check_length(name: str, values: Any, config: PipelineConfig) -> None:

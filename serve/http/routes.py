@@ -292,7 +292,7 @@ def _add_events(
         responses=_ok(wire.EventsAnswer) | _BODY_PROBLEMS,
         **needs("write"),
     )
-    async def merge(user_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], body: wire.MergeBody) -> Response:
+    async def merge(user_id: Annotated[wire.Id, Path()], body: wire.MergeBody) -> Response:
         """The interactions known of `from_user_id` become events of this user, at the times they have. Sending it again
         adds only what came since.
         """
@@ -312,7 +312,7 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
         responses=_ok(wire.UserAnswer) | _problems(404),
         **needs("read"),
     )
-    async def user(user_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
+    async def user(user_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """The newest interactions, those of the Bundle and those that came as events, oldest first."""
         state = await asyncio.to_thread(service.store.user, user_id)
         return (
@@ -328,7 +328,7 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
         responses=_ok(wire.CatalogueItemAnswer) | _problems(404),
         **needs("read"),
     )
-    async def item(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
+    async def item(item_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """The item as it is now."""
         row = service.knowing(item_id).recommender.item(item_id)
         return _missing(request, f"no item {item_id!r} in the catalogue") if row is None else _json(row)
@@ -386,7 +386,7 @@ def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadP
         responses=_ok(wire.ItemsAnswer) | _problems(404, 409),
         **needs("admin"),
     )
-    async def remove(item_id: Annotated[str, Path(max_length=wire.MAX_ID_LENGTH)], request: Request) -> Response:
+    async def remove(item_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """Not shown any more in seconds. Put again, it is back."""
         if (refused := fixed(request)) is not None:
             return refused

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from recsys.events.base import MAX_ID_LENGTH
+from recsys.ids import MAX_ID_LENGTH, id_problem
 from recsys.pipeline.requests import (
     MAX_QUERY_LENGTH,
     NO_REQUEST_FILTERS,
@@ -24,7 +24,14 @@ from recsys.pipeline.requests import (
     SimilarRequest,
 )
 
-Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
+
+def _storable(value: str) -> str:
+    if why := id_problem(value):
+        raise ValueError(why)
+    return value
+
+
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH), AfterValidator(_storable)]
 
 
 def _only_text(value: Any) -> Any:
