@@ -27,12 +27,60 @@ class Filters:
     price_min: float | None = None
     price_max: float | None = None
 
+    def __post_init__(self) -> None:
+        # Lists of a caller: what is remembered per filter needs something that cannot change.
+        for name in ("categories_any", "categories_none"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+
     @property
     def empty(self) -> bool:
         return self is NO_FILTERS or self == NO_FILTERS
 
 
 NO_FILTERS = Filters()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """What one user did, oldest first, in internal ids. Many at once are :class:`recsys.data.histories.Histories`."""
+
+    item_idx: Int32Array
+    """int32 [L]"""
+    timestamp_ms: Int64Array
+    """int64 [L], milliseconds since 1970 UTC; zeros where the data has order only"""
+
+    def __len__(self) -> int:
+        return len(self.item_idx)
+
+    def last(self, max_length: int) -> Self:
+        """The newest ``max_length`` (1 or more) entries."""
+        return (
+            self
+            if len(self) <= max_length
+            else type(self)(self.item_idx[-max_length:], self.timestamp_ms[-max_length:])
+        )
+
+    def then(self, later: Self) -> Self:
+        """This one followed by what came ``later``."""
+        return type(self)(
+            np.concatenate([self.item_idx, later.item_idx]), np.concatenate([self.timestamp_ms, later.timestamp_ms])
+        )
+
+
+NO_HISTORY = History(np.zeros(0, np.int32), np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryItem:
+    """Something a user did, as it is told from outside: with a request, or by a Bundle's golden query."""
+
+    item_id: str
+    timestamp_ms: int | None = None
+    """milliseconds since 1970 UTC, 0 where the data has order only; None for just now"""
+    event: str | None = None
+    """an event name of the positive policy; None for a plain positive"""
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,10 +91,8 @@ class Query:
     bundle_id: str
     now_ms: int
     """the request's time, milliseconds since 1970 UTC"""
-    history_item_idx: Int32Array
-    """int32 [L], positives, oldest first; empty for a user nobody knows"""
-    history_timestamp_ms: Int64Array
-    """int64 [L]; zeros where the data has order only"""
+    history: History
+    """positives; empty for a user nobody knows"""
     excluded_item_idx: Int32Array
     """int32: items that must not appear (seen, or named in the request)"""
     top_k: int

@@ -14,7 +14,7 @@ from jobs.config import JobConfig
 from jobs.steps import recommend
 from recsys import schema
 from recsys.arrow import pc
-from recsys.bundle.golden import GoldenEvent, GoldenQuery
+from recsys.bundle.golden import GoldenQuery
 from recsys.bundle.reader import HISTORIES_SCHEMA, Bundle
 from recsys.bundle.slates import SLATES_SCHEMA
 from recsys.bundle.store import BundleStore
@@ -26,7 +26,7 @@ from recsys.models import load_retriever
 from recsys.models.base import FitData, VectorRetriever
 from recsys.pipeline.recommender import Recommender
 from recsys.training.runtime import Runtime
-from recsys.types import Filters
+from recsys.types import Filters, HistoryItem
 
 STEP = "publish"
 GOLDEN_HISTORY = 20
@@ -152,7 +152,7 @@ def golden(draft: Bundle, dataset: Dataset) -> GoldenQuery:
     times = [0] * len(rows) if log.timestamp_ms is None else log.timestamp_ms[rows].tolist()
     whole = dataset.interactions.filter(pc.greater(dataset.interactions[schema.WEIGHT], 0)).take(pa.array(rows))
     history = tuple(
-        GoldenEvent(item_id=item_id, event=event, timestamp_ms=time, value=value)
+        HistoryItem(item_id=item_id, event=event, timestamp_ms=time, value=value)
         for item_id, event, time, value in zip(
             ids, whole[schema.EVENT].to_pylist(), times, whole[schema.VALUE].to_pylist(), strict=True
         )

@@ -1,6 +1,6 @@
 """The Bundle: the one thing that passes from training to serving. Immutable, hashed, without pickle."""
 
-from recsys.bundle.golden import GoldenEvent, GoldenQuery
+from recsys.bundle.golden import GoldenQuery
 from recsys.bundle.manifest import FileEntry, Manifest
 from recsys.bundle.reader import HISTORIES_SCHEMA, Bundle
 from recsys.bundle.store import BundleStore, Pointer
@@ -12,7 +12,6 @@ __all__ = [
     "BundleStore",
     "BundleWriter",
     "FileEntry",
-    "GoldenEvent",
     "GoldenQuery",
     "Manifest",
     "Pointer",

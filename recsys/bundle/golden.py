@@ -9,22 +9,13 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.errors import BundleMismatchError
-from recsys.types import Filters
-
-
-class GoldenEvent(StrictConfig):
-    """One entry of the pinned history."""
-
-    item_id: str
-    event: str
-    timestamp_ms: int = Field(default=0, description="milliseconds since 1970 UTC; 0 where the data has order only")
-    value: float | None = None
+from recsys.types import Filters, HistoryItem
 
 
 class GoldenQuery(StrictConfig):
     """A request whose history and time are pinned, and the slate it must give."""
 
-    history: tuple[GoldenEvent, ...] = Field(description="oldest first; nothing else is known of the user")
+    history: tuple[HistoryItem, ...] = Field(description="oldest first; nothing else is known of the user")
     now_ms: int = Field(description="time of the request, milliseconds since 1970 UTC")
     top_k: int = Field(ge=1)
     filters: Filters = Field(default=Filters(), description="hard rules of the request")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.types import NO_HISTORY, History
+
 
 @dataclass(frozen=True)
 class PackedHistories:
@@ -57,6 +59,15 @@ class Histories:
         return cls(flat, starts, stops, times)
 
     @classmethod
+    def of(cls, histories: Sequence[History]) -> Histories:
+        """Several histories, laid end to end."""
+        stops = np.cumsum([len(history) for history in histories], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), stops[:-1]]) if len(stops) else np.zeros(0, np.int64)
+        item_idx = np.concatenate([NO_HISTORY.item_idx, *(history.item_idx for history in histories)])
+        timestamp_ms = np.concatenate([NO_HISTORY.timestamp_ms, *(history.timestamp_ms for history in histories)])
+        return cls(item_idx, starts, stops, timestamp_ms)
+
+    @classmethod
     def single(cls, item_idx: NDArray[np.int32], timestamp_ms: NDArray[np.int64] | None = None) -> Histories:
         """One history."""
         return cls(item_idx, np.zeros(1, np.int64), np.array([len(item_idx)], np.int64), timestamp_ms)
@@ -71,6 +82,12 @@ class Histories:
     def items(self, row: int) -> NDArray[np.int32]:
         """int32 [L]: the items of history ``row``, oldest first."""
         return self.item_idx[self.starts[row] : self.stops[row]]
+
+    def history(self, row: int) -> History:
+        """History ``row``."""
+        rows = slice(int(self.starts[row]), int(self.stops[row]))
+        times = np.zeros(rows.stop - rows.start, np.int64) if self.timestamp_ms is None else self.timestamp_ms[rows]
+        return History(self.item_idx[rows], times)
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -164,7 +164,7 @@ class StandInRanker(Ranker):
             [
                 replace(
                     query,
-                    history_item_idx=known(query.history_item_idx),
+                    history=replace(query.history, item_idx=known(query.history.item_idx)),
                     candidate_item_idx=known(query.candidate_item_idx),
                 )
                 for query in queries

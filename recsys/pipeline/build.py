@@ -28,7 +28,7 @@ from recsys.pipeline.stage import RANKING, RERANKING, RETRIEVAL, STAGES, AsyncSt
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.pipeline.stages.retrieval import RetrievalStage
-from recsys.types import Candidates, FloatArray, Int32Array, Query
+from recsys.types import NO_HISTORY, Candidates, FloatArray, History, Query
 
 Popular = tuple[NDArray[np.int32], NDArray[np.float32]]
 """popular items, best first: int32 [P], and their scores float32 [P]"""
@@ -136,18 +136,16 @@ def warm_up(stages: Sequence[Stage]) -> None:
     """
     if not stages:
         return
-    none: Int32Array = np.zeros(0, np.int32)
     nobody = Query(
         request_id="warm-up",
         bundle_id=stages[0].bundle_id,
         now_ms=0,
-        history_item_idx=none,
-        history_timestamp_ms=np.zeros(0, np.int64),
-        excluded_item_idx=none,
+        history=NO_HISTORY,
+        excluded_item_idx=NO_HISTORY.item_idx,
         top_k=1,
         num_candidates=200,
     )
-    somebody = replace(nobody, history_item_idx=np.zeros(1, np.int32), history_timestamp_ms=np.zeros(1, np.int64))
+    somebody = replace(nobody, history=History(np.zeros(1, np.int32), np.zeros(1, np.int64)))
     for query in (nobody, somebody):
         candidates = Candidates.empty()
         for stage in stages:

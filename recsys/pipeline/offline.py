@@ -95,9 +95,7 @@ class OfflinePipeline:
 
     def _run_batch(self, queries: Sequence[Query]) -> list[tuple[Candidates, Candidates]]:
         newcomers = {
-            row
-            for row, query in enumerate(queries)
-            if self.config.newcomers == "popular" and not len(query.history_item_idx)
+            row for row, query in enumerate(queries) if self.config.newcomers == "popular" and not len(query.history)
         }
         found = [
             self._selection.without_retrieval(query, None, {}) if row in newcomers else Candidates.empty()

@@ -32,11 +32,9 @@ from recsys.pipeline.build import Parts, build_runner, build_stages, local, warm
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.popular import CATALOGUE, POPULAR
 from recsys.pipeline.requests import (
-    HistoryItem,
     Recommendation,
     RecommendedItem,
     RecommendRequest,
-    RequestFilters,
     SearchRequest,
     SimilarRequest,
 )
@@ -46,7 +44,7 @@ from recsys.pipeline.similarity import ItemSimilarity
 from recsys.pipeline.stage import AsyncStage
 from recsys.pipeline.stages.reranking import PINNED
 from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates, query_of
-from recsys.types import Candidates, Filters, Int32Array, Query
+from recsys.types import NO_FILTERS, Candidates, Filters, HistoryItem, Int32Array, Query
 
 ResultT = TypeVar("ResultT")
 STATE = "state"
@@ -152,7 +150,7 @@ class Recommender:
         request: RecommendRequest | None = None,
         *,
         history: Sequence[HistoryItem | str] = (),
-        filters: RequestFilters | None = None,
+        filters: Filters = NO_FILTERS,
         **fields: Any,
     ) -> Recommendation:
         """Recommend, from ordinary code. Give a :class:`RecommendRequest`, or its fields by name; ``history`` may then
@@ -163,7 +161,7 @@ class Recommender:
         if request is None:
             items = [HistoryItem(item) if isinstance(item, str) else item for item in history]
             try:
-                request = RecommendRequest(history=items, filters=filters or RequestFilters(), **fields)
+                request = RecommendRequest(history=items, filters=filters, **fields)
             except TypeError as error:
                 raise RequestError(f"recommend() has no such field: {error}") from error
         return self._wait(self.arecommend(request))
@@ -196,8 +194,8 @@ class Recommender:
             now_ms=now_ms,
             top_k=request.top_k,
             exclude_seen=request.exclude_seen,
-            left_out=self._named(request.filters) if request.filters.exclude_items else None,
-            filters=request.filters.hard(),
+            left_out=self._named(request.exclude_items) if request.exclude_items else None,
+            filters=request.filters,
             diversity=request.diversity,
         )
         state_ms = (time.perf_counter() - started) * 1e3
@@ -259,7 +257,7 @@ class Recommender:
         request.check(self.config)
         if self.words is None:
             raise RequestError(f"Bundle {self.bundle_id} was trained on ids alone and knows no words", field="query")
-        allowed = self.catalogue.allowed(request.filters.hard(), self._named(request.filters))
+        allowed = self.catalogue.allowed(request.filters, self._named(request.exclude_items))
         item_idx, cosines = self.words.find(request.query, request.top_k, allowed)
         items = self._items(Candidates.from_source(SEARCH, item_idx, cosines, stage=SEARCH), None)
         timings_ms = {"total": (time.perf_counter() - started) * 1e3}
@@ -316,9 +314,9 @@ class Recommender:
         except TimeoutError as error:
             raise EventStoreError(f"the event store did not answer within {budget_ms:g} ms") from error
 
-    def _named(self, filters: RequestFilters) -> Int32Array:
-        """The known items that a request wants to leave out."""
-        rows = self.catalogue.id_map.rows(filters.exclude_items)
+    def _named(self, item_ids: Sequence[str]) -> Int32Array:
+        """int32: the known ones among items that a request wants to leave out."""
+        rows = self.catalogue.id_map.rows(item_ids)
         return rows[rows >= 0]
 
     def _item_idx(self, item_id: str) -> int | None:
@@ -357,7 +355,7 @@ class Recommender:
 
     def _reasons(self, query: Query, selected: Candidates) -> list[tuple[str, ...]]:
         """For each item, the entries of the history most like it, and what its source says."""
-        history = np.unique(query.history_item_idx)
+        history = np.unique(query.history.item_idx)
         cosines = self.similarity.cosines(selected.item_idx, history) if len(history) and len(selected) else None
         titles = self.catalogue.titles(history) if len(history) else []
         reasons: list[tuple[str, ...]] = []
@@ -405,13 +403,10 @@ class _LoopThread:
 
 def golden_request(golden: GoldenQuery, config: PipelineConfig) -> RecommendRequest:
     """The request that a golden query stands for; its time is given to ``arecommend`` beside it."""
-    wanted = golden.filters
     return RecommendRequest(
-        history=[HistoryItem(e.item_id, e.timestamp_ms, e.event, e.value) for e in golden.history],
+        history=golden.history,
         top_k=golden.top_k,
-        filters=RequestFilters(
-            wanted.categories_any, wanted.categories_none, price_min=wanted.price_min, price_max=wanted.price_max
-        ),
+        filters=golden.filters,
         exclude_seen=golden.exclude_seen,
         deadline_ms=config.max_deadline_ms,
         request_id="golden",

@@ -10,45 +10,11 @@ from typing import Any
 from recsys.errors import RequestError
 from recsys.ids import id_problem
 from recsys.pipeline.config import PipelineConfig
-from recsys.types import NO_FILTERS, Filters, Slate
+from recsys.types import NO_FILTERS, Filters, HistoryItem, Slate
 
 _LATEST_MS = 1 << 53
 MAX_QUERY_LENGTH = 1000
 """longest text to search for (characters)"""
-
-
-@dataclass(frozen=True, slots=True)
-class HistoryItem:
-    """Something the user did, told with the request."""
-
-    item_id: str
-    timestamp_ms: int | None = None
-    """milliseconds since 1970 UTC; None for just now"""
-    event: str | None = None
-    """an event name of the positive policy; None for a plain positive"""
-    value: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestFilters:
-    """Hard rules of the request. Prices are in the catalogue's unit; an item without a price fails a price bound."""
-
-    categories_any: Sequence[str] = ()
-    """at least one of these; empty for no such rule"""
-    categories_none: Sequence[str] = ()
-    exclude_items: Sequence[str] = ()
-    """item ids; unknown ones are ignored"""
-    price_min: float | None = None
-    price_max: float | None = None
-
-    def hard(self) -> Filters:
-        """As the pipeline knows them, without the excluded items."""
-        if self is NO_REQUEST_FILTERS:
-            return NO_FILTERS
-        return Filters(tuple(self.categories_any), tuple(self.categories_none), self.price_min, self.price_max)
-
-
-NO_REQUEST_FILTERS = RequestFilters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +25,9 @@ class RecommendRequest:
     history: Sequence[HistoryItem] = ()
     """oldest first, for this request only"""
     top_k: int = 10
-    filters: RequestFilters = NO_REQUEST_FILTERS
+    filters: Filters = NO_FILTERS
+    exclude_items: Sequence[str] = ()
+    """item ids that must not be shown; unknown ones are ignored"""
     exclude_seen: bool = True
     diversity: float | None = None
     """0 by score alone to 1 by novelty alone; None for the configured default"""
@@ -89,7 +57,7 @@ class RecommendRequest:
                 _check_id(f"history[{row}].event", item.event)
             if item.value is not None:
                 _check_number(f"history[{row}].value", item.value)
-        _check_filters(self.filters, config)
+        _check_filters(self.filters, self.exclude_items, config)
         if self.diversity is not None:
             _check_number("diversity", self.diversity, low=0, high=1)
         if self.deadline_ms is not None:
@@ -116,7 +84,9 @@ class SearchRequest:
 
     query: str
     top_k: int = 10
-    filters: RequestFilters = NO_REQUEST_FILTERS
+    filters: Filters = NO_FILTERS
+    exclude_items: Sequence[str] = ()
+    """item ids that must not be shown; unknown ones are ignored"""
     request_id: str | None = None
 
     def check(self, config: PipelineConfig) -> None:
@@ -128,7 +98,7 @@ class SearchRequest:
         if len(self.query) > MAX_QUERY_LENGTH:
             raise _bad("query", f"is {len(self.query)} characters long, more than {MAX_QUERY_LENGTH}")
         _check_top_k(self.top_k, config)
-        _check_filters(self.filters, config)
+        _check_filters(self.filters, self.exclude_items, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +145,12 @@ class Recommendation:
         return [item.score for item in self.items]
 
 
-def _check_filters(filters: RequestFilters, config: PipelineConfig) -> None:
-    for name in ("categories_any", "categories_none", "exclude_items"):
-        values = getattr(filters, name)
-        _check_length(f"filters.{name}", values, config)
+def _check_filters(filters: Filters, exclude_items: Sequence[str], config: PipelineConfig) -> None:
+    lists = {f"filters.{name}": getattr(filters, name) for name in ("categories_any", "categories_none")}
+    for name, values in {**lists, "exclude_items": exclude_items}.items():
+        _check_length(name, values, config)
         for row, value in enumerate(values):
-            _check_id(f"filters.{name}[{row}]", value)
+            _check_id(f"{name}[{row}]", value)
     low, high = filters.price_min, filters.price_max
     for name, value in (("filters.price_min", low), ("filters.price_max", high)):
         if value is not None:

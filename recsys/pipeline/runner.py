@@ -224,7 +224,7 @@ class Runner:
         provenance: dict[str, str] = {}
         timings_ms: dict[str, float] = {}
         busy_ms: dict[str, float] = {}
-        is_newcomer = self.config.newcomers == "popular" and not len(query.history_item_idx)
+        is_newcomer = self.config.newcomers == "popular" and not len(query.history)
         spare_s = 0.0  # what stages have left of their budgets
         for position, stage in enumerate(self.stages):
             if is_newcomer and (position == 0 or stage.name in NEEDS_RETRIEVAL):

@@ -16,7 +16,7 @@ from recsys.data.positives import PositivePolicy
 from recsys.events import UserState
 from recsys.pipeline.cache import Cache
 from recsys.pipeline.config import PipelineConfig
-from recsys.types import NO_FILTERS, Filters, Int32Array, Int64Array, Query
+from recsys.types import NO_FILTERS, NO_HISTORY, Filters, History, Int32Array, Int64Array, Query
 
 _DAY_MS = 86_400_000
 
@@ -63,10 +63,8 @@ class HistoriesTable:
 class Profile:
     """A user as the models see one. Shared: never written to."""
 
-    item_idx: Int32Array
-    """int32 [L], positives, oldest first, the newest ``max_history``"""
-    timestamp_ms: Int64Array
-    """int64 [L]"""
+    history: History
+    """the newest ``max_history`` positives"""
     seen_item_idx: Int32Array
     """int32 [S], ascending: every known item of the state, positive or not"""
     seen_ms: Int64Array
@@ -90,8 +88,7 @@ class Profile:
         judged = known & (is_positive | is_negative)
         verdicts, latest = np.unique(item_idx[judged][::-1], return_index=True)
         return cls(
-            item_idx[newest],
-            timestamp_ms[newest],
+            History(item_idx[newest], timestamp_ms[newest]),
             seen,
             timestamp_ms[known][::-1][last],
             verdicts[is_negative[judged][::-1][latest]],
@@ -112,30 +109,17 @@ class Profile:
         """Of query ``row``, as it was just before its target; ``hides`` (bool [R]) marks the rows of the log that say
         that their user wants no more of an item, None for none.
         """
-        histories, seen = targets.histories, targets.seen
-        start, stop = (
-            max(int(histories.starts[row]), int(histories.stops[row]) - max_history),
-            int(histories.stops[row]),
-        )
-        rows = slice(int(seen.starts[row]), int(seen.stops[row]))
-        items = seen.item_idx[rows]
-        latest, last = np.unique(items[::-1], return_index=True)
-        return cls(
-            histories.item_idx[start:stop],
-            _times(histories.timestamp_ms, slice(start, stop)),
-            latest,
-            _times(seen.timestamp_ms, rows)[::-1][last],
-            _NO_ITEMS if hides is None else latest[hides[rows][::-1][last]],
-        )
-
-
-def _times(timestamp_ms: Int64Array | None, rows: slice) -> Int64Array:
-    """int64 [n]; zeros where the data has order only."""
-    return np.zeros(rows.stop - rows.start, np.int64) if timestamp_ms is None else timestamp_ms[rows]
+        seen = targets.seen.history(row)
+        latest, last = np.unique(seen.item_idx[::-1], return_index=True)
+        hidden = NO_HISTORY.item_idx
+        if hides is not None:
+            rows = slice(int(targets.seen.starts[row]), int(targets.seen.stops[row]))
+            hidden = latest[hides[rows][::-1][last]]
+        history = targets.histories.history(row).last(max_history)
+        return cls(history, latest, seen.timestamp_ms[::-1][last], hidden)
 
 
 _NONE = np.zeros(0, bool)
-_NO_ITEMS: Int32Array = np.zeros(0, np.int32)
 NOBODY = Profile.resolve(np.zeros(0, np.int32), np.zeros(0, np.int64), _NONE, _NONE, 1)
 
 
@@ -187,12 +171,11 @@ def query_of(
     """
     repeat_after_days = config.repeat_after_days if exclude_seen else 0
     excluded = profile.excluded(now_ms, repeat_after_days)
-    history, times = profile.item_idx, profile.timestamp_ms
+    history = profile.history
     if told is not NOBODY:
-        history = np.concatenate([history, told.item_idx])[-config.max_history :]
-        times = np.concatenate([times, told.timestamp_ms])[-config.max_history :]
+        history = history.then(told.history).last(config.max_history)
         if repeat_after_days == 0:  # what they take now, they do not hide any more
-            excluded = np.setdiff1d(excluded, told.item_idx)
+            excluded = np.setdiff1d(excluded, told.history.item_idx)
         excluded = np.concatenate([excluded, told.excluded(now_ms, repeat_after_days)])
     if left_out is not None:
         excluded = np.concatenate([excluded, left_out])
@@ -200,8 +183,7 @@ def query_of(
         request_id=request_id,
         bundle_id=bundle_id,
         now_ms=now_ms,
-        history_item_idx=history,
-        history_timestamp_ms=times,
+        history=history,
         excluded_item_idx=excluded,
         top_k=top_k,
         num_candidates=max(config.num_candidates, top_k),

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from recsys import schema
 from recsys.pipeline.stage import Stage
-from recsys.types import Candidates, Filters, Query
+from recsys.types import Candidates, Filters, History, Query
 
 
 def items_table(
@@ -53,8 +53,7 @@ def make_query(
         request_id=request_id,
         bundle_id=bundle_id,
         now_ms=0,
-        history_item_idx=np.array(history, np.int32),
-        history_timestamp_ms=np.arange(len(history), dtype=np.int64),
+        history=History(np.array(history, np.int32), np.arange(len(history), dtype=np.int64)),
         excluded_item_idx=np.array(excluded, np.int32),
         top_k=top_k,
         num_candidates=num_candidates,

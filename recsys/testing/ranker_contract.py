@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +21,7 @@ import pytest
 from recsys.errors import ModelError
 from recsys.models import load_ranker
 from recsys.models.rankers.base import Ranker, RankingQuery
+from recsys.types import History
 
 _TOLERANCE = 1e-4
 
@@ -28,8 +30,9 @@ def ranking_query(seed: int, num_items: int, *, length: int = 6, num_candidates:
     """A random query about items 0 to ``num_items`` - 1."""
     rng = np.random.default_rng(seed)
     return RankingQuery(
-        history_item_idx=rng.integers(0, num_items, length).astype(np.int32),
-        history_timestamp_ms=np.sort(rng.integers(10**12, 2 * 10**12, length)),
+        history=History(
+            rng.integers(0, num_items, length).astype(np.int32), np.sort(rng.integers(10**12, 2 * 10**12, length))
+        ),
         candidate_item_idx=rng.choice(num_items, num_candidates, replace=False).astype(np.int32),
         retrieval_score=-np.sort(-rng.normal(size=num_candidates)).astype(np.float32),
         now_ms=2 * 10**12,
@@ -67,11 +70,11 @@ class RankerContract:
         query = ranking_query(9, self.num_items)
         np.testing.assert_array_equal(self.fit().rank([query])[0], ranker.rank([query])[0])
 
-    @pytest.mark.parametrize("field", ["candidate_item_idx", "history_item_idx"])
+    @pytest.mark.parametrize("field", ["candidate_item_idx", "history.item_idx"])
     @pytest.mark.parametrize("item_idx", [-1, 50])
     def test_an_item_outside_the_catalogue_is_refused(self, ranker: Ranker, field: str, item_idx: int) -> None:
         query = ranking_query(10, self.num_items)
-        getattr(query, field)[-1] = item_idx
+        operator.attrgetter(field)(query)[-1] = item_idx
         with pytest.raises(ModelError, match=r"item_idx outside 0\.\.49"):
             ranker.rank([query])
 
@@ -94,7 +97,7 @@ class RankerContract:
         assert np.isfinite(ranker.rank([query])[0]).all()
 
     def test_times_may_be_absent(self, ranker: Ranker) -> None:
-        query = dataclasses.replace(ranking_query(7, self.num_items), history_timestamp_ms=None, now_ms=None)
+        query = dataclasses.replace(ranking_query(7, self.num_items), now_ms=None)
         assert np.isfinite(ranker.rank([query])[0]).all()
 
     def test_saving_keeps_the_scores(self, ranker: Ranker, tmp_path: Path) -> None:

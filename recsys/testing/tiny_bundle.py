@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from recsys import schema
-from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenQuery
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
 from recsys.data.features import ItemFeatures
@@ -30,6 +30,7 @@ from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.testing.planted import random_numeric
 from recsys.training.runtime import Runtime
+from recsys.types import HistoryItem
 
 START_MS = 1_700_000_000_000
 
@@ -161,7 +162,7 @@ def make_bundle(
             FlatIndex().build(text).save(writer.part("text_index"))
         question = GoldenQuery.model_construct(
             history=tuple(
-                GoldenEvent(item_id=f"i{item}", event="rating", timestamp_ms=time, value=5.0)
+                HistoryItem(item_id=f"i{item}", event="rating", timestamp_ms=time, value=5.0)
                 for item, time in zip(histories[0], times[0], strict=True)
             ),
             now_ms=START_MS + 3_600_000,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.pipeline.stage import StageOutput
-from recsys.types import NO_FILTERS, Candidates, Filters, Query, Removal
+from recsys.types import NO_FILTERS, Candidates, Filters, History, Query, Removal
 
 Frame = tuple[Any, ...]
 
@@ -24,8 +24,8 @@ def pack_call(query: Query, candidates: Candidates) -> Frame:
         query.request_id,
         query.bundle_id,
         query.now_ms,
-        _bytes(query.history_item_idx, np.int32),
-        _bytes(query.history_timestamp_ms, np.int64),
+        _bytes(query.history.item_idx, np.int32),
+        _bytes(query.history.timestamp_ms, np.int64),
         _bytes(query.excluded_item_idx, np.int32),
         query.top_k,
         query.num_candidates,
@@ -44,8 +44,7 @@ def unpack_call(frame: Frame) -> tuple[Query, Candidates]:
         request_id,
         bundle_id,
         now_ms,
-        np.frombuffer(history, np.int32),
-        np.frombuffer(times, np.int64),
+        History(np.frombuffer(history, np.int32), np.frombuffer(times, np.int64)),
         np.frombuffer(excluded, np.int32),
         top_k,
         num_candidates,

@@ -14,15 +14,13 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 from recsys.ids import MAX_ID_LENGTH, id_problem
 from recsys.pipeline.requests import (
     MAX_QUERY_LENGTH,
-    NO_REQUEST_FILTERS,
-    HistoryItem,
     Recommendation,
     RecommendedItem,
     RecommendRequest,
-    RequestFilters,
     SearchRequest,
     SimilarRequest,
 )
+from recsys.types import NO_FILTERS, Filters, HistoryItem
 
 
 def _storable(value: str) -> str:
@@ -336,7 +334,7 @@ class Problem(BaseModel):
 
 def recommend_request(body: RecommendBody, request_id: str) -> RecommendRequest:
     """The request as the pipeline knows it."""
-    filters = NO_REQUEST_FILTERS if body.filters is None else RequestFilters(**dict(body.filters))
+    filters, exclude_items = _filters(body.filters)
     return RecommendRequest(
         user_id=body.user_id,
         history=[
@@ -345,6 +343,7 @@ def recommend_request(body: RecommendBody, request_id: str) -> RecommendRequest:
         ],
         top_k=body.top_k,
         filters=filters,
+        exclude_items=exclude_items,
         exclude_seen=body.exclude_seen,
         diversity=body.diversity,
         context={} if body.context is None else body.context.model_dump(exclude_none=True),
@@ -361,8 +360,14 @@ def similar_request(body: SimilarBody, request_id: str) -> SimilarRequest:
 
 def search_request(body: SearchBody, request_id: str) -> SearchRequest:
     """The request as the pipeline knows it."""
-    filters = NO_REQUEST_FILTERS if body.filters is None else RequestFilters(**dict(body.filters))
-    return SearchRequest(body.query, body.top_k, filters, request_id)
+    filters, exclude_items = _filters(body.filters)
+    return SearchRequest(body.query, body.top_k, filters, exclude_items, request_id)
+
+
+def _filters(body: FiltersBody | None) -> tuple[Filters, tuple[str, ...]]:
+    if body is None:
+        return NO_FILTERS, ()
+    return Filters(body.categories_any, body.categories_none, body.price_min, body.price_max), body.exclude_items
 
 
 def recommend_answer(answer: Recommendation, *, explain: bool = False) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def describe(answer: Recommendation, catalogue: Catalogue) -> dict[str, Any]:
         "bundle_id": answer.bundle_id,
         "user_id": answer.user_id,
         "now_ms": slate.query.now_ms,
-        "history": ids(slate.query.history_item_idx),
+        "history": ids(slate.query.history.item_idx),
         "degraded": list(answer.degraded),
         "stages": [
             {

@@ -81,7 +81,7 @@ def planted() -> tuple[RankingExamples, RankingExamples, RankingCatalogue]:
     queries, relevant = [], np.zeros((120, 4), bool)
     for row in range(120):
         query = ranking_query(row, 50, length=2, num_candidates=4)
-        same = colour == colour[query.history_item_idx[-1]]
+        same = colour == colour[query.history.item_idx[-1]]
         candidates = np.concatenate([rng.choice(np.flatnonzero(same), 1), rng.choice(np.flatnonzero(~same), 3, False)])
         candidates = rng.permutation(candidates).astype(np.int32)
         relevant[row] = same[candidates]

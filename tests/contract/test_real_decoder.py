@@ -56,7 +56,7 @@ def test_it_knows_what_belongs_together(tmp_path: Path) -> None:
         candidates = rng.permutation([own[0], *others]).astype(np.int32)
         relevant[row] = candidates == own[0]
         query = ranking_query(row, 16, length=3, num_candidates=4)
-        query.history_item_idx[:] = own[1:]
+        query.history.item_idx[:] = own[1:]
         query.candidate_item_idx[:] = candidates
         queries.append(query)
     batch = ranking_batch(queries, items, 3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from recsys.pipeline.stage import StageOutput
-from recsys.types import NO_FILTERS, Candidates, Filters, Query, Removal
+from recsys.types import NO_FILTERS, Candidates, Filters, History, Query, Removal
 from serve.graph.frames import pack_call, pack_output, unpack_call, unpack_output
 
 texts = st.text(max_size=8)
@@ -31,8 +31,7 @@ queries = st.integers(0, 20).flatmap(
         request_id=texts,
         bundle_id=texts,
         now_ms=st.integers(0, 2**50),
-        history_item_idx=array(np.int32, length),
-        history_timestamp_ms=array(np.int64, length),
+        history=st.builds(History, array(np.int32, length), array(np.int64, length)),
         excluded_item_idx=array(np.int32),
         top_k=st.integers(1, 1000),
         num_candidates=st.integers(1, 1000),
@@ -61,7 +60,7 @@ def same(sent: Any, received: Any) -> bool:
         return list(sent) == list(received) and all(same(sent[key], received[key]) for key in sent)
     if isinstance(sent, tuple):
         return len(sent) == len(received) and all(map(same, sent, received))
-    if isinstance(sent, Query | Candidates | Removal | StageOutput):
+    if isinstance(sent, Query | History | Candidates | Removal | StageOutput):
         pairs = ((getattr(sent, field.name), getattr(received, field.name)) for field in fields(sent))
         return type(sent) is type(received) and all(same(*pair) for pair in pairs)
     return sent == received

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 
 from recsys import schema
-from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery, Manifest
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenQuery, Manifest
 from recsys.bundle import reader as reader_module
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, content_id, git_revision, list_files
@@ -33,6 +33,7 @@ from recsys.index.flat import FlatIndex
 from recsys.models.base import VectorRetriever
 from recsys.models.retrievers.popularity import Popularity, PopularityRetriever
 from recsys.pipeline.config import PipelineConfig
+from recsys.types import HistoryItem
 
 NUM_ITEMS, DIM = 6, 4
 
@@ -64,7 +65,7 @@ SETTINGS = {
     "pipeline": PipelineConfig().model_dump(mode="json"),
 }
 GOLDEN = GoldenQuery(
-    history=(GoldenEvent(item_id="a", event="view", timestamp_ms=1),),
+    history=(HistoryItem(item_id="a", event="view", timestamp_ms=1),),
     now_ms=5,
     top_k=2,
     item_ids=("b", "c"),

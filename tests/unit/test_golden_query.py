@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from recsys.bundle import GoldenEvent, GoldenQuery
+from recsys.bundle import GoldenQuery
 from recsys.errors import BundleMismatchError, ConfigError
 from recsys.files import read_json, write_json
-from recsys.types import Filters
+from recsys.types import Filters, HistoryItem
 
 GOLDEN = GoldenQuery(
-    history=(GoldenEvent(item_id="x", event="view", timestamp_ms=3, value=1.5),),
+    history=(HistoryItem(item_id="x", event="view", timestamp_ms=3, value=1.5),),
     now_ms=10,
     top_k=4,
     filters=Filters(categories_any=("Drama",), price_max=3.0),

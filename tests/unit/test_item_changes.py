@@ -22,7 +22,6 @@ from recsys.models import ALS, EASE, Blend, ItemKNN
 from recsys.models.stand_in import StandIns, with_new_items
 from recsys.models.text.encoder import TextEncoderConfig
 from recsys.pipeline.recommender import Recommender
-from recsys.pipeline.requests import RequestFilters
 from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle
 from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.types import Filters
@@ -267,7 +266,7 @@ def test_a_new_item_is_found_and_recommended(bundle):
         assert recommender.bundle_id == f"{bundle.bundle_id}+3"
         assert recommender.item("new")["title"] == TITLES[7]
         assert "new" in recommender.search(TITLES[7], top_k=20).item_ids
-        answer = recommender.recommend(history=["i1", "i2"], filters=RequestFilters(categories_any=("fresh",)), top_k=5)
+        answer = recommender.recommend(history=["i1", "i2"], filters=Filters(categories_any=("fresh",)), top_k=5)
         assert answer.item_ids == ["new"]
         assert answer.degraded == ()
         assert {"retrieval", "ranking"} <= set(answer.items[0].stage_scores)
@@ -297,7 +296,7 @@ def test_changes_of_old_items_hold(bundle):
         assert not {"i1", "i3"} & set(everything)
         assert recommender.item("i1")["available"] is False
         assert recommender.item("i3") is None
-        assert recommender.recommend(filters=RequestFilters(categories_any=("other",)), top_k=3).item_ids == ["i2"]
+        assert recommender.recommend(filters=Filters(categories_any=("other",)), top_k=3).item_ids == ["i2"]
         assert recommender.search("blue blue blue", top_k=1).item_ids == ["i2"]
         assert recommender.recommend(history=["i3"], top_k=10).degraded == ()
         assert recommender.recommend(history=["i3"], top_k=10).item_ids != recommender.recommend(top_k=10).item_ids

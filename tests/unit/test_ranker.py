@@ -35,7 +35,7 @@ from recsys.models.rankers.export import (
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.testing.planted import random_numeric
 from recsys.training.runtime import Runtime
-from recsys.types import Candidates, Query
+from recsys.types import NO_HISTORY, Candidates, History, Query
 
 NUM_ITEMS, DIM, HOUR_MS, DAY_MS = 300, 16, 3_600_000, 86_400_000
 SMALL = AttentionRankerConfig(
@@ -64,8 +64,7 @@ def catalogue(items: RankingItems) -> RankingCatalogue:
 def random_query(generator: np.random.Generator, length: int = 6, num_candidates: int = 40) -> RankingQuery:
     times = np.sort(generator.integers(10**12, 10**12 + 30 * DAY_MS, length))
     return RankingQuery(
-        generator.integers(0, NUM_ITEMS, length).astype(np.int32),
-        times,
+        History(generator.integers(0, NUM_ITEMS, length).astype(np.int32), times),
         generator.choice(NUM_ITEMS, num_candidates, replace=False).astype(np.int32),
         -np.sort(-generator.normal(size=num_candidates)).astype(np.float32),
         10**12 + 31 * DAY_MS,
@@ -80,7 +79,7 @@ def examples(items: RankingItems) -> RankingExamples:
     categories = items.features.categories.argmax(axis=1)
     relevant = np.zeros((len(queries), 40), bool)
     for row, query in enumerate(queries):
-        same = np.flatnonzero(categories[query.candidate_item_idx] == categories[query.history_item_idx[-1]])
+        same = np.flatnonzero(categories[query.candidate_item_idx] == categories[query.history.item_idx[-1]])
         relevant[row, generator.choice(same) if len(same) else 0] = True
     batch = ranking_batch(queries, items, SMALL.max_history)
     return RankingExamples(
@@ -127,9 +126,7 @@ def test_a_score_depends_on_its_own_candidate_only(fitted) -> None:
 
 
 def test_an_empty_history_and_no_candidates_are_ordinary(fitted) -> None:
-    empty = RankingQuery(
-        np.zeros(0, np.int32), np.zeros(0, np.int64), np.arange(5, dtype=np.int32), np.zeros(5, np.float32), 10**12
-    )
+    empty = RankingQuery(NO_HISTORY, np.arange(5, dtype=np.int32), np.zeros(5, np.float32), 10**12)
     nothing = dataclasses.replace(
         empty, candidate_item_idx=np.zeros(0, np.int32), retrieval_score=np.zeros(0, np.float32)
     )
@@ -139,7 +136,7 @@ def test_an_empty_history_and_no_candidates_are_ordinary(fitted) -> None:
 
 
 def test_order_only_queries_need_no_time(fitted) -> None:
-    query = dataclasses.replace(random_query(np.random.default_rng(3)), history_timestamp_ms=None, now_ms=None)
+    query = dataclasses.replace(random_query(np.random.default_rng(3)), now_ms=None)
     assert np.isfinite(fitted[0].rank([query])[0]).all()
 
 
@@ -282,9 +279,7 @@ def test_the_stage_reorders_and_loses_nothing(fitted) -> None:
     generator = np.random.default_rng(7)
     query = random_query(generator)
     candidates = Candidates.from_source("m", query.candidate_item_idx, query.retrieval_score)
-    question = Query(
-        "r", "b", query.now_ms or 0, query.history_item_idx, query.history_timestamp_ms, np.zeros(0, np.int32), 10, 40
-    )
+    question = Query("r", "b", query.now_ms or 0, query.history, np.zeros(0, np.int32), 10, 40)
     (result,) = RankingStage("b", fitted[0]).run_batch([question], [candidates])
     assert sorted(result.item_idx) == sorted(candidates.item_idx)
     assert (np.diff(result.score) <= 0).all() and "ranking" in result.stage_scores

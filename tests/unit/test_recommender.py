@@ -20,14 +20,14 @@ from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.recommender import Recommender
-from recsys.pipeline.requests import HistoryItem, RecommendRequest, RequestFilters, SimilarRequest
+from recsys.pipeline.requests import RecommendRequest, SimilarRequest
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.selection import Selection
 from recsys.pipeline.similarity import ItemSimilarity
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.pipeline.users import HistoriesTable, Profiles
 from recsys.testing.pipeline import FunctionStage, items_table, raises
-from recsys.types import Candidates, Query
+from recsys.types import Candidates, Filters, HistoryItem, Query
 
 NUM_ITEMS = 30
 POLICY = PositivePolicy()
@@ -103,8 +103,8 @@ def fixture() -> Iterator[Fixture]:
 def test_a_known_user(fixture: Fixture):
     answer = fixture.recommender.recommend(user_id="ann", top_k=3)
     (query,) = fixture.queries
-    assert query.history_item_idx.tolist() == [0, 2]
-    assert query.history_timestamp_ms.tolist() == [100, 103]
+    assert query.history.item_idx.tolist() == [0, 2]
+    assert query.history.timestamp_ms.tolist() == [100, 103]
     assert query.excluded_item_idx.tolist() == [0, 1, 2, 3]
     assert [(item.item_id, item.title, item.rank) for item in answer.items] == [
         ("i4", "Item 4", 0),
@@ -124,7 +124,7 @@ def test_what_the_store_learns_is_in_the_next_request(fixture: Fixture):
     fixture.recommender.recommend(user_id="ann")
     fixture.users.states["ann"] = state("ann", ("i9", "click", np.nan), version=2)
     fixture.recommender.recommend(user_id="ann")
-    assert fixture.queries[-1].history_item_idx.tolist() == [9]
+    assert fixture.queries[-1].history.item_idx.tolist() == [9]
 
 
 def test_seen_items_come_back_when_asked_for(fixture: Fixture):
@@ -143,17 +143,17 @@ def test_history_of_the_request_follows_what_is_known_for_this_request_only(fixt
     request = RecommendRequest("ann", history, top_k=2)
     answer = asyncio.run(fixture.recommender.arecommend(request, now_ms=999))
     (query,) = fixture.queries
-    assert query.history_item_idx.tolist() == [2, 10, 12, 13]  # the newest four
-    assert query.history_timestamp_ms.tolist() == [103, 500, 999, 999]
+    assert query.history.item_idx.tolist() == [2, 10, 12, 13]  # the newest four
+    assert query.history.timestamp_ms.tolist() == [103, 500, 999, 999]
     assert sorted(query.excluded_item_idx.tolist()) == [0, 1, 2, 3, 10, 11, 12, 13]
     assert (answer.unknown_items, query.now_ms) == (1, 999)
     fixture.recommender.recommend(user_id="ann")
-    assert fixture.queries[-1].history_item_idx.tolist() == [0, 2]
+    assert fixture.queries[-1].history.item_idx.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"user_id": "nobody"}, {"history": ["unheard of"]}, {"history": [], "user_id": None}, {"user_id": "\ud800"}],
+    [{}, {"user_id": "nobody"}, {"history": ["unheard of"]}, {"history": [], "user_id": None}],
 )
 def test_nothing_known_is_answered(fixture: Fixture, fields: dict[str, Any]):
     answer = fixture.recommender.recommend(top_k=5, explain=True, **fields)
@@ -163,10 +163,9 @@ def test_nothing_known_is_answered(fixture: Fixture, fields: dict[str, Any]):
 
 
 def test_filters_and_excluded_items(fixture: Fixture):
-    filters = RequestFilters(exclude_items=["i0", "i2", "unheard of"])
-    assert fixture.recommender.recommend(filters=filters, top_k=2).item_ids == ["i1", "i3"]
-    assert fixture.recommender.recommend(filters=RequestFilters(categories_any=["none such"])).items == ()
-    assert fixture.recommender.recommend(filters=RequestFilters(price_min=1.0)).items == ()
+    assert fixture.recommender.recommend(exclude_items=["i0", "i2", "unheard of"], top_k=2).item_ids == ["i1", "i3"]
+    assert fixture.recommender.recommend(filters=Filters(categories_any=["none such"])).items == ()
+    assert fixture.recommender.recommend(filters=Filters(price_min=1.0)).items == ()
 
 
 def test_all_items_come_when_more_are_asked_for(fixture: Fixture):
@@ -198,8 +197,7 @@ def test_without_retrieval_a_user_gets_the_slate_that_was_made_for_them():
     assert answer.item_ids == ["i12", "i4", "i9", "i8"]
     assert [item.sources[0] for item in answer.items] == [SLATES, SLATES, "popular", "popular"]
     assert answer.degraded == ("retrieval",)
-    filters = RequestFilters(exclude_items=["i12"])
-    assert fixture.recommender.recommend(user_id="ann", top_k=1, filters=filters).item_ids == ["i4"]
+    assert fixture.recommender.recommend(user_id="ann", top_k=1, exclude_items=["i12"]).item_ids == ["i4"]
     assert fixture.recommender.recommend(user_id="nobody", top_k=2).item_ids == ["i9", "i8"]
     assert fixture.recommender.recommend(top_k=2).item_ids == ["i9", "i8"]
 
@@ -240,10 +238,11 @@ BAD = [
     ({"history": [HistoryItem("i0", 1, "click", float("nan"))]}, "history[0].value"),
     ({"history": [HistoryItem("i0")] * 21}, "history"),
     ({"history": [3]}, "history[0]"),
-    ({"filters": RequestFilters(categories_any="drama")}, "filters.categories_any"),
-    ({"filters": RequestFilters(exclude_items=[1])}, "filters.exclude_items[0]"),  # type: ignore[list-item]
-    ({"filters": RequestFilters(price_min=float("nan"))}, "filters.price_min"),
-    ({"filters": RequestFilters(price_min=2.0, price_max=1.0)}, "filters.price_min"),
+    ({"filters": Filters(categories_any="drama")}, "filters.categories_any"),
+    ({"exclude_items": [1]}, "exclude_items[0]"),
+    ({"user_id": "\ud800"}, "user_id"),
+    ({"filters": Filters(price_min=float("nan"))}, "filters.price_min"),
+    ({"filters": Filters(price_min=2.0, price_max=1.0)}, "filters.price_min"),
     ({"diversity": 1.5}, "diversity"),
     ({"diversity": "much"}, "diversity"),
     ({"deadline_ms": 0}, "deadline_ms"),
@@ -371,7 +370,7 @@ def test_histories_of_a_bundle_are_states():
     assert len(eve) == 0
     assert users.user("nobody") is None
     profiles = Profiles(Catalogue.build(items_table(3)), POLICY, max_history=1, cache_size=0)
-    assert profiles.of(bob).item_idx.tolist() == [2]
+    assert profiles.of(bob).history.item_idx.tolist() == [2]
     assert profiles.of(eve).item_idx.tolist() == []
 
 
@@ -383,4 +382,4 @@ def test_the_profile_cache_is_bounded_and_follows_versions():
     profiles.of(state("b", ("i0", "click", np.nan)))
     profiles.of(state("c", ("i0", "click", np.nan)))
     assert profiles.of(first) is not profile
-    assert profiles.of(state("a", ("i1", "click", np.nan), version=2)).item_idx.tolist() == [1]
+    assert profiles.of(state("a", ("i1", "click", np.nan), version=2)).history.item_idx.tolist() == [1]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from recsys import Recommender
-from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenEvent, GoldenQuery
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenQuery
 from recsys.config import StrictConfig
 from recsys.data.catalogue import Catalogue
 from recsys.data.config import DataConfig
@@ -25,6 +25,7 @@ from recsys.pipeline.config import PipelineConfig
 from recsys.testing.pipeline import items_table
 from recsys.training.loop import TrainConfig
 from recsys.training.runtime import Runtime
+from recsys.types import HistoryItem
 
 NUM_ITEMS, NUM_USERS = 60, 80
 MODELS: dict[str, RetrieverConfig] = {
@@ -83,7 +84,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         writer.add_histories(pa.table(histories, schema=HISTORIES_SCHEMA))
         writer.add_config(Resolved())
         question = {
-            "history": tuple(GoldenEvent(item_id=f"i{row}", event="interaction", timestamp_ms=5) for row in (3, 4)),
+            "history": tuple(HistoryItem(item_id=f"i{row}", event="interaction", timestamp_ms=5) for row in (3, 4)),
             "now_ms": 10_000,
             "top_k": 5,
         }

@@ -119,7 +119,7 @@ QUERIES = [
 
 
 def expected_of(catalogue: Catalogue, model: MeanRetriever, query: Query) -> list[int]:
-    scores = model.score(Histories.single(query.history_item_idx))[0]
+    scores = model.score(Histories.single(query.history.item_idx))[0]
     allowed = catalogue.allowed(query.filters, query.excluded_item_idx)
     order = [row for row in np.argsort(-scores, kind="stable").tolist() if allowed[row]]
     return order[: query.num_candidates]

@@ -387,7 +387,7 @@ def test_a_cancelled_request_is_cancelled(catalogue: Catalogue):
 def test_many_requests_at_once_do_not_mix(catalogue: Catalogue):
     echo = FunctionStage(
         "retrieval",
-        lambda q, _c: Candidates.from_source("echo", q.history_item_idx, np.ones(len(q.history_item_idx), np.float32)),
+        lambda q, _c: Candidates.from_source("echo", q.history.item_idx, np.ones(len(q.history.item_idx), np.float32)),
     )
     runner = make_runner(catalogue, echo, config=PipelineConfig(deadline_ms=10_000, budgets_ms=PATIENT))
 

@@ -8,9 +8,10 @@ import pytest
 from recsys.errors import RequestError
 from recsys.models.text.encoder import TextEncoderConfig
 from recsys.pipeline.recommender import Recommender
-from recsys.pipeline.requests import RequestFilters, SearchRequest
+from recsys.pipeline.requests import SearchRequest
 from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle
 from recsys.testing.tiny_encoder import tiny_encoder
+from recsys.types import Filters
 
 WORDS = ["red", "green", "blue", "apple", "train", "river", "night", "ride"]
 TEXTS = [f"{first} {second}" for first in WORDS for second in WORDS if first != second]
@@ -38,8 +39,8 @@ def test_the_item_with_the_very_words_comes_first(recommender):
 
 def test_rules_hold_for_what_is_found(recommender):
     assert "i13" not in recommender.search(TEXTS[13], top_k=50).item_ids
-    filters = RequestFilters(categories_any=["odd"], exclude_items=["i1", "no such"])
-    found = recommender.search(SearchRequest(TEXTS[1], 50, filters)).item_ids
+    request = SearchRequest(TEXTS[1], 50, Filters(categories_any=["odd"]), exclude_items=["i1", "no such"])
+    found = recommender.search(request).item_ids
     assert "i1" not in found
     assert {int(item_id[1:]) % 2 for item_id in found} == {1}
     assert len(recommender.search("river", top_k=299).items) == 299

@@ -93,9 +93,9 @@ def test_what_happened_since_counts_online_as_it_does_offline(published, trained
                 request = RecommendRequest(user_id=user_id, top_k=10)
                 served = asyncio.run(recommender.arecommend(request, now_ms=query.now_ms))
                 assert served.degraded == ()
-                history = served.slate.query
-                np.testing.assert_array_equal(history.history_item_idx, query.history_item_idx)
-                np.testing.assert_array_equal(history.history_timestamp_ms, query.history_timestamp_ms)
+                history = served.slate.query.history
+                np.testing.assert_array_equal(history.item_idx, query.history.item_idx)
+                np.testing.assert_array_equal(history.timestamp_ms, query.history.timestamp_ms)
                 items = grown.items["item_id"].take(pa.array(expected.item_idx)).to_pylist()
                 assert served.item_ids == items
                 for stage in STAGES:
@@ -149,7 +149,7 @@ def test_features_are_the_same_online_and_offline(recommender, steps, dataset, p
                 now_ms=query.now_ms,
             )
             for items, item_idx, times in (
-                (held, query.history_item_idx, query.history_timestamp_ms),
+                (held, query.history.item_idx, query.history.timestamp_ms),
                 (made, history.item_idx, history.timestamp_ms),
             )
         )

@@ -15,7 +15,7 @@ from recsys.errors import StageError
 from recsys.pipeline.build import Parts, build_stage
 from recsys.testing.pipeline import make_query
 from recsys.testing.tiny_bundle import make_bundle
-from recsys.types import Candidates
+from recsys.types import Candidates, History
 from serve.config import StageConfig
 from serve.graph.deployments import RemoteStage, StageDeployment
 from serve.graph.frames import pack_call, unpack_output
@@ -42,8 +42,7 @@ def ask(stage, *queries):
 
 def test_a_batch_answers_each_call_as_it_would_alone(bundle, retrieval):
     queries = [
-        replace(make_query(bundle_id=bundle.bundle_id), history_item_idx=np.array([item], np.int32),
-                history_timestamp_ms=np.zeros(1, np.int64))
+        make_query(bundle_id=bundle.bundle_id, history=[item])
         for item in (1, 5)
     ]  # fmt: skip
     together = [unpack_output(frame) for frame in ask(retrieval, *queries)]
@@ -107,7 +106,7 @@ def test_replicas_that_do_not_answer_are_not_ready(answers, states):
 def test_a_call_that_cannot_be_answered_takes_no_other_with_it(bundle, retrieval):
     good = make_query(bundle_id=bundle.bundle_id)
     other_bundle = replace(good, bundle_id="another")
-    beyond = replace(good, history_item_idx=np.array([10**6], np.int32), history_timestamp_ms=np.zeros(1, np.int64))
+    beyond = replace(good, history=History(np.array([10**6], np.int32), np.zeros(1, np.int64)))
     first, wrong, unusable, last = ask(retrieval, good, other_bundle, beyond, good)
     assert len(unpack_output(first).candidates) and len(unpack_output(last).candidates)
     assert isinstance(wrong, StageError) and "does not serve Bundle another" in str(wrong)

@@ -24,6 +24,7 @@ from recsys.data.features import NUM_FEATURES, ItemFeatures, candidate_features,
 from recsys.errors import ModelError
 from recsys.files import map_arrow, write_arrow
 from recsys.training.runtime import Runtime
+from recsys.types import History
 
 if TYPE_CHECKING:
     from recsys.models.base import UpdateConfig
@@ -91,11 +92,11 @@ def item_content(text_vectors: NDArray[np.float32] | None, features: ItemFeature
 class RankingQuery:
     """One query before its features are computed."""
 
-    history_item_idx: NDArray[np.int32]
-    history_timestamp_ms: NDArray[np.int64] | None
+    history: History
     candidate_item_idx: NDArray[np.int32]
     retrieval_score: NDArray[np.float32]
     now_ms: int | None
+    """milliseconds since 1970 UTC; None where times are not to be read"""
 
 
 def ranking_batch(queries: list[RankingQuery], items: RankingItems, max_history: int) -> RankingBatch:
@@ -109,8 +110,8 @@ def ranking_batch(queries: list[RankingQuery], items: RankingItems, max_history:
     age = np.zeros((len(queries), max_history), np.float32)
     features = np.zeros((len(queries), num_candidates, NUM_FEATURES), np.float32)
     for row, query in enumerate(queries):
-        newest = query.history_item_idx[-max_history:]
-        times = None if query.history_timestamp_ms is None else query.history_timestamp_ms[-max_history:]
+        newest = query.history.item_idx[-max_history:]
+        times = None if query.now_ms is None else query.history.timestamp_ms[-max_history:]
         count = len(query.candidate_item_idx)
         _check(query, newest, len(items.unit_vectors))
         candidates[row, :count] = query.candidate_item_idx

@@ -112,12 +112,9 @@ def ranking_examples(
     queries: list[RankingQuery] = []
     for row, one in enumerate(candidates):
         relevant[row, : len(one)] = np.isin(one.item_idx, targets.relevant(row))
-        times = targets.histories.timestamp_ms
-        span = slice(int(targets.histories.starts[row]), int(targets.histories.stops[row]))
         queries.append(
             RankingQuery(
-                history_item_idx=targets.histories.items(row),
-                history_timestamp_ms=None if times is None else times[span],
+                history=targets.histories.history(row),
                 candidate_item_idx=one.item_idx,
                 retrieval_score=one.score,
                 now_ms=None if targets.now_ms is None else int(targets.now_ms[row]),

@@ -24,8 +24,7 @@ class RankingStage:
         scores = self._ranker.rank(
             [
                 RankingQuery(
-                    history_item_idx=query.history_item_idx,
-                    history_timestamp_ms=query.history_timestamp_ms if timed else None,
+                    history=query.history,
                     candidate_item_idx=one.item_idx,
                     retrieval_score=one.score,
                     now_ms=query.now_ms if timed else None,

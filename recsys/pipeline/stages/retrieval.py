@@ -81,7 +81,7 @@ class RetrievalStage:
             proposed = [source.run_batch(queries, candidates) for source in self._sources.values()]
             shares = list(self._shares.values())
             return [_fused(parts, shares, query) for query, *parts in zip(queries, *proposed, strict=True)]
-        histories = _histories(queries)
+        histories = Histories.of([query.history for query in queries])
         now_ms = np.array([query.now_ms for query in queries], np.int64)
         if self._vector_retriever is not None and self._index is not None:
             users_BKD = self._encode(self._vector_retriever, queries, histories, now_ms)
@@ -196,17 +196,9 @@ def _fused(parts: Sequence[Candidates], shares: Sequence[float], query: Query) -
 
 
 def _key(query: Query) -> bytes:
-    digest = hashlib.blake2b(query.history_item_idx.tobytes(), digest_size=16)
-    digest.update(query.history_timestamp_ms.tobytes())
+    digest = hashlib.blake2b(query.history.item_idx.tobytes(), digest_size=16)
+    digest.update(query.history.timestamp_ms.tobytes())
     return digest.digest()
-
-
-def _histories(queries: Sequence[Query]) -> Histories:
-    lengths = np.array([len(query.history_item_idx) for query in queries], np.int64)
-    stops = np.cumsum(lengths)
-    item_idx: Int32Array = np.concatenate([query.history_item_idx for query in queries])
-    times: Int64Array = np.concatenate([query.history_timestamp_ms for query in queries])
-    return Histories(item_idx, stops - lengths, stops, times)
 
 
 def _best_of_each(item_idx: Int32Array, score: FloatArray) -> tuple[Int32Array, FloatArray]:
