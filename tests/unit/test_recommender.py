@@ -371,7 +371,7 @@ def test_histories_of_a_bundle_are_states():
     assert users.user("nobody") is None
     profiles = Profiles(Catalogue.build(items_table(3)), POLICY, max_history=1, cache_size=0)
     assert profiles.of(bob).history.item_idx.tolist() == [2]
-    assert profiles.of(eve).item_idx.tolist() == []
+    assert profiles.of(eve).history.item_idx.tolist() == []
 
 
 def test_the_profile_cache_is_bounded_and_follows_versions():
