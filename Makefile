@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house peers wheel clean
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house peers wheel clean same-behaviour
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -105,6 +105,10 @@ bench-training: .venv/.installed-dev .venv-peers/.installed  ## measure training
 
 bench-house: .venv/.installed-dev  ## measure the code itself: circles, blocks that stand twice, lines, what a new kind costs
 	python tests/benchmarks/house.py
+
+AGAINST ?= HEAD
+same-behaviour: .venv/.installed-dev  ## show what behaves otherwise than at a revision, to the last bit (AGAINST=REV, else HEAD); minutes
+	python tests/benchmarks/same_behaviour.py --against $(AGAINST)
 
 wheel: .venv/.installed-dev  ## build dist/recsys-*.whl
 	python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -5,11 +5,10 @@ compared to the last bit: learning curves, weights, reports, golden queries, sla
 
     python tests/benchmarks/same_behaviour.py record FOLDER     # of the checkout in the current folder
     python tests/benchmarks/same_behaviour.py compare OLD NEW   # and open OLD's Bundles with the current checkout
-    python tests/benchmarks/same_behaviour.py --against REV     # all of it at once
 
-Modules and files may move between the two, so only what stays is used: the jobs' command lines, ``artifact.json``,
-``recsys.Recommender``. What a step wrote is what was not there before it. The same values under other names are
-``renamed``, which is no difference. Figures of other machines or other libraries are not comparable.
+Modules and files may move, so only what stays is used: the jobs' command lines, ``artifact.json``, ``Recommender``.
+What a step wrote is what was not there before it; the same values under other names are ``renamed``, which is no
+difference. A figure that is ``differs`` on another machine or with other libraries proves nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import hashlib
 import importlib
 import json
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -29,37 +29,29 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 import yaml
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-PINS = [{"item_ids": ["item-7"], "position": 1}, {"categories": ["calm river 2"], "position": 4}]
-BOOSTS = [{"categories": ["deep river 3"], "amount": 0.3}, {"item_ids": ["item-11"], "amount": -0.2}]
-BURIES = [{"categories": ["hidden river 7"]}, {"item_ids": ["item-20"]}]
-RERANKING_SPELLINGS: tuple[dict[str, Any], ...] = (
-    {"reranking": {"diversity": 0.3, "max_per_creator": 2, "pins": PINS, "boosts": BOOSTS, "buries": BURIES}},
-)
-"""The same rules as settings of ``pipeline``, oldest spelling first; a tree gets the first that it takes."""
 
 SETTINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-WORDS = "the part studio amber bright calm deep early fresh golden hidden river 0 1 2 3 4 5 6 7 8 9"
+RULES = SETTINGS["reranking"]
+RERANKING_SPELLINGS: tuple[dict[str, Any], ...] = (
+    {"reranking": {name: RULES[name] for name in ("diversity", "max_per_creator", "pins", "boosts", "buries")}},
+)
+"""The same rules as settings of ``pipeline``, the oldest spelling first; a tree gets the first one that it takes."""
 NOW_MS = 1_735_830_000_000
 
 MACHINE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 LIBRARIES = ("torch._dynamo", "transformers.models.bert.modeling_bert", "openvino", "nncf", "pandas", "peft")
 """slow to import: loaded once, before each job gets a process of its own"""
-NO_WEIGHTS = {".json", ".yaml", ".md", ".txt"}
 VOLATILE = re.compile(r"seconds|per_s$|p\d+_ms|speedup|fingerprint|bundle_id|^store$|num_bytes|^config$")
 """what depends on the clock, on the place, or on how settings are spelled"""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 started = time.monotonic()
 Thing = dict[str, Any]
-"""``numbers``, ``weights`` and ``answers``, each a flat dictionary; or ``failed``, or ``refused``, with the reason"""
+"""``numbers``, ``weights`` and ``answers``, each a flat dictionary; or why it ``failed``, or was ``refused``"""
 
 
 def say(text: str) -> None:
@@ -67,8 +59,9 @@ def say(text: str) -> None:
 
 
 def load_tree() -> None:
-    """Import the jobs of the checkout in the current folder, on one thread."""
+    """Import the jobs of the checkout in the current folder, on one core and one thread."""
     os.environ.update(MACHINE)
+    os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
     sys.path[0] = str(Path.cwd())
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
     for name in ("jobs.pipeline", "jobs.benchmark_ratings", *LIBRARIES):
@@ -99,9 +92,14 @@ def apart(log: Path, function: Callable[..., Any], *arguments: Any) -> bool:
         os._exit(code)
 
 
+def end_of(log: Path) -> str:
+    return " ".join(log.read_text()[-500:].split())
+
+
 def job(step: str, arguments: list[str]) -> None:
     """``python -m jobs.STEP ARGUMENTS``, with what is imported already."""
     sys.argv = [step, *arguments]
+    time.perf_counter = time.thread_time  # a ranker is served in its fastest form: let no other process choose it
     runpy.run_module(f"jobs.{step}", run_name="__main__", alter_sys=True)
 
 
@@ -112,9 +110,15 @@ def flat(tree: Any, place: str) -> dict[str, Any]:
     """One entry per leaf of a JSON value."""
     if isinstance(tree, dict):
         return {k: v for key in tree if not VOLATILE.search(key) for k, v in flat(tree[key], f"{place}.{key}").items()}
-    if isinstance(tree, list):
+    if isinstance(tree, list | tuple):
         return {k: v for row, value in enumerate(tree) for k, v in flat(value, f"{place}.{row}").items()}
     return {place: tree}
+
+
+def found_in(folder: Path, *keys: str) -> list[dict[str, Any]]:
+    """The JSON objects in ``folder`` that have these keys."""
+    trees = [json.loads(path.read_text()) for path in folder.rglob("*.json")]
+    return [tree for tree in trees if isinstance(tree, dict) and set(keys) <= tree.keys()]
 
 
 def inside(folder: Path, path: Path) -> list[str]:
@@ -125,7 +129,7 @@ def inside(folder: Path, path: Path) -> list[str]:
 def numbers(folder: Path) -> dict[str, Any]:
     """What a step reports of itself, and the learning curves in its files."""
     found = flat(json.loads((folder / "artifact.json").read_text())["metrics"], "reported")
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(set(folder.rglob("*.json")) - {folder / "artifact.json"}):
         for place, rows in curves(json.loads(path.read_text()), inside(folder, path.parent)):
             found |= flat(rows, place)
     return found
@@ -141,12 +145,12 @@ def curves(tree: Any, place: list[str]) -> Iterator[tuple[str, Any]]:
 
 def weights(folder: Path) -> dict[str, str]:
     """SHA-256 of each tensor, of each column of a table, and of each other file that is no text."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in NO_WEIGHTS]
-    return {
-        f"{'/'.join(inside(folder, path))}:{name}": hashlib.sha256(data).hexdigest()
-        for path in files
-        for name, data in parts(path)
-    }
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix not in {".json", ".md", ".txt", ".yaml"}:
+            place = "/".join(inside(folder, path))
+            found |= {f"{place}:{name}": hashlib.sha256(data).hexdigest() for name, data in parts(path)}
+    return found
 
 
 def parts(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -185,8 +189,9 @@ def answers(store: Path, target: Path) -> None:
 
     def made(name: str, fields: dict[str, Any]) -> Any:
         """An object of a class of the library, wherever it is."""
-        modules = [module for key, module in sorted(sys.modules.items()) if key.startswith("recsys.")]
-        return next(getattr(module, name) for module in modules if hasattr(module, name))(**fields)
+        return next(vars(m)[name] for k, m in sys.modules.items() if k.startswith("recsys.") and name in vars(m))(
+            **fields
+        )
 
     def recommend(fields: dict[str, Any]) -> Any:
         history = [made("HistoryItem", event) for event in fields.get("history", ())]
@@ -211,15 +216,14 @@ def answers(store: Path, target: Path) -> None:
     asked["search for cheap"] = shown(recommender.search, cheap)
     asked["items"] = {item: repr(recommender.item(item)) for item in SETTINGS["similar"]}
     recommender.close()
-    plain = json.loads(json.dumps(asked))
-    target.write_text(json.dumps({"answers": {k: v for name in plain for k, v in flat(plain[name], name).items()}}))
+    target.write_text(json.dumps({"answers": flat(asked, "asked")}))
 
 
 def ask(store: Path, scratch: Path) -> Thing:
     """What the Bundle in ``store`` answers in the checkout that is loaded."""
     target, log = scratch / f"answers of {store.name}.json", scratch / f"answers of {store.name}.log"
     if not apart(log, answers, store, target):
-        return {"failed": log.read_text().strip().splitlines()[-1]}
+        return {"failed": end_of(log)}
     return json.loads(target.read_text())
 
 
@@ -254,20 +258,12 @@ class Recording:
             return None
         return [found.parent for found in sorted(set(self.runs.rglob("artifact.json")) - before)]
 
-    def why(self, name: str) -> str:
-        """The error at the end of a job's log."""
-        lines = (self.logs / f"{name}.log").read_text().strip().splitlines()
-        start = max((row for row, line in enumerate(lines) if re.match(r"[\w.]+Error: ", line)), default=-1)
-        return " ".join(" ".join(lines[start:]).split())
-
     def step(self, name: str, step: str, config: dict[str, Any]) -> bool:
         """Keep the one artefact that a job makes on top of those that are there; whether it did."""
         made = self.run(name, step, config)
-        if made is None:
-            self.keep(name, {"failed": self.why(name)})
+        if made is None or len(made) != 1:
+            self.keep(name, {"failed": end_of(self.logs / f"{name}.log") if made is None else f"left {made}, not one"})
             return False
-        if len(made) != 1:
-            raise RuntimeError(f"{name}: jobs.{step} left {len(made)} new artefacts where one was expected: {made}")
         self.keep(name, {"numbers": numbers(made[0]), "weights": weights(made[0])})
         return True
 
@@ -279,22 +275,8 @@ class Recording:
         if all(self.step(f"{name} {step}", step, config) for step in steps):
             again = self.run(f"{name} pipeline", "pipeline", config)
             self.keep(f"{name} pipeline reuses all", {"numbers": {"ran again": again if again is None else len(again)}})
-            trees = [tree for path in store.rglob("*.json") if isinstance(tree := json.loads(path.read_text()), dict)]
-            (golden,) = [tree for tree in trees if {"item_ids", "scores"} <= tree.keys()]
-            self.keep(f"{name} golden query", {"answers": flat(golden, "golden")})
+            self.keep(f"{name} golden query", {"answers": flat(found_in(store, "item_ids", "scores"), "golden")})
             self.keep(f"{name} answers", ask(store, self.logs))
-
-    def ratings(self) -> None:
-        """Keep the errors of models of ratings; their weights are saved nowhere."""
-        if self.run("ratings", "benchmark_ratings", SETTINGS["ratings"], option="--suite") is None:
-            self.keep("ratings", {"failed": self.why("ratings")})
-            return
-        trees = [json.loads(path.read_text()) for path in self.runs.rglob("*.json")]
-        (models,) = [
-            tree["models"] for tree in trees if isinstance(tree, dict) and isinstance(tree.get("models"), list)
-        ]
-        for model in models:
-            self.keep(f"ratings {model['name']}", {"numbers": flat(model, "reported")})
 
 
 def make_encoder(folder: Path) -> None:
@@ -303,7 +285,8 @@ def make_encoder(folder: Path) -> None:
     import transformers
 
     library: Any = transformers  # it names some of its classes at run time only
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]
+    words = "the part studio amber bright calm deep early fresh golden hidden river 0 1 2 3 4 5 6 7 8 9"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     config = library.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **shape)
@@ -313,12 +296,11 @@ def make_encoder(folder: Path) -> None:
 
 
 @app.command()
-def record(folder: Annotated[Path, typer.Argument(help="a new or empty folder")]) -> None:
-    """Record what the checkout in the current folder does."""
+def record(folder: Path) -> None:
+    """Record what the checkout in the current folder does into a new FOLDER."""
     load_tree()
     recording = Recording(folder.absolute())
-    if not apart(recording.logs / "encoder.log", make_encoder, recording.encoder):
-        raise RuntimeError((recording.logs / "encoder.log").read_text())
+    apart(recording.logs / "encoder.log", make_encoder, recording.encoder)
     base = {"name": "same", **SETTINGS["base"]}
     rules, blend = ({**base, **SETTINGS["bundles"][name]} for name in ("rules", "blend"))
     recording.step("prepare", "prepare", base)
@@ -330,16 +312,21 @@ def record(folder: Annotated[Path, typer.Argument(help="a new or empty folder")]
         if recording.run("spelling", "prepare", rules) is not None:
             break
     else:
-        raise typer.BadParameter(f"this tree spells the rules of reranking otherwise: {recording.why('spelling')}")
+        raise typer.BadParameter(f"this tree spells reranking otherwise: {end_of(recording.logs / 'spelling.log')}")
     recording.bundle("rules", rules)
     recording.bundle("blend", blend)
     for config, group in ((base, "retrievers"), ({**base, "encoder": rules["encoder"]}, "retrievers_of_texts")):
         for name, model in SETTINGS[group].items():
             recording.step(f"retriever {name}", "train_retriever", {**config, "retriever": {"kind": name, **model}})
+    base["retriever"] = {"kind": "popularity"}
     for name, model in SETTINGS["rankers"].items():
-        ranking = {**base["ranking"], "model": {"kind": name, **model}, "num_candidates": 20}
-        recording.step(f"ranker {name}", "train_ranker", {**rules, "ranking": ranking})
-    recording.ratings()
+        ranking = {**base["ranking"], "model": {"kind": name, **model}, "num_candidates": 60}
+        recording.step(f"ranker {name}", "train_ranker", {**base, "ranking": ranking})
+    if recording.run("ratings", "benchmark_ratings", SETTINGS["ratings"], option="--suite") is None:
+        recording.keep("ratings", {"failed": end_of(recording.logs / "ratings.log")})
+    for report in found_in(recording.runs, "suite", "models"):
+        for model in report["models"]:  # their weights are saved nowhere
+            recording.keep(f"ratings {model['name']}", {"numbers": flat(model, "reported")})
     say(f"{len(recording.things)} things recorded in {folder}")
 
 
@@ -353,9 +340,7 @@ def judge(old: Thing | None, new: Thing | None) -> tuple[str, str]:
     if "failed" in old and "failed" in new:
         return "not recorded", f"it fails in both: {old['failed']}"
     if old.keys() != new.keys():
-        return "differs", " became ".join(
-            str(side.get("failed") or side.get("refused") or "fine") for side in (old, new)
-        )
+        return "differs", " became ".join(side.get("failed") or side.get("refused") or "fine" for side in (old, new))
     renamed: list[str] = []
     for aspect, before in old.items():
         after = new[aspect]
@@ -371,63 +356,42 @@ def judge(old: Thing | None, new: Thing | None) -> tuple[str, str]:
     return ("renamed", "; ".join(renamed)) if renamed else ("equal", ", ".join(f"{len(old[a])} {a}" for a in old))
 
 
-def hold_together(old_folder: Path, new_folder: Path) -> None:
-    """Print a row per thing, and end with 1 where one differs."""
+@app.command()
+def compare(old_folder: Path, new_folder: Path) -> None:
+    """Compare two recorded folders, and open the old one's Bundles with the checkout in the current folder."""
+    load_tree()
     old, new = (json.loads((folder / "behaviour.json").read_text()) for folder in (old_folder, new_folder))
-    names = {**old["things"], **new["things"]}
-    rows = {name: judge(old["things"].get(name), new["things"].get(name)) for name in names}
+    things = [side["things"] for side in (old, new)]
+    rows = {name: judge(*(side.get(name) for side in things)) for name in {**things[0], **things[1]}}
     with tempfile.TemporaryDirectory() as scratch:
         for name in SETTINGS["bundles"]:
             say(f"opening the old Bundle {name} with this tree")
             found = ask(old_folder.absolute() / "bundles" / name, Path(scratch))
             judged = judge(old["things"].get(f"{name} answers"), found)
             rows[f"old Bundle {name} in this tree"] = ("refused", found["refused"]) if "refused" in found else judged
-    table = Table(title=f"{old['tree']} and {new['tree']}", title_justify="left", show_edge=False)
-    for column in ("thing", "verdict", "what"):
-        table.add_column(column, overflow="fold")
-    colours = {"equal": "green", "differs": "red"}
+    print(f"\n{old['tree']} against {new['tree']}")
     for name, (verdict, what) in rows.items():
-        table.add_row(name, f"[{colours.get(verdict, 'yellow')}]{verdict}[/]", escape(what))
-    console = Console(highlight=False)
-    console.print(table)
+        print(f"{name:32}{verdict:14}{what}")
     different = [name for name, (verdict, _) in rows.items() if verdict == "differs"]
-    console.print(f"{len(different)} of {len(rows)} differ: {', '.join(different)}" if different else "nothing differs")
+    print(f"{len(different)} of {len(rows)} differ: {', '.join(different)}" if different else "nothing differs")
     raise typer.Exit(1 if different else 0)
 
 
-@app.command()
-def compare(
-    old: Annotated[Path, typer.Argument(help="a recorded folder")],
-    new: Annotated[Path, typer.Argument(help="a recorded folder of the checkout in the current folder")],
-) -> None:
-    """Compare two recorded folders, and open the Bundles of the old one with the checkout in the current folder."""
-    load_tree()
-    hold_together(old, new)
-
-
-@app.callback(invoke_without_command=True)
-def against(
-    context: typer.Context,
-    revision: Annotated[
-        str | None, typer.Option("--against", help="record this revision and the current checkout, and compare them")
-    ] = None,
-) -> None:
-    """Two checkouts, held against each other to the last bit."""
-    if context.invoked_subcommand is not None:
+@app.callback(invoke_without_command=True, no_args_is_help=True)
+def main(against: str | None = None) -> None:
+    """Hold the checkout in the current folder against a revision of it, to the last bit."""
+    if against is None:
         return
-    if revision is None:
-        raise typer.BadParameter("give --against REV, or one of the commands record and compare")
     with tempfile.TemporaryDirectory() as scratch:
         tree, old, new = (Path(scratch) / name for name in ("tree", "old", "new"))
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), revision], check=True)
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), against], check=True)
         try:
             for folder, where in ((old, tree), (new, Path.cwd())):
                 say(f"recording the {folder.name} tree")
                 subprocess.run([sys.executable, __file__, "record", str(folder)], cwd=where, check=True)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], check=True)
-        load_tree()
-        hold_together(old, new)
+        compare(old, new)
 
 
 if __name__ == "__main__":
