@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from safetensors.torch import load_file
 
-from jobs._ray import ComputeConfig, discard, fit_distributed, ray_session
+from jobs._ray import ComputeConfig, PayloadT, TrainFunction, discard, fit_distributed, ray_session
 from jobs.artifacts import Artifact, build
 from jobs.cli import show_progress
 from jobs.config import JobConfig
@@ -46,7 +46,7 @@ from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.page import suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
-from recsys.files import atomic_path, read_json, write_json
+from recsys.files import atomic_path, link_or_copy, read_json, write_json
 from recsys.index.flat import FlatIndex
 from recsys.models import AnyRanker, AnyRetriever, load_ranker, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
@@ -330,11 +330,7 @@ def _train(
     data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=seed)
     # A model without epochs has nothing to spread over workers.
     compute = config.compute if model.learns_in_epochs else ComputeConfig(num_workers=0)
-    name = f"{system.name}-{folder.name}"
-    fitted = fit_distributed(fit, Payload(model, data), compute=compute, name=name, storage=folder / "fit")
-    training = read_json(fitted.path / "training.json")
-    (fitted.path / "model").rename(folder / "model")
-    discard(fitted)
+    training = _fitted(fit, Payload(model, data), compute, system, folder / "model")
     retriever = load_retriever(folder / "model")
     if system.ranker is None:
         return retriever_ranker(retriever, dataset, config.evaluation), training
@@ -367,17 +363,24 @@ def _train_ranker(
     )
     train, holdout = examples.split_by_user(_HOLDOUT_SHARE, seed)
     payload = RankerPayload(model, RankingCatalogue(items, content, dataset.items), train, holdout, seed)
-    fitted = fit_distributed(
-        fit_ranker, payload, compute=config.compute, name=f"{system.name}-{folder.name}", storage=folder / "fit_ranker"
-    )
-    own = read_json(fitted.path / "training.json")
-    (fitted.path / "ranker").rename(folder / "ranker")
-    discard(fitted)
+    own = _fitted(fit_ranker, payload, config.compute, system, folder / "ranker")
     summed = {name: training[name] + own[name] for name in ("train_seconds", "cpu_seconds", "num_parameters")}
     peak = max(training["peak_memory_bytes"], own["peak_memory_bytes"])
     ranking = RankingStage("", load_ranker(folder / "ranker"))
     rank_fn = staged([stage, ranking], **asked, depth=config.evaluation.depth)
     return rank_fn, {**training, **summed, "peak_memory_bytes": peak}
+
+
+def _fitted(
+    fn: TrainFunction[PayloadT], payload: PayloadT, compute: ComputeConfig, system: SystemConfig, target: Path
+) -> dict[str, Any]:
+    """Train ``target``, a folder in that of the artefact; what it took."""
+    name = f"{system.name}-{target.parent.name}"
+    fitted = fit_distributed(fn, payload, compute=compute, name=name, storage=target.with_name(f"fit_{target.name}"))
+    link_or_copy(fitted.path / target.name, target)
+    training = read_json(fitted.path / "training.json")
+    discard(fitted)
+    return training
 
 
 def recommend_ms(rank_fn: RankFn, targets: Targets, num_queries: int = 50) -> float:

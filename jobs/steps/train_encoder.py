@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from jobs._ray import FitResult, discard, fit_distributed
 from jobs.artifacts import Artifact, build
 from recsys.data.dataset import Dataset
-from recsys.files import file_sha256, read_json, write_json
+from recsys.files import file_sha256, link_or_copy, read_json, write_json
 from recsys.models.text.contrastive import Finetuned, PairData, Weights, finetune
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
 from recsys.models.text.masked_lm import pretrain
@@ -78,7 +78,7 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
             storage=folder / "fit",
         )
         shutil.rmtree(folder / "model", ignore_errors=True)
-        shutil.copytree(fit.path, folder / "model")
+        link_or_copy(fit.path, folder / "model")
         for result in (*done, fit):
             discard(result)
         (folder / "model" / "history.json").rename(folder / "history.json")

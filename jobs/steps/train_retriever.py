@@ -7,7 +7,6 @@ on TRAIN and VALID: the one that TEST judges), ``final`` (refitted on all data: 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
-from recsys.files import read_json, write_json
+from recsys.files import link_or_copy, read_json, write_json
 from recsys.models.base import FitData, Retriever, RetrieverConfig
 from recsys.models.retrievers.phases import Phase
 from recsys.training.loop import best_epoch
@@ -78,7 +77,7 @@ def run(config: JobConfig, prepare: Artifact, embed: Artifact | None) -> Artifac
             name=f"{STEP}-{folder.name}",
             storage=folder,
         )
-        shutil.copytree(result.path, folder, dirs_exist_ok=True)
+        link_or_copy(result.path, folder)
         discard(result)
         return summary(read_json(folder / "history.json")["base"])
 
