@@ -7,14 +7,15 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import Judged, Prepared, TrainedRanker, TrainedRetriever
 from jobs.config import JobConfig
-from jobs.steps.publish import popular
+from jobs.popular import popular
+from jobs.steps import prepare, train_ranker, train_retriever
+from jobs.steps.base import Step
 from recsys.data.catalogue import Catalogue
-from recsys.data.dataset import Dataset, Split
+from recsys.data.dataset import Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
 from recsys.evaluation.report import build_report
-from recsys.models import load_ranker, load_retriever
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
 from recsys.pipeline.offline import retrieval_stage, staged
 from recsys.pipeline.popular import PopularItems
@@ -23,18 +24,16 @@ from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.training.runtime import Runtime
 
-STEP = "evaluate"
 
-
-def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Artifact) -> Artifact:
-    """The artefact of this step: ``metrics.json`` and ``report.md``."""
+def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, ranker: TrainedRanker) -> Judged:
+    """Judge; beside the metrics there is ``report.md``."""
 
     def make(folder: Path) -> dict[str, Any]:
-        dataset = Dataset.load(prepared.path)
+        dataset = prepared.dataset()
         targets = dataset.targets(Split.TEST)
-        model = load_retriever(retriever.path / "judged")
+        model = retriever.load("judged")
         stages: list[Stage] = [retrieval_stage(config.index, dataset, model)]
-        stages.append(RankingStage("", load_ranker(ranker.path / "judged")))
+        stages.append(RankingStage("", ranker.load("judged")))
         catalogue = Catalogue.build(dataset.items)
         embeddings = model.item_embeddings() if isinstance(model, VectorRetriever) else None
         served = [*stages, RerankingStage("", catalogue, config.pipeline.reranking, item_embeddings=embeddings)]
@@ -74,7 +73,7 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         "popular": [config.publish.popular.model_dump(mode="json"), config.publish.num_popular],
         "seed": config.seed,
     }
-    return build(config.workdir, STEP, settings, [prepared, retriever, ranker], make)
+    return STEP.build(config, settings, (prepared, retriever, ranker), make)
 
 
 def label(config: RetrieverConfig) -> str:
@@ -82,3 +81,13 @@ def label(config: RetrieverConfig) -> str:
     changed = config.model_dump(exclude_defaults=True)
     changed.pop("kind", None)
     return " ".join([config.kind, *(f"{key}={value}" for key, value in changed.items())])
+
+
+STEP = Step(
+    "evaluate",
+    "Judge the served pipeline and the baselines on the test split.",
+    Judged,
+    run,
+    reads=(prepare.STEP, train_retriever.STEP, train_ranker.STEP),
+    section="evaluation",
+)
