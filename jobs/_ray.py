@@ -22,7 +22,7 @@ from pydantic import Field
 from jobs.tracking import Tracker, TrackingConfig
 from recsys.config import StrictConfig
 from recsys.errors import RecsysError
-from recsys.files import read_json, write_json
+from recsys.files import link_or_copy, read_json, write_json
 from recsys.training.runtime import ModuleT, Precision, Runtime
 
 PayloadT = TypeVar("PayloadT")
@@ -215,7 +215,7 @@ def fit_distributed(
 
 
 def discard(result: FitResult) -> None:
-    """Remove a training's folder once its result was copied; one that is only half gone is not taken for complete."""
+    """Remove a training's folder once its result was linked; one that is only half gone is not taken for complete."""
     (result.path.parent / _METRICS).unlink(missing_ok=True)
     shutil.rmtree(result.path.parent)
 
@@ -278,7 +278,7 @@ def _fit_on_ray(
             raise _own_error(error) or error from error
         assert result.checkpoint is not None, "every worker ends by reporting the result"
         with result.checkpoint.as_directory() as folder:
-            shutil.copytree(Path(folder) / _RESULT, home / _RESULT)
+            link_or_copy(Path(folder) / _RESULT, home / _RESULT)
             metrics = read_json(Path(folder) / _METRICS)
     if compute.storage_path is None:
         shutil.rmtree(storage, ignore_errors=True)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import typer
 from numpy.typing import NDArray
@@ -31,24 +30,25 @@ from rich.console import Console
 from rich.markdown import Markdown
 from safetensors.torch import load_file
 
-from jobs._ray import ComputeConfig, discard, fit_distributed, ray_session
-from jobs.artifacts import Artifact, build
-from jobs.cli import show_progress
+from jobs import cli
+from jobs._ray import ComputeConfig, PayloadT, TrainFunction, discard, fit_distributed, ray_session
+from jobs.artifacts import Artifact, Embedded, Prepared
 from jobs.config import JobConfig
 from jobs.external import run_program
-from jobs.steps import embed, prepare, train_encoder
+from jobs.steps import embed, prepare
+from jobs.steps.base import Results
 from jobs.steps.train_ranker import ranking_embeddings
-from recsys.config import StrictConfig, load_config
+from recsys.config import StrictConfig
 from recsys.data.catalogue import Catalogue
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split, Targets
-from recsys.data.features import ItemFeatures, matrix
+from recsys.data.features import ItemFeatures
 from recsys.data.splits import LeaveOneOutSplit
-from recsys.errors import ConfigError, RecsysError
+from recsys.errors import ConfigError
 from recsys.evaluation.page import suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
-from recsys.files import atomic_path, read_json, write_json
+from recsys.files import atomic_path, link_or_copy, read_json, write_json
 from recsys.index.flat import FlatIndex
 from recsys.models import AnyRanker, AnyRetriever, load_ranker, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
@@ -163,6 +163,12 @@ class BenchmarkConfig(StrictConfig):
             f"the suite {self.name} has no system {name!r}, only {', '.join(s.name for s in self.systems)}"
         )
 
+    def prepared(self, *, text: bool) -> tuple[Prepared, Embedded | None]:
+        """The dataset, and with ``text`` the vectors of the items' texts."""
+        job = JobConfig(name=self.name, workdir=self.workdir, data=self.data, encoder=self.encoder)
+        done = Results.of(job, prepare.STEP, *([embed.STEP] if text else []))
+        return done[prepare.STEP], done.get(embed.STEP)
+
 
 @dataclass(frozen=True)
 class Payload:
@@ -243,13 +249,9 @@ def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Ju
 
 
 def _run(config: BenchmarkConfig, command: str, only: tuple[str, ...]) -> Judged:
-    as_job = JobConfig(name=config.name, workdir=config.workdir, data=config.data, encoder=config.encoder)
-    prepared = prepare.run(as_job)
-    dataset = Dataset.load(prepared.path)
     systems = [system for system in config.systems if not only or system.name in only]
-    embedded: Artifact | None = None
-    if any(system.text for system in systems):
-        embedded = embed.run(as_job, prepared, train_encoder.run(as_job, prepared))
+    prepared, embedded = config.prepared(text=any(system.text for system in systems))
+    dataset = prepared.dataset()
     folder = Path(config.workdir) / config.name / "report"
     runs: list[Run] = []
     report: SuiteReport | None = None
@@ -272,8 +274,8 @@ def train_and_judge(
     system: SystemConfig,
     seed: int,
     dataset: Dataset,
-    prepared: Artifact,
-    embedded: Artifact | None,
+    prepared: Prepared,
+    embedded: Embedded | None,
 ) -> Artifact:
     """The artefact of one system and seed: ``model``, ``training.json`` and ``run``."""
     parents = [prepared, embedded] if system.text and embedded is not None else [prepared]
@@ -296,9 +298,7 @@ def train_and_judge(
             shutil.rmtree(exchange)
         else:
             assert system.model is not None
-            text = None
-            if system.text and embedded is not None:
-                text = matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
+            text = embedded.vectors() if system.text and embedded is not None else None
             rank_fn, training = _train(system, system.model, config, seed, dataset, text, folder)
             training["recommend_ms"] = recommend_ms(rank_fn, dataset.targets(Split.TEST))
         curve = training.pop("curve")
@@ -318,7 +318,7 @@ def train_and_judge(
         main = config.evaluation.main_metric
         return {main: float(judged.views[view][main].mean()), **training}
 
-    return build(config.workdir, "benchmark", tree, parents, make)
+    return Artifact.build(config.workdir, "benchmark", tree, parents, make)
 
 
 def _train(
@@ -334,11 +334,7 @@ def _train(
     data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=seed)
     # A model without epochs has nothing to spread over workers.
     compute = config.compute if model.learns_in_epochs else ComputeConfig(num_workers=0)
-    name = f"{system.name}-{folder.name}"
-    fitted = fit_distributed(fit, Payload(model, data), compute=compute, name=name, storage=folder / "fit")
-    training = read_json(fitted.path / "training.json")
-    (fitted.path / "model").rename(folder / "model")
-    discard(fitted)
+    training = _fitted(fit, Payload(model, data), compute, system, folder / "model")
     retriever = load_retriever(folder / "model")
     if system.ranker is None:
         return retriever_ranker(retriever, dataset, config.evaluation), training
@@ -376,12 +372,7 @@ def _train_ranker(
     )
     train, holdout = examples.split_by_user(_HOLDOUT_SHARE, seed)
     payload = RankerPayload(model, RankingCatalogue(items, content, dataset.items), train, holdout, seed)
-    fitted = fit_distributed(
-        fit_ranker, payload, compute=config.compute, name=f"{system.name}-{folder.name}", storage=folder / "fit_ranker"
-    )
-    own = read_json(fitted.path / "training.json")
-    (fitted.path / "ranker").rename(folder / "ranker")
-    discard(fitted)
+    own = _fitted(fit_ranker, payload, config.compute, system, folder / "ranker")
     summed = {name: training[name] + own[name] for name in ("train_seconds", "cpu_seconds", "num_parameters")}
     peak = max(training["peak_memory_bytes"], own["peak_memory_bytes"])
     parts = Parts.of_models(catalogue, retriever, FlatIndex(), load_ranker(folder / "ranker"))
@@ -391,6 +382,18 @@ def _train_ranker(
         **summed,
         "peak_memory_bytes": peak,
     }
+
+
+def _fitted(
+    fn: TrainFunction[PayloadT], payload: PayloadT, compute: ComputeConfig, system: SystemConfig, target: Path
+) -> dict[str, Any]:
+    """Train ``target``, a folder in that of the artefact; what it took."""
+    name = f"{system.name}-{target.parent.name}"
+    fitted = fit_distributed(fn, payload, compute=compute, name=name, storage=target.with_name(f"fit_{target.name}"))
+    link_or_copy(fitted.path / target.name, target)
+    training = read_json(fitted.path / "training.json")
+    discard(fitted)
+    return training
 
 
 def recommend_ms(rank_fn: RankFn, targets: Targets, num_queries: int = 50) -> float:
@@ -454,24 +457,17 @@ def _num_parameters(model: Retriever | Ranker, folder: Path) -> int:
 
 def main(
     suite: Annotated[str, typer.Option(help="a file of configs/benchmark without its ending, or the path of one")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override one key of the suite's file", metavar="K=V")
-    ] = None,
+    set_: cli.SuiteOverrides = None,
     only: Annotated[list[str] | None, typer.Option(help="train and judge these systems only")] = None,
 ) -> None:
     """Train, judge and compare everything that a suite lists; what is done already is reused."""
-    show_progress()
-    try:
-        path = Path(suite) if Path(suite).suffix else SUITES / f"{suite}.yaml"
-        config = load_config(BenchmarkConfig, path, overrides=set_ or ())
+    with cli.errors():
+        config = cli.read_suite(BenchmarkConfig, SUITES, suite, set_)
         for name in only or ():
             config.system(name)
         changed = "".join(f" --set {override}" for override in set_ or ())
         changed += "".join(f" --only {name}" for name in only or ())
         folder = run(config, f"python -m jobs.benchmark --suite {suite}{changed}", tuple(only or ())).folder
-    except RecsysError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     text, output = (folder / "suite.md").read_text(), Console()
     # The tables are wide: where they do not fit, their source is easier to read than what would be left of them.
     output.print(Markdown(text)) if output.width >= _TABLE_WIDTH else output.print(text, soft_wrap=True, markup=False)

@@ -19,14 +19,13 @@ from pydantic import Field
 from rich.console import Console
 from rich.markdown import Markdown
 
+from jobs import cli
 from jobs.benchmark import hardware
-from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.steps import prepare
-from recsys.config import StrictConfig, load_config
+from recsys.config import StrictConfig
 from recsys.data.config import DataConfig
-from recsys.data.dataset import Dataset, Split
-from recsys.errors import RecsysError
+from recsys.data.dataset import Split
 from recsys.evaluation.significance import Interval, bootstrap
 from recsys.files import atomic_path, write_json
 from recsys.models.ratings import AnyRatingModel
@@ -77,8 +76,7 @@ def errors(
 
 def run(config: RatingSuite, command: str) -> tuple[Path, list[RatingResult]]:
     """Train and judge all of ``config``; the folder of the report, and what it says."""
-    prepared = prepare.run(JobConfig(name=config.name, workdir=config.workdir, data=config.data))
-    dataset = Dataset.load(prepared.path)
+    dataset = prepare.run(JobConfig(name=config.name, workdir=config.workdir, data=config.data)).dataset()
     train, questions = Rated.of(dataset, Split.TRAIN), RatingQuestions.of(dataset, Split.TEST)
     results: list[RatingResult] = []
     for name, model in config.models.items():
@@ -114,20 +112,13 @@ def _markdown(name: str, conditions: str, results: list[RatingResult]) -> str:
 
 def main(
     suite: Annotated[str, typer.Option(help="a file of configs/ratings without its ending, or the path of one")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override one key of the suite's file", metavar="K=V")
-    ] = None,
+    set_: cli.SuiteOverrides = None,
 ) -> None:
     """Train, judge and compare all models of ratings that a suite lists."""
-    show_progress()
-    try:
-        path = Path(suite) if Path(suite).suffix else SUITES / f"{suite}.yaml"
-        config = load_config(RatingSuite, path, overrides=set_ or ())
+    with cli.errors():
+        config = cli.read_suite(RatingSuite, SUITES, suite, set_)
         changed = "".join(f" --set {override}" for override in set_ or ())
         folder, _ = run(config, f"python -m jobs.benchmark_ratings --suite {suite}{changed}")
-    except RecsysError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     Console().print(Markdown((folder / "ratings.md").read_text()))
 
 

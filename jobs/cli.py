@@ -1,4 +1,4 @@
-"""The command line of every job: ``python -m jobs.STEP --config FILE [--set key=value ...]``."""
+"""What command lines share: options, errors, what they tell of their progress, and the help on a configuration."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import logging
 import os
 import types
 import typing
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -18,21 +18,7 @@ from rich.console import Console
 from jobs._ray import ComputeConfig
 from jobs.config import JobConfig
 from recsys.config import load_config
-from recsys.errors import ConfigError, RecsysError
-
-SECTIONS = {
-    "prepare": "data",
-    "train_encoder": "encoder",
-    "embed": "encoder",
-    "train_retriever": "retriever",
-    "train_ranker": "ranking",
-    "evaluate": "evaluation",
-    "recommend": "slates",
-    "publish": "publish",
-    "pipeline": None,
-}
-"""Steps in order, each with the section of the configuration that is its own."""
-
+from recsys.errors import RecsysError
 
 ConfigPath = Annotated[Path, typer.Option("--config", help="YAML configuration; see configs/ for complete ones")]
 Overrides = Annotated[
@@ -40,60 +26,36 @@ Overrides = Annotated[
     typer.Option("--set", help="override one key, as key.sub=value; may be given several times", metavar="K=V"),
 ]
 
+SuiteOverrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override one key of the suite's file", metavar="K=V")
+]
+ConfigT = TypeVar("ConfigT")
 
-def main(step: str) -> None:
-    """Run the command line of ``step``."""
-    application(step)()
 
-
-def application(step: str) -> typer.Typer:
-    """The command line of ``step``."""
-
-    def command(config: ConfigPath, set_: Overrides = None) -> None:
-        from jobs.pipeline import run
-
-        with _errors():
-            run(_read(step, config, set_), until=step)
-
-    def publish(
-        config: ConfigPath,
-        set_: Overrides = None,
-        activate: Annotated[
-            bool, typer.Option("--activate", help="point the store to the Bundle even if publish.activate is false")
-        ] = False,
-        rollback: Annotated[
-            bool, typer.Option("--rollback", help="make nothing: return to the Bundle that was current before")
-        ] = False,
-    ) -> None:
-        from jobs.pipeline import run
-        from jobs.steps.publish import point_to
-        from recsys.bundle.store import BundleStore
-
-        with _errors():
-            read = _read(step, config, set_)
-            if rollback:
-                if activate:
-                    raise ConfigError("--activate and --rollback exclude each other")
-                typer.echo(f"current is {BundleStore(read.store).rollback().bundle_id}")
-                return
-            published = run(read, until=step)[step]
-            if activate and not read.publish.activate:  # else it was, and somebody may have moved it since
-                point_to(read, published.metrics["bundle_id"])
-
-    chosen = publish if step == "publish" else command
-    chosen.__doc__ = f"{_DOCS[step]}\n\n{_help(SECTIONS[step])}"
+def application(name: str, summary: str, section: str | None, command: Callable[..., None]) -> typer.Typer:
+    """``command`` as ``python -m jobs.NAME``; its help is the summary, and every key of ``section``, or of all."""
+    command.__doc__ = f"{summary}\n\n{_keys_of(section)}"
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(name=f"jobs.{step}")(chosen)
+    app.command(name=f"jobs.{name}")(command)
     return app
 
 
-def _read(step: str, path: Path, overrides: list[str] | None) -> JobConfig:
+def read(path: Path, overrides: list[str] | None, section: str | None) -> JobConfig:
+    """The configuration of a command that begins."""
     show_progress()
-    return load_config(JobConfig, path, overrides=overrides or (), section=SECTIONS[step])
+    return load_config(JobConfig, path, overrides=overrides or (), section=section)
+
+
+def read_suite(config_type: type[ConfigT], folder: Path, suite: str, overrides: list[str] | None) -> ConfigT:
+    """``suite``, a file of ``folder`` without its ending or the path of one, for a command that begins."""
+    show_progress()
+    path = Path(suite) if Path(suite).suffix else folder / f"{suite}.yaml"
+    return load_config(config_type, path, overrides=overrides or ())
 
 
 @contextmanager
-def _errors() -> Generator[None]:
+def errors() -> Generator[None]:
+    """Errors as a person wants to read them."""
     try:
         yield
     except RecsysError as error:
@@ -111,20 +73,7 @@ def show_progress() -> None:
         logging.getLogger(room).setLevel(logging.INFO)
 
 
-_DOCS = {
-    "prepare": "Validate, quarantine, index, order and split the interactions.",
-    "train_encoder": "Fine-tune the text encoder on items consumed together.",
-    "embed": "Turn every item's text into a vector.",
-    "train_retriever": "Train the retriever; refit it on all data.",
-    "train_ranker": "Train the ranker on the retriever's candidates and compress it.",
-    "evaluate": "Judge the served pipeline and the baselines on the test split.",
-    "recommend": "Make the best items of every user, offline.",
-    "publish": "Write a Bundle and point the store to it.",
-    "pipeline": "Run every step, from interactions to a published Bundle; finished steps are reused.",
-}
-
-
-def _help(section: str | None) -> str:
+def _keys_of(section: str | None) -> str:
     if section is None:
         return "\b\nKeys of the configuration (--set KEY=VALUE):\n" + "\n".join(_keys(JobConfig, "", depth=4))
     annotation = JobConfig.model_fields[section].annotation

@@ -18,6 +18,7 @@ from rich.table import Table
 from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.pipeline import run
+from jobs.steps import publish
 from recsys.bundle.reader import Bundle
 from recsys.config import load_config
 from recsys.errors import RecsysError
@@ -43,12 +44,11 @@ def demo(
     started = time.perf_counter()
     try:
         settings = load_config(JobConfig, config, overrides=set_ or ())
-        published = run(settings)["publish"]
+        published = run(settings)[publish.STEP]
     except RecsysError as error:
         console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
         raise typer.Exit(2) from error
-    bundle = Bundle.open(published.path / published.metrics["bundle_id"])
-    command = [sys.executable, "-m", "serve.run", "--bundle", published.metrics["store"]]
+    command = [sys.executable, "-m", "serve.run", "--bundle", published.store]
     command += ["--topology", topology, "--port", str(port), "--open"]
     command += ["--events", f"{settings.home}/events.sqlite"]
     log_path = Path(settings.home) / "serve.log"
@@ -60,7 +60,7 @@ def demo(
             url = f"http://127.0.0.1:{port}"
             with console.status(f"starting the graph at {url} (log: {log_path})"):
                 wait_until_ready(server, url, log_path)
-            show(url, typical_user(bundle))
+            show(url, typical_user(published.bundle()))
             console.print(f"first answer {time.perf_counter() - started:.1f} s after the start", highlight=False)
             if not once:
                 console.print(f"\nThe graph stays up at [bold]{url}[/bold] (try {url}/docs). Ctrl-C ends it.")

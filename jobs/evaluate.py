@@ -1,8 +1,3 @@
-"""``python -m jobs.evaluate``: the steps up to this one; see :mod:`jobs.steps.evaluate`."""
+from jobs.pipeline import main
 
-from __future__ import annotations
-
-from jobs.cli import main
-
-if __name__ == "__main__":
-    main("evaluate")
+main("evaluate", __name__)

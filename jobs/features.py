@@ -14,19 +14,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs import pipeline
-from jobs.artifacts import Artifact, build
-from jobs.cli import show_progress
+from jobs import cli, pipeline
+from jobs.artifacts import Artifact
 from jobs.config import JobConfig
-from jobs.steps.train_ranker import learned_from
-from recsys.config import load_config
-from recsys.errors import ConfigError, RecsysError
+from jobs.steps import embed, prepare, train_ranker, train_retriever
+from recsys.errors import ConfigError
 from recsys.evaluation.importance import Selection, ndcg10, permutation_importance, worthless
 from recsys.evaluation.significance import Interval, bootstrap
 from recsys.files import write_json
 from recsys.models.rankers.attention import AttentionRankerConfig
 
-STEP = "features"
 console = Console(stderr=True)
 
 
@@ -38,11 +35,11 @@ def run(config: JobConfig) -> Artifact:
     model = config.ranking.model
     if not isinstance(model, AttentionRankerConfig):
         raise ConfigError(f"ranking.model of kind {model.kind} reads texts, not features")
-    done = pipeline.run(config, until="train_ranker")
-    prepared, embedded, retriever = done["prepare"], done.get("embed"), done["train_retriever"]
+    done = pipeline.run(config, train_ranker.STEP)
+    prepared, embedded, retriever = done[prepare.STEP], done.get(embed.STEP), done[train_retriever.STEP]
 
     def make(folder: Path) -> dict[str, Any]:
-        lesson = learned_from(config, prepared, embedded, retriever)
+        lesson = train_ranker.learned_from(config, prepared, embedded, retriever)
         runtime = config.compute.runtime()
 
         def fitted(left_out: tuple[str, ...]):
@@ -70,7 +67,7 @@ def run(config: JobConfig) -> Artifact:
 
     settings = {"ranking": config.ranking.model_dump(mode="json"), "seed": config.seed}
     parents = [each for each in (prepared, embedded, retriever) if each is not None]
-    return build(config.workdir, STEP, settings, parents, make)
+    return Artifact.build(config.workdir, "features", settings, parents, make)
 
 
 def rows(importance: dict[str, Interval] | Any, selection: Selection) -> list[tuple[str, str, str, str]]:
@@ -123,12 +120,8 @@ def main(
     ] = None,
 ) -> None:
     """What each feature is worth to the ranker, and which of them it can do without."""
-    show_progress()
-    try:
-        artifact = run(load_config(JobConfig, config, overrides=set_ or (), section="ranking"))
-    except RecsysError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
+    with cli.errors():
+        artifact = run(cli.read(config, set_, train_ranker.STEP.section))
     console.print(f"{artifact.path}/features.md", highlight=False, soft_wrap=True)
 
 

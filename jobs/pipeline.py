@@ -1,85 +1,74 @@
-"""All steps in order, as one job: ``python -m jobs.pipeline --config configs/NAME.yaml``."""
+"""Steps and what they read, as one job: ``python -m jobs.STEP --config FILE [--set key=value ...]``.
+
+``python -m jobs.pipeline`` is all that a published Bundle needs. What is run by its name lies in a file of its own,
+which holds nothing else: what Ray's workers are sent must not be of the module ``__main__``.
+"""
 
 from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs import cli
 from jobs._ray import ray_session
-from jobs.artifacts import Artifact
 from jobs.config import JobConfig
-from jobs.steps import embed, evaluate, prepare, publish, recommend, train_encoder, train_ranker, train_retriever
-from recsys.errors import ConfigError
+from jobs.steps import publish
+from jobs.steps.base import Results, Step, plan
 
 console = Console(stderr=True)
 
 
-def run(config: JobConfig, until: str = "pipeline") -> dict[str, Artifact]:
-    """Run the steps up to ``until`` (a job module's name); those that are complete are reused."""
-    left_out = {"train_encoder": config.encoder is None, "embed": config.encoder is None}
-    if (left_out | {"recommend": not config.slates.top_k}).get(until):
-        raise ConfigError(f"the step {until} has nothing to do: this configuration leaves it out")
+def run(config: JobConfig, until: Step[Any] = publish.STEP) -> Results:
+    """Run a step and those that it needs; the ones that are complete are reused."""
+    steps, done = plan(config, until), Results()
     if "working_dir_files" in (home := Path(config.workdir).absolute()).parts:
         advice = (
             "is inside Ray's copy of the submitted folder, which Ray deletes: give one that stays, --set workdir=FOLDER"
         )
         console.print(f"[yellow]{home} {advice}[/yellow]", soft_wrap=True)
-    done: dict[str, Artifact] = {}
     started = time.perf_counter()
-
-    def finish(name: str, artifact: Artifact) -> bool:
-        done[name] = artifact
-        state = "reused" if artifact.reused else f"done in {artifact.seconds:.1f} s"
-        console.print(f"[bold]{name}[/bold] {state}  [dim]{artifact.path}[/dim]", highlight=False, soft_wrap=True)
-        return name == until
-
     with ray_session() if config.compute.num_workers else nullcontext():
-        for name, artifact in _steps(config):
-            if finish(name, artifact):
-                break
-    if "publish" in done:
-        published = done["publish"].metrics
-        console.print(
-            f"Bundle {published['bundle_id']} in {Path(published['store']).absolute()}", highlight=False, soft_wrap=True
-        )
+        for step in steps:
+            left = done.run(config, step)
+            state = "reused" if left.reused else f"done in {left.seconds:.1f} s"
+            console.print(f"[bold]{step.name}[/bold] {state}  [dim]{left.path}[/dim]", highlight=False, soft_wrap=True)
+    if (published := done.get(publish.STEP)) is not None:
+        where = Path(published.store).absolute()
+        console.print(f"Bundle {published.bundle_id} in {where}", highlight=False, soft_wrap=True)
     table = Table(title=f"{config.name}: {time.perf_counter() - started:.1f} s", show_edge=False)
     table.add_column("step")
     table.add_column("seconds", justify="right")
     table.add_column("artefact")
-    for name, artifact in done.items():
-        seconds = "reused" if artifact.reused else f"{artifact.seconds:.1f}"
-        table.add_row(name, seconds, f"{artifact.step}/{artifact.key}")
+    for step, left in done:
+        table.add_row(step.name, "reused" if left.reused else f"{left.seconds:.1f}", f"{left.step}/{left.key}")
     console.print(table)
     return done
 
 
-def _steps(config: JobConfig):
-    prepared = prepare.run(config)
-    yield "prepare", prepared
-    embedded = encoder = None
-    if config.encoder is not None:
-        encoder = train_encoder.run(config, prepared)
-        yield "train_encoder", encoder
-        embedded = embed.run(config, prepared, encoder)
-        yield "embed", embedded
-    retriever = train_retriever.run(config, prepared, embedded)
-    yield "train_retriever", retriever
-    ranker = train_ranker.run(config, prepared, embedded, retriever)
-    yield "train_ranker", ranker
-    judged = evaluate.run(config, prepared, retriever, ranker)
-    yield "evaluate", judged
-    slates = None
-    if config.slates.top_k:
-        slates = recommend.run(config, prepared, retriever, ranker)
-        yield "recommend", slates
-    yield "publish", publish.run(config, prepared, encoder, embedded, retriever, ranker, judged, slates)
+def main(name: str, module: str) -> None:
+    """The command line of the step ``name``, where ``module`` (``__name__``) is what Python was asked to run."""
+    if module == "__main__":
+        step: Step[Any] = import_module(f"jobs.steps.{name}").STEP
+        application(name, step.help, step.section, step)()
+
+
+def application(name: str, summary: str, section: str | None, until: Step[Any]) -> typer.Typer:
+    """The command line that runs ``until``."""
+
+    def command(config: cli.ConfigPath, set_: cli.Overrides = None) -> None:
+        with cli.errors():
+            run(cli.read(config, set_, section), until)
+
+    return cli.application(name, summary, section, command)
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
-
-    main("pipeline")
+    summary = "Run every step, from interactions to a published Bundle; finished steps are reused."
+    application("pipeline", summary, None, publish.STEP)()

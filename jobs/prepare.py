@@ -1,8 +1,3 @@
-"""``python -m jobs.prepare``: the steps up to this one; see :mod:`jobs.steps.prepare`."""
+from jobs.pipeline import main
 
-from __future__ import annotations
-
-from jobs.cli import main
-
-if __name__ == "__main__":
-    main("prepare")
+main("prepare", __name__)

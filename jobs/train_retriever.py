@@ -1,8 +1,3 @@
-"""``python -m jobs.train_retriever``: the steps up to this one; see :mod:`jobs.steps.train_retriever`."""
+from jobs.pipeline import main
 
-from __future__ import annotations
-
-from jobs.cli import main
-
-if __name__ == "__main__":
-    main("train_retriever")
+main("train_retriever", __name__)

@@ -17,21 +17,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow.parquet as pq
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs import cli
 from jobs._ray import ray_session
+from jobs.artifacts import Embedded, Prepared
 from jobs.benchmark import SUITES, BenchmarkConfig, Range, SystemConfig
-from jobs.cli import show_progress
-from jobs.config import JobConfig
-from jobs.steps import embed, prepare, train_encoder
-from recsys.config import load_config, parse, to_yaml
-from recsys.data.dataset import Dataset, Split
-from recsys.data.features import matrix
-from recsys.errors import ConfigError, RecsysError
+from recsys.config import parse, to_yaml
+from recsys.data.dataset import Split
+from recsys.errors import ConfigError
 from recsys.files import atomic_path, write_json
 from recsys.models import AnyRetriever
 from recsys.models.base import FitData, RetrieverConfig
@@ -68,14 +65,15 @@ class TrialRuntime(Runtime):
         return None if checkpoint is None else Path(self._open.enter_context(checkpoint.as_directory()))
 
 
-def trial(sampled: Mapping[str, Any], *, model: Mapping[str, Any], prepared: str, text: str | None) -> None:
+def trial(
+    sampled: Mapping[str, Any], *, model: Mapping[str, Any], prepared: Prepared, embedded: Embedded | None
+) -> None:
     """Fit one configuration on TRAIN, judged on VALID after every epoch."""
     torch.set_num_threads(1)
     logging.getLogger("recsys").setLevel(logging.WARNING)
     config = configuration(model, sampled)
-    dataset = Dataset.load(prepared)
-    vectors = None if text is None else matrix(pq.read_table(text)["vector"])
-    data = FitData.of(dataset, Split.TRAIN, text_vectors=vectors, valid=dataset.targets(Split.VALID))
+    dataset, text = prepared.dataset(), embedded and embedded.vectors()
+    data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID))
     config.fit(data, TrialRuntime("cpu"))
 
 
@@ -113,11 +111,7 @@ def run(config: BenchmarkConfig, system: SystemConfig, num_trials: int, seed: in
     """Search; the folder with ``trials.json`` and ``best.yaml``."""
     if system.model is None or not system.search:
         raise ConfigError(f"system {system.name} has no search space: give it the key search in the suite's file")
-    as_job = JobConfig(name=config.name, workdir=config.workdir, data=config.data, encoder=config.encoder)
-    prepared = prepare.run(as_job)
-    text = None
-    if system.text:
-        text = str(embed.run(as_job, prepared, train_encoder.run(as_job, prepared)).path / "item_text.parquet")
+    prepared, embedded = config.prepared(text=system.text)
     model = system.model.model_dump(mode="json")
     if "train" not in model:
         raise ConfigError(
@@ -126,11 +120,11 @@ def run(config: BenchmarkConfig, system: SystemConfig, num_trials: int, seed: in
     epochs = model["train"]["epochs"]
     model["train"]["eval_every"] = 1
     # What is searched, and in what: a search that was interrupted goes on only where all of it is the same.
-    asked = [model, system.model_dump(mode="json")["search"], prepared.path.name, text and Path(text).parent.name]
+    asked = [model, system.model_dump(mode="json")["search"], prepared.key, embedded and embedded.key]
     digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(config.workdir).absolute() / config.name / "tune" / f"{system.name}-{num_trials}-{seed}-{digest}"
     with ray_session():
-        results = _search(folder, system, model, str(prepared.path), text, num_trials, epochs, seed)
+        results = _search(folder, system, model, prepared, embedded, num_trials, epochs, seed)
     rows = sorted(results, key=lambda row: (-row["best"], json.dumps(row["config"], sort_keys=True)))
     write_json(folder / "trials.json", rows)
     chosen = configuration(model, rows[0]["config"])
@@ -146,8 +140,8 @@ def _search(
     folder: Path,
     system: SystemConfig,
     model: Mapping[str, Any],
-    prepared: str,
-    text: str | None,
+    prepared: Prepared,
+    embedded: Embedded | None,
     num_trials: int,
     epochs: int,
     seed: int,
@@ -157,7 +151,7 @@ def _search(
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     trainable = tune.with_resources(
-        tune.with_parameters(trial, model=model, prepared=prepared, text=text), resources={"cpu": 1}
+        tune.with_parameters(trial, model=model, prepared=prepared, embedded=embedded), resources={"cpu": 1}
     )
     if tune.Tuner.can_restore(str(folder / "ray")):
         tuner = tune.Tuner.restore(
@@ -215,19 +209,12 @@ def main(
     system: Annotated[str, typer.Option(help="the system of the suite to tune")],
     trials: Annotated[int, typer.Option(help="budget: configurations tried in all", min=1, max=10_000)] = 20,
     seed: Annotated[int, typer.Option(help="seed of the draws", min=0)] = 0,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override one key of the suite's file", metavar="K=V")
-    ] = None,
+    set_: cli.SuiteOverrides = None,
 ) -> None:
     """Try configurations of one system and write the best one, by validation alone."""
-    show_progress()
-    try:
-        path = Path(suite) if Path(suite).suffix else SUITES / f"{suite}.yaml"
-        config = load_config(BenchmarkConfig, path, overrides=set_ or ())
+    with cli.errors():
+        config = cli.read_suite(BenchmarkConfig, SUITES, suite, set_)
         folder = run(config, config.system(system), trials, seed)
-    except RecsysError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     console.print(f"chosen: {folder}/best.yaml", highlight=False)
 
 

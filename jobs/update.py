@@ -30,7 +30,8 @@ from jobs._ray import discard, fit_distributed
 from jobs.cli import show_progress
 from jobs.config import JobConfig
 from jobs.events import log_config
-from jobs.steps.publish import golden, histories, popular
+from jobs.popular import popular
+from jobs.steps.publish import golden, histories
 from recsys import schema
 from recsys.arrow import pc
 from recsys.bundle.live import LiveBundle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -60,6 +61,21 @@ def write_arrow(path: str | Path, table: pa.Table) -> None:
 def map_arrow(path: str | Path) -> pa.Table:
     """Memory-map an Arrow IPC file: no copy, pages shared between processes."""
     return pa.ipc.open_file(pa.memory_map(str(path), "rb")).read_all()
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Let the file ``source``, or every file of the folder ``source``, be at ``target`` as well, in place of what was.
+
+    They are hard links, or copies on another file system: for files that nobody changes in place.
+    """
+    if Path(source).is_dir():
+        shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+        return
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from jobs._parts import make_parts
 from jobs._ray import ComputeConfig
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import Embedded, Prepared, TrainedEncoder
+from jobs.config import JobConfig
+from jobs.steps import prepare, train_encoder
+from jobs.steps.base import Step
 from recsys.errors import DataError
 from recsys.files import atomic_path, write_parquet
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
 from recsys.schema import ITEM_IDX
-
-if TYPE_CHECKING:
-    from jobs.config import JobConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,8 @@ so that there are not too many files.
 """
 
 
-def run(config: JobConfig, prepare: Artifact, encoder: Artifact) -> Artifact:
-    """Embed the items of ``prepare`` with the model of ``encoder`` into ``item_text.parquet``.
-
-    One row per item, sorted: ``item_idx`` int32, ``vector`` fixed-size list of float32, unit length.
-    """
+def run(config: JobConfig, prepared: Prepared, encoder: TrainedEncoder) -> Embedded:
+    """Embed the items of ``prepared`` with the model of ``encoder``."""
     settings = config.encoder
     assert settings is not None, "the pipeline skips this step for data without text"
     relevant = settings.model_dump(mode="json", exclude={"model", "train", "batch_tokens"})
@@ -52,22 +49,22 @@ def run(config: JobConfig, prepare: Artifact, encoder: Artifact) -> Artifact:
     def make(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         texts, vectors = folder / "texts", folder / "vectors"
-        num_items = write_texts(prepare.path / "items.parquet", texts, settings)
+        num_items = write_texts(prepared.items, texts, settings)
         embedder = {
             "config": settings,
-            "model": encoder.path / "model",
+            "model": encoder.folder,
             "target": vectors,
             "use_gpu": config.compute.use_gpu,
         }
         embed_parts(texts, vectors, embedder, config.compute)
-        dim = consolidate(vectors, folder / "item_text.parquet", num_items)
+        dim = consolidate(vectors, folder / Embedded.FILE, num_items)
         shutil.rmtree(texts)
         shutil.rmtree(vectors)
         seconds = time.perf_counter() - started
         logger.info("%d items embedded in %.1f s, %.0f items/s", num_items, seconds, num_items / seconds)
         return {"num_items": num_items, "dim": dim}
 
-    return build(config.workdir, "embed", {"encoder": relevant}, [prepare, encoder], make)
+    return STEP.build(config, {"encoder": relevant}, (prepared, encoder), make)
 
 
 class Embedder:
@@ -161,3 +158,14 @@ def _in_order(rows: NDArray[np.float32], schema: pa.Schema, size: int = 65536) -
         item_idx = pa.array(np.arange(start, start + len(block), dtype=np.int32))
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), rows.shape[1])
         yield pa.record_batch([item_idx, vectors], schema=schema)
+
+
+STEP = Step(
+    "embed",
+    "Turn every item's text into a vector.",
+    Embedded,
+    run,
+    reads=(prepare.STEP, train_encoder.STEP),
+    section="encoder",
+    left_out=train_encoder.STEP.left_out,
+)

@@ -8,35 +8,33 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import Judged, Prepared, TrainedRanker, TrainedRetriever
 from jobs.config import JobConfig
-from jobs.steps.publish import popular
+from jobs.popular import popular
+from jobs.steps import prepare, train_ranker, train_retriever
+from jobs.steps.base import Step
 from recsys.data.catalogue import Catalogue
-from recsys.data.dataset import Dataset, Split
+from recsys.data.dataset import Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
 from recsys.evaluation.report import build_report
-from recsys.models import load_ranker, load_retriever
 from recsys.models.base import FitData, RetrieverConfig
 from recsys.pipeline.build import Parts
 from recsys.pipeline.offline import OfflinePipeline
 from recsys.pipeline.stage import RETRIEVAL
 from recsys.training.runtime import Runtime
 
-STEP = "evaluate"
 
-
-def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Artifact) -> Artifact:
-    """The artefact of this step: ``metrics.json`` and ``report.md``."""
+def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, ranker: TrainedRanker) -> Judged:
+    """Judge; beside the metrics there is ``report.md``."""
 
     def make(folder: Path) -> dict[str, Any]:
-        dataset = Dataset.load(prepared.path)
+        dataset = prepared.dataset()
         targets = dataset.targets(Split.TEST)
-        model = load_retriever(retriever.path / "judged")
         parts = Parts.of_models(
             Catalogue.build(dataset.items),
-            model,
+            retriever.load("judged"),
             config.index,
-            load_ranker(ranker.path / "judged"),
+            ranker.load("judged"),
             popular(config, dataset, Split.VALID),
         )
         hides = dataset.hides(config.data.positives)
@@ -70,7 +68,7 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         "popular": [config.publish.popular.model_dump(mode="json"), config.publish.num_popular],
         "seed": config.seed,
     }
-    return build(config.workdir, STEP, settings, [prepared, retriever, ranker], make)
+    return STEP.build(config, settings, (prepared, retriever, ranker), make)
 
 
 def label(config: RetrieverConfig) -> str:
@@ -78,3 +76,13 @@ def label(config: RetrieverConfig) -> str:
     changed = config.model_dump(exclude_defaults=True)
     changed.pop("kind", None)
     return " ".join([config.kind, *(f"{key}={value}" for key, value in changed.items())])
+
+
+STEP = Step(
+    "evaluate",
+    "Judge the served pipeline and the baselines on the test split.",
+    Judged,
+    run,
+    reads=(prepare.STEP, train_retriever.STEP, train_ranker.STEP),
+    section="evaluation",
+)

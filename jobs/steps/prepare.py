@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import Prepared
+from jobs.config import JobConfig
+from jobs.steps.base import Step
 from recsys.data.prepare import prepare
 from recsys.files import read_json
 
-if TYPE_CHECKING:
-    from jobs.config import JobConfig
 
-
-def run(config: JobConfig) -> Artifact:
+def run(config: JobConfig) -> Prepared:
     """Prepare ``config.data``; done again only where the configuration, the seed or the source's content changed."""
     settings = {
         "data": config.data.model_dump(mode="json"),
@@ -25,4 +24,7 @@ def run(config: JobConfig) -> Artifact:
         dataset = prepare(config.data, config.seed, folder)
         return {**dataset.info.model_dump(mode="json"), **read_json(folder / "preparation.json")}
 
-    return build(config.workdir, "prepare", settings, (), make)
+    return STEP.build(config, settings, (), make)
+
+
+STEP = Step("prepare", "Validate, quarantine, index, order and split the interactions.", Prepared, run, section="data")

@@ -9,9 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import (
+    Embedded,
+    Judged,
+    Prepared,
+    Published,
+    SlatesTable,
+    TrainedEncoder,
+    TrainedRanker,
+    TrainedRetriever,
+)
 from jobs.config import JobConfig
-from jobs.steps import recommend
+from jobs.popular import popular
+from jobs.steps import embed, evaluate, prepare, recommend, train_encoder, train_ranker, train_retriever
+from jobs.steps.base import Step
 from recsys import schema
 from recsys.arrow import pc
 from recsys.bundle.golden import GoldenQuery
@@ -23,27 +34,25 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
 from recsys.models import load_retriever
-from recsys.models.base import FitData, VectorRetriever
+from recsys.models.base import VectorRetriever
 from recsys.pipeline.recommender import Recommender
-from recsys.training.runtime import Runtime
 from recsys.types import Filters, HistoryItem
 
-STEP = "publish"
 GOLDEN_HISTORY = 20
 GOLDEN_TOP_K = 10
 
 
 def run(
     config: JobConfig,
-    prepared: Artifact,
-    encoder: Artifact | None,
-    embedded: Artifact | None,
-    retriever: Artifact,
-    ranker: Artifact,
-    judged: Artifact,
-    slates: Artifact | None,
-) -> Artifact:
-    """The artefact of this step; its metrics hold the ``bundle_id`` and the ``store``."""
+    prepared: Prepared,
+    encoder: TrainedEncoder | None,
+    embedded: Embedded | None,
+    retriever: TrainedRetriever,
+    ranker: TrainedRanker,
+    judged: Judged,
+    slates: SlatesTable | None,
+) -> Published:
+    """Make a Bundle, add it to the store and, where the configuration says so, let it be the current one."""
     store = BundleStore(config.store)
 
     def make(folder: Path) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def run(
                 texts = matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
                 config.index.build(texts).save(writer.part("text_index"))
             if slates is not None:
-                table = pq.read_table(slates.path / recommend.FILE, columns=["user_id", "item_idx", "scores"])
+                table = pq.read_table(slates.path / SlatesTable.FILE, columns=["user_id", "item_idx", "scores"])
                 columns = [column.cast(field.type) for column, field in zip(table.columns, SLATES_SCHEMA, strict=True)]
                 writer.add_slates(pa.table(columns, schema=SLATES_SCHEMA))
             writer.add_popular(*popular(config, dataset))
@@ -91,13 +100,12 @@ def run(
         return {"bundle_id": bundle.bundle_id, "store": str(store), "num_bytes": bundle.manifest.num_bytes}
 
     settings = {"config": config.model_dump(mode="json")}
-    parents = [each for each in (prepared, encoder, embedded, retriever, ranker, judged, slates) if each is not None]
-    artifact = build(config.workdir, STEP, settings, parents, make)
-    bundle_id = artifact.metrics["bundle_id"]
-    store.add(Bundle.open(artifact.path / bundle_id))
+    read = (prepared, encoder, embedded, retriever, ranker, judged, slates)
+    published = STEP.build(config, settings, read, make)
+    store.add(published.bundle())
     if config.publish.activate:
-        point_to(config, bundle_id)
-    return artifact
+        point_to(config, published.bundle_id)
+    return published
 
 
 def point_to(config: JobConfig, bundle_id: str) -> None:
@@ -107,15 +115,6 @@ def point_to(config: JobConfig, bundle_id: str) -> None:
     if current is None or current.bundle_id != bundle_id:
         store.activate(bundle_id, None if current is None else current.bundle_id)
     store.collect(config.publish.keep)
-
-
-def popular(config: JobConfig, dataset: Dataset, until: Split = Split.TEST) -> tuple[np.ndarray, np.ndarray]:
-    """The most popular items up to and with ``until``, best first: int32 [P] and float32 [P]."""
-    fitted = config.publish.popular.fit(FitData.of(dataset, until, seed=config.seed), Runtime("cpu"))
-    scores = fitted.score(dataset.positives.histories(until)[:1])[0]
-    best = np.argsort(-scores, kind="stable")[: config.publish.num_popular]
-    best = best[scores[best] > 0]
-    return best.astype(np.int32), scores[best].astype(np.float32)
 
 
 def histories(dataset: Dataset, max_history: int) -> pa.Table:
@@ -168,3 +167,21 @@ def golden(draft: Bundle, dataset: Dataset) -> GoldenQuery:
         item_ids=tuple(item.item_id for item in slate.items),
         scores=tuple(item.score for item in slate.items),
     )
+
+
+STEP = Step(
+    "publish",
+    "Write a Bundle and point the store to it.",
+    Published,
+    run,
+    reads=(
+        prepare.STEP,
+        train_encoder.STEP,
+        embed.STEP,
+        train_retriever.STEP,
+        train_ranker.STEP,
+        evaluate.STEP,
+        recommend.STEP,
+    ),
+    section="publish",
+)

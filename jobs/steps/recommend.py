@@ -19,42 +19,36 @@ import pyarrow.parquet as pq
 import torch
 
 from jobs._parts import make_parts
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import Prepared, SlatesTable, TrainedRanker, TrainedRetriever
 from jobs.config import JobConfig
+from jobs.steps import prepare, train_ranker, train_retriever
+from jobs.steps.base import Step
 from recsys import schema
 from recsys.data.catalogue import Catalogue
-from recsys.data.dataset import Dataset
 from recsys.files import atomic_path, write_parquet
-from recsys.models import load_ranker, load_retriever
 from recsys.pipeline.build import Parts
 from recsys.pipeline.config import ExplorationConfig
 from recsys.pipeline.offline import OfflinePipeline
 
-STEP = "recommend"
-FILE = "slates.parquet"
 PART_USERS = 2048
 logger = logging.getLogger(__name__)
 
 
-def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Artifact) -> Artifact:
-    """The artefact of this step: ``slates.parquet``, one row per user in order of ``user_idx``.
-
-    Columns: ``user_id``, and best first ``item_ids``, ``item_idx`` and ``scores``.
-    """
+def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, ranker: TrainedRanker) -> SlatesTable:
+    """Make the slates of all users."""
 
     def make(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
-        num_users = pq.read_metadata(prepared.path / "users.parquet").num_rows
+        num_users = prepared.num_users
         parts = folder / "parts"
-        paths = (prepared.path, retriever.path / "final", ranker.path / "final")
-        maker = {"config": config, "paths": paths, "target": parts}
+        maker = {"config": config, "prepared": prepared, "retriever": retriever, "ranker": ranker, "target": parts}
         starts = range(0, num_users, PART_USERS)
         missing = [start for start in starts if not _part(parts, start).exists()]
         done = num_users - sum(min(PART_USERS, num_users - start) for start in missing)
         for rows in make_parts(SlateMaker, missing, maker, config.compute, gpu=False):
             done += rows
             logger.info("slates of %d of %d users", done, num_users)
-        with atomic_path(folder / FILE) as temporary:
+        with atomic_path(folder / SlatesTable.FILE) as temporary:
             writer: pq.ParquetWriter | None = None
             for start in starts:
                 table = pq.read_table(_part(parts, start))
@@ -70,22 +64,27 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         "pipeline": config.pipeline.model_dump(mode="json"),
         "index": config.index.model_dump(mode="json"),
     }
-    return build(config.workdir, STEP, settings, [prepared, retriever, ranker], make)
+    return STEP.build(config, settings, (prepared, retriever, ranker), make)
 
 
 class SlateMaker:
     """Makes parts; one per actor."""
 
     def __init__(
-        self, config: JobConfig, paths: tuple[Path, Path, Path], target: Path, threads: int | None = None
+        self,
+        config: JobConfig,
+        prepared: Prepared,
+        retriever: TrainedRetriever,
+        ranker: TrainedRanker,
+        target: Path,
+        threads: int | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        prepared, retriever, ranker = paths
         self._config, self._target = config, target
-        self._dataset = Dataset.load(prepared)
+        self._dataset = prepared.dataset()
         parts = Parts.of_models(
-            Catalogue.build(self._dataset.items), load_retriever(retriever), config.index, load_ranker(ranker)
+            Catalogue.build(self._dataset.items), retriever.load("final"), config.index, ranker.load("final")
         )
         # What is kept for days must not hang on one throw of the dice.
         reranking = config.pipeline.reranking.model_copy(update={"exploration": ExplorationConfig()})
@@ -113,3 +112,14 @@ class SlateMaker:
 
 def _part(folder: Path, start: int) -> Path:
     return folder / f"part-{start // PART_USERS:06d}.parquet"
+
+
+STEP = Step(
+    "recommend",
+    "Make the best items of every user, offline.",
+    SlatesTable,
+    run,
+    reads=(prepare.STEP, train_retriever.STEP, train_ranker.STEP),
+    section="slates",
+    left_out=lambda config: not config.slates.top_k,
+)

@@ -1,4 +1,4 @@
-"""The step ``encoder``: the text encoder, fine-tuned on items consumed together, as a Hugging Face folder."""
+"""The step ``train_encoder``: the text encoder, fine-tuned on items consumed together, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import save_file
 
 from jobs._ray import FitResult, discard, fit_distributed
-from jobs.artifacts import Artifact, build
-from recsys.data.dataset import Dataset
-from recsys.files import file_sha256, read_json, write_json
+from jobs.artifacts import Prepared, TrainedEncoder
+from jobs.config import JobConfig
+from jobs.steps import prepare
+from jobs.steps.base import Step
+from recsys.files import file_sha256, link_or_copy, read_json, write_json
 from recsys.models.text.contrastive import Finetuned, PairData, Weights, finetune
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
 from recsys.models.text.masked_lm import pretrain
 from recsys.training.runtime import Runtime
 
-if TYPE_CHECKING:
-    from jobs.config import JobConfig
-
 logger = logging.getLogger(__name__)
 
 
-def run(config: JobConfig, prepare: Artifact) -> Artifact:
+def run(config: JobConfig, prepared: Prepared) -> TrainedEncoder:
     """Continue the pretraining of ``config.encoder`` on the catalogue's texts and fine-tune it on the train split of
-    ``prepare``; each where it has epochs, and without any it is copied.
+    ``prepared``; each where it has epochs, and without any it is copied.
     """
     encoder = config.encoder
     assert encoder is not None, "the pipeline skips this step for data without text"
@@ -49,9 +48,9 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
     def make(folder: Path) -> dict[str, Any]:
         if not learns:
             logger.info("the encoder stays as it is: encoder.train.epochs and encoder.pretrain.epochs are 0")
-            TextEncoder.load(encoder).save(folder / "model")
+            TextEncoder.load(encoder).save(folder / TrainedEncoder.FOLDER)
             return {"epochs": 0}
-        dataset = Dataset.load(prepare.path)
+        dataset = prepared.dataset()
         texts = item_texts(dataset.items, encoder)
         pretrained: Weights | None = None
         done: list[FitResult] = []
@@ -77,11 +76,12 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
             name=f"encoder-{folder.name}",
             storage=folder / "fit",
         )
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        shutil.copytree(fit.path, folder / "model")
+        model = folder / TrainedEncoder.FOLDER
+        shutil.rmtree(model, ignore_errors=True)
+        link_or_copy(fit.path, model)
         for result in (*done, fit):
             discard(result)
-        (folder / "model" / "history.json").rename(folder / "history.json")
+        (model / "history.json").rename(folder / "history.json")
         history = read_json(folder / "history.json")
         logger.info(
             "partners of held-out pairs: MRR %.4f before, %.4f after; %s",
@@ -91,7 +91,7 @@ def run(config: JobConfig, prepare: Artifact) -> Artifact:
         )
         return {**history, **pretraining, "num_pairs": len(data.pairs)}
 
-    return build(config.workdir, "encoder", settings, [prepare], make)
+    return STEP.build(config, settings, (prepared,), make)
 
 
 def pretrain_worker(payload: tuple[TextEncoderConfig, list[str], int], runtime: Runtime) -> Callable[[Path], None]:
@@ -117,3 +117,14 @@ def train_worker(
 def _save(result: Finetuned, folder: Path) -> None:
     result.encoder.save(folder)
     write_json(folder / "history.json", {"curve": result.curve, **result.metrics})
+
+
+STEP = Step(
+    "train_encoder",
+    "Fine-tune the text encoder on items consumed together.",
+    TrainedEncoder,
+    run,
+    reads=(prepare.STEP,),
+    section="encoder",
+    left_out=lambda config: config.encoder is None,
+)

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jobs._ray import discard, fit_distributed
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import REFITS, Embedded, Prepared, TrainedRanker, TrainedRetriever
 from jobs.config import JobConfig
+from jobs.steps import embed, prepare, train_retriever
+from jobs.steps.base import Step
 from recsys.data.catalogue import Catalogue
-from recsys.data.dataset import Dataset, Split
-from recsys.data.features import ItemFeatures, matrix
+from recsys.data.dataset import Split
+from recsys.data.features import ItemFeatures
 from recsys.evaluation.protocol import sample_queries, select
 from recsys.files import write_json
-from recsys.models import load_ranker, load_retriever
+from recsys.models import load_ranker
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.models.rankers.attention import AttentionRanker
 from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
@@ -39,7 +40,6 @@ from recsys.pipeline.build import Parts
 from recsys.pipeline.offline import retrieved_examples
 from recsys.training.runtime import Runtime
 
-STEP = "ranker"
 logger = logging.getLogger(__name__)
 
 
@@ -70,25 +70,20 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     return save
 
 
-def text_vectors(embedded: Artifact | None) -> NDArray[np.float32] | None:
-    """float32 [N, E] of the ``embed`` step, or None for data without text."""
-    return None if embedded is None else matrix(pq.read_table(embedded.path / "item_text.parquet")["vector"])
-
-
 def ranking_embeddings(retriever: Retriever, content: NDArray[np.float32]) -> NDArray[np.float32]:
     """The space in which the ranker measures similarity: the retriever's, or the items' content where it has none."""
     return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else content
 
 
 def learned_from(
-    config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact, *, test: bool = False
+    config: JobConfig, prepared: Prepared, embedded: Embedded | None, retriever: TrainedRetriever, *, test: bool = False
 ) -> Payload:
     """What the ranker is taught; with ``test`` the queries of TEST are in ``everything``, too."""
     model = config.ranking.model
-    dataset = Dataset.load(prepared.path)
-    base_retriever = load_retriever(retriever.path / "base")
+    dataset = prepared.dataset()
+    base_retriever = retriever.load("base")
     features = ItemFeatures.of(dataset, Split.TRAIN)
-    content = item_content(text_vectors(embedded), features)
+    content = item_content(embedded and embedded.vectors(), features)
     items = RankingItems.of(features, ranking_embeddings(base_retriever, content))
     parts = Parts.of_models(Catalogue.build(dataset.items), base_retriever, config.index)
     pipeline = config.pipeline.model_copy(update={"num_candidates": config.ranking.num_candidates})
@@ -107,11 +102,11 @@ def learned_from(
     return Payload(model, catalogue, train, holdout, everything, config.seed, valid.num_missed)
 
 
-def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retriever: Artifact) -> Artifact:
-    """The artefact of this step."""
+def run(config: JobConfig, prepared: Prepared, embedded: Embedded | None, retriever: TrainedRetriever) -> TrainedRanker:
+    """Fit both; ``embedded`` is None for data without text."""
 
     def make(folder: Path) -> dict[str, Any]:
-        dataset = Dataset.load(prepared.path)
+        dataset = prepared.dataset()
         payload = learned_from(config, prepared, embedded, retriever, test=True)
         train, holdout, content = payload.train, payload.holdout, payload.catalogue.content
         fitted = fit_distributed(
@@ -121,8 +116,8 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
             "num_queries": {"train": len(train), "holdout": len(holdout), "final": len(payload.everything)},
             "num_missed": payload.num_missed,
         }
-        for name, until in (("judged", Split.VALID), ("final", Split.TEST)):
-            vectors = ranking_embeddings(load_retriever(retriever.path / name), content)
+        for name, until in REFITS.items():
+            vectors = ranking_embeddings(retriever.load(name), content)
             items = RankingItems.of(ItemFeatures.of(dataset, until), vectors)
             ranker = load_ranker(fitted.path / name).with_items(RankingCatalogue(items, content, dataset.items))
             served = _compressed(ranker, config, train, holdout, metrics, folder)
@@ -139,8 +134,7 @@ def run(config: JobConfig, prepared: Artifact, embedded: Artifact | None, retrie
         "seed": config.seed,
         "num_workers": max(1, config.compute.num_workers),
     }
-    parents = [prepared, *([embedded] if embedded else []), retriever]
-    return build(config.workdir, STEP, settings, parents, make)
+    return STEP.build(config, settings, (prepared, embedded, retriever), make)
 
 
 def _compressed(
@@ -162,3 +156,13 @@ def _compressed(
         write_json(folder / "export.json", metrics["export"])
         return served
     return next((form for form in exported if form.precision == metrics["export"]["served"]), ranker)
+
+
+STEP = Step(
+    "train_ranker",
+    "Train the ranker on the retriever's candidates and compress it.",
+    TrainedRanker,
+    run,
+    reads=(prepare.STEP, embed.STEP, train_retriever.STEP),
+    section="ranking",
+)

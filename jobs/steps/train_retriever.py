@@ -7,26 +7,22 @@ on TRAIN and VALID: the one that TEST judges), ``final`` (refitted on all data: 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from jobs._ray import discard, fit_distributed
-from jobs.artifacts import Artifact, build
+from jobs.artifacts import REFITS, Embedded, Prepared, TrainedRetriever
 from jobs.config import JobConfig
-from recsys.data.dataset import Dataset, Split
-from recsys.data.features import matrix
-from recsys.files import read_json, write_json
+from jobs.steps import embed, prepare
+from jobs.steps.base import Step
+from recsys.data.dataset import Split
+from recsys.files import link_or_copy, read_json, write_json
 from recsys.models.base import FitData, Retriever, RetrieverConfig
 from recsys.models.retrievers.phases import Phase
 from recsys.training.loop import best_epoch
 from recsys.training.runtime import Runtime
-
-STEP = "retriever"
 
 
 @dataclass(frozen=True)
@@ -54,35 +50,34 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     return save
 
 
-def run(config: JobConfig, prepare: Artifact, embed: Artifact | None) -> Artifact:
-    """The ``retriever`` artefact; ``embed`` is None for data without text."""
-    parents = [prepare] if embed is None else [prepare, embed]
-    tree = {
+def run(config: JobConfig, prepared: Prepared, embedded: Embedded | None) -> TrainedRetriever:
+    """Fit all three; ``embedded`` is None for data without text."""
+    settings = {
         "retriever": config.retriever.model_dump(mode="json"),
         "seed": config.seed,
         "num_workers": max(1, config.compute.num_workers),
     }
 
     def make(folder: Path) -> dict[str, Any]:
-        dataset = Dataset.load(prepare.path)
-        text = None if embed is None else matrix(pq.read_table(embed.path / "item_text.parquet")["vector"])
+        dataset = prepared.dataset()
+        text = embedded and embedded.vectors()
         base = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=config.seed)
         refits = {
             name: replace(base, histories=dataset.positives.histories(until), valid=None)
-            for name, until in (("judged", Split.VALID), ("final", Split.TEST))
+            for name, until in REFITS.items()
         }
         result = fit_distributed(
             fit,
             Payload(config.retriever, {"base": base, **refits}),
             compute=config.compute,
-            name=f"{STEP}-{folder.name}",
+            name=f"retriever-{folder.name}",
             storage=folder,
         )
-        shutil.copytree(result.path, folder, dirs_exist_ok=True)
+        link_or_copy(result.path, folder)
         discard(result)
         return summary(read_json(folder / "history.json")["base"])
 
-    return build(config.workdir, STEP, tree, parents, make)
+    return STEP.build(config, settings, (prepared, embedded), make)
 
 
 def summary(history: list[dict[str, float]]) -> dict[str, Any]:
@@ -91,3 +86,13 @@ def summary(history: list[dict[str, float]]) -> dict[str, Any]:
     if chosen is None:
         return {}
     return {"epochs": chosen, "valid_ndcg@10": next(row["ndcg@10"] for row in history if row["epoch"] == chosen)}
+
+
+STEP = Step(
+    "train_retriever",
+    "Train the retriever; refit it on all data.",
+    TrainedRetriever,
+    run,
+    reads=(prepare.STEP, embed.STEP),
+    section="retriever",
+)

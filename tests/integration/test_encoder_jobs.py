@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs._ray import ComputeConfig, fit_distributed
-from jobs.artifacts import Artifact
+from jobs.artifacts import Embedded, Prepared, TrainedEncoder
 from jobs.steps import embed, train_encoder
 from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Artifact:
+def prepared(tmp_path_factory) -> Prepared:
     """A prepared dataset as the step before leaves it."""
     path = tmp_path_factory.mktemp("prepare")
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def prepared(tmp_path_factory) -> Artifact:
     )
     tables = (pa.Table.from_pylist(log, schema=schema.PREPARED_INTERACTIONS), pa.Table.from_pylist(items, schema.ITEMS))
     Dataset(*tables, users=pa.table({"user_id": [str(u) for u in range(20)]}), info=info).save(path)
-    return Artifact("prepare", "toy", path)
+    return Prepared("prepare", "toy", path)
 
 
 def job_config(workdir: Path, folder: Path, num_workers: int, **train: float) -> SimpleNamespace:
@@ -132,17 +132,17 @@ def test_jobs_on_ray_give_what_one_process_gives(local_ray, folder, prepared, tm
     config = job_config(tmp_path, folder, num_workers=2, epochs=1)
     encoder = train_encoder.run(config, prepared)
     assert encoder.metrics["num_pairs"] > 10
-    assert (encoder.path / "model" / "model.safetensors").exists()
+    assert (encoder.folder / "model.safetensors").exists()
 
-    vectors = pq.read_table(embed.run(config, prepared, encoder).path / "item_text.parquet")
+    embedded = embed.run(config, prepared, encoder)
+    vectors = pq.read_table(embedded.path / "item_text.parquet")
     assert vectors["item_idx"].to_pylist() == list(range(NUM_ITEMS))
     assert vectors.schema.field("item_idx").type == pa.int32()
     assert vectors.schema.field("vector").type == pa.list_(pa.float32(), 16)
 
     alone = job_config(tmp_path / "alone", folder, num_workers=0, epochs=1)
-    expected = pq.read_table(embed.run(alone, prepared, encoder).path / "item_text.parquet")
-    one, other = (np.stack(table["vector"].to_numpy()) for table in (vectors, expected))
-    np.testing.assert_allclose(one, other, atol=1e-5)
+    expected = embed.run(alone, prepared, encoder).vectors()
+    np.testing.assert_allclose(embedded.vectors(), expected, atol=1e-5)
     assert embed.run(config, prepared, encoder).reused
 
 
@@ -161,11 +161,10 @@ class Fragile(embed.Embedder):
         return super().make(part)
 
 
-def check_vectors(result: Artifact, prepared: Artifact, config: SimpleNamespace, encoder: Artifact) -> None:
-    table = pq.read_table(result.path / "item_text.parquet")
-    titles = pq.read_table(prepared.path / "items.parquet")["title"].to_pylist()
-    expected = TextEncoder.load(config.encoder, encoder.path / "model").encode(titles)
-    np.testing.assert_allclose(np.stack(table["vector"].to_numpy()), expected, atol=1e-5)
+def check_vectors(result: Embedded, prepared: Prepared, config: SimpleNamespace, encoder: TrainedEncoder) -> None:
+    titles = prepared.dataset().items["title"].to_pylist()
+    expected = TextEncoder.load(config.encoder, encoder.folder).encode(titles)
+    np.testing.assert_allclose(result.vectors(), expected, atol=1e-5)
 
 
 @pytest.mark.timeout(600)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs._ray import ComputeConfig
+from jobs.artifacts import Embedded
 from jobs.steps import embed
 from recsys.errors import DataError
 
@@ -26,11 +27,12 @@ def test_parts_are_put_in_order_and_doubles_count_once(tmp_path):
     first = part(tmp_path / "v" / "b.parquet", [4, 0, 2])
     part(tmp_path / "v" / "c.parquet", [1, 3], seed=1)
     part(tmp_path / "v" / "d.parquet", [4, 0, 2])
-    assert embed.consolidate(tmp_path / "v", tmp_path / "out.parquet", 5) == 3
-    table = pq.read_table(tmp_path / "out.parquet")
-    assert table["item_idx"].to_pylist() == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy())[[4, 0, 2]], first)
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.parquet"]
+    assert embed.consolidate(tmp_path / "v", tmp_path / Embedded.FILE, 5) == 3
+    assert pq.read_table(tmp_path / Embedded.FILE)["item_idx"].to_pylist() == [0, 1, 2, 3, 4]
+    vectors = Embedded("embed", "key", tmp_path).vectors()
+    assert (vectors.shape, vectors.dtype) == ((5, 3), np.float32)
+    np.testing.assert_array_equal(vectors[[4, 0, 2]], first)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [Embedded.FILE]
 
 
 def test_a_missing_vector_is_an_error(tmp_path):

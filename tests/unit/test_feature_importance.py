@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from jobs import features
+from jobs import features, pipeline
+from jobs.steps import train_ranker
 from recsys.data.features import FEATURE_NAMES, NUM_FEATURES
 from recsys.errors import ConfigError
 from recsys.evaluation.importance import ndcg10, permutation_importance, worthless
-from recsys.models import load_ranker
 from recsys.models.rankers.attention import AttentionRankerConfig
 from recsys.models.rankers.base import PADDING, RankingBatch
 from recsys.models.rankers.examples import RankingExamples
@@ -66,8 +66,8 @@ def test_a_feature_that_is_left_out_is_not_read(trained_job, tmp_path):
     config = trained_job.model_copy(
         update={"ranking": trained_job.ranking.model_copy(update={"model": model}), "workdir": str(tmp_path)}
     )
-    done = features.pipeline.run(config, until="train_ranker")
-    ranker = load_ranker(done["train_ranker"].path / "judged")
+    done = pipeline.run(config, train_ranker.STEP)
+    ranker = done[train_ranker.STEP].load("judged")
     generator = np.random.default_rng(0)
     batch = RankingBatch(
         np.arange(8, dtype=np.int32)[None],

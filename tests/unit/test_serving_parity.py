@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 
 from jobs import pipeline
+from jobs.steps import prepare, train_ranker, train_retriever
 from recsys.bundle.store import BundleStore
 from recsys.data.catalogue import Catalogue
-from recsys.data.dataset import Dataset, Split
+from recsys.data.dataset import Split
 from recsys.data.features import ItemFeatures, candidate_features
 from recsys.events import Event, SqliteEventStoreConfig
-from recsys.models import load_ranker, load_retriever
 from recsys.models.rankers.base import RankingItems
 from recsys.online.log import grow
 from recsys.pipeline.build import Parts
@@ -36,7 +36,7 @@ def steps(trained_job):
 
 @pytest.fixture(scope="module")
 def dataset(steps):
-    return Dataset.load(steps["prepare"].path)
+    return steps[prepare.STEP].dataset()
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_served_requests_come_out_the_same_offline(recommender, steps, dataset, 
     """Every request is replayed through the stages of the jobs, over the prepared data: same items, same scores."""
     targets = dataset.everybody()[:60]
     now_ms = int(targets.now_ms[0])
-    retriever = load_retriever(steps["train_retriever"].path / "final")
-    ranker = load_ranker(steps["train_ranker"].path / "final")
+    retriever = steps[train_retriever.STEP].load("final")
+    ranker = steps[train_ranker.STEP].load("final")
     parts = Parts.of_models(Catalogue.build(dataset.items), retriever, trained_job.index, ranker)
     offline = OfflinePipeline(parts, trained_job.pipeline).slates(targets, 10)
     ids = dataset.items["item_id"].to_pylist()
@@ -131,7 +131,7 @@ def test_features_are_the_same_online_and_offline(recommender, steps, dataset, p
     """The item side that the Bundle carries gives, for a served request, what the prepared data gives at its end."""
     bundle = BundleStore(published).open()
     held = bundle.ranker().items
-    retriever = load_retriever(steps["train_retriever"].path / "final")
+    retriever = steps[train_retriever.STEP].load("final")
     made = RankingItems.of(ItemFeatures.of(dataset, Split.TEST), retriever.item_embeddings())
     for user_id in ("user-1", "user-7", "user-42"):
         answer = recommender.recommend(user_id=user_id, top_k=10)

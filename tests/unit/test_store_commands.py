@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import application
+from jobs import publish
 from jobs.store import app
 from recsys.bundle.store import BundleStore
 from recsys.config import to_yaml
@@ -72,12 +72,12 @@ def test_store_commands(store, bundles):
 def test_publishing_moves_the_pointer_when_told_and_back(trained_job, tmp_path):
     """The steps before are complete: only Bundles are made, and the second call with the same settings makes none."""
     file = tmp_path / "run.yaml"
-    publish = trained_job.publish.model_copy(update={"store": str(tmp_path / "store"), "activate": False})
-    file.write_text(to_yaml(trained_job.model_copy(update={"publish": publish})))
+    settings = trained_job.publish.model_copy(update={"store": str(tmp_path / "store"), "activate": False})
+    file.write_text(to_yaml(trained_job.model_copy(update={"publish": settings})))
     store = BundleStore(tmp_path / "store")
 
     def run(*words):
-        result = CliRunner().invoke(application("publish"), ["--config", str(file), *words])
+        result = CliRunner().invoke(publish.app, ["--config", str(file), *words])
         pointer = store.current()
         return result, None if pointer is None else pointer.bundle_id
 
