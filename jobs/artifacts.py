@@ -9,8 +9,6 @@ What a folder holds, and under which names, the class of its artefact knows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 from recsys.bundle.reader import Bundle
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
-from recsys.files import read_json, write_json
+from recsys.files import fingerprint, read_json, write_json
 from recsys.models import load_ranker, load_retriever
 from recsys.models.base import Retriever
 from recsys.models.rankers.base import Ranker
@@ -89,7 +87,7 @@ class Artifact:
 def artifact_key(step: str, config: object, parents: Sequence[Artifact]) -> str:
     """16 hex digits that change with anything the step's result depends on."""
     tree = {"format": FORMAT, "step": step, "config": config, "parents": [[p.step, p.key] for p in parents]}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(tree)[:16]
 
 
 class Prepared(Artifact):

@@ -28,6 +28,7 @@ from recsys.events import (
 )
 from recsys.events.base import events_of
 from recsys.events.exported import COMPACTED, WATERMARK, opened, tables, write_log
+from recsys.schema import DAY_MS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Where = Annotated[str, typer.Option("--events", help="file of the embedded event store, or redis://HOST:PORT/DB")]
@@ -36,7 +37,6 @@ Settings = Annotated[
     typer.Option("--set", help="a setting of the gateways' event_store, where it is not the default", metavar="K=V"),
 ]
 Target = Annotated[Path, typer.Argument(help="Parquet file")]
-_DAY_MS = 86_400_000
 
 
 @app.command()
@@ -101,7 +101,7 @@ def compact(
     Those are the events up to the watermark of the Bundle; one that was trained on other data has none of them.
     """
     with _store(events, settings) as store:
-        number = store.compact(time.time_ns() // 1_000_000 - round(days * _DAY_MS))
+        number = store.compact(time.time_ns() // 1_000_000 - round(days * DAY_MS))
         typer.echo(f"{number:,} events removed")
 
 

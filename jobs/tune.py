@@ -13,7 +13,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +28,7 @@ from jobs.benchmark import SUITES, BenchmarkConfig, Range, SystemConfig
 from recsys.config import parse, to_yaml
 from recsys.data.dataset import Split
 from recsys.errors import ConfigError
-from recsys.files import atomic_path, write_json
+from recsys.files import atomic_path, fingerprint, write_json
 from recsys.models import AnyRetriever
 from recsys.models.base import FitData, RetrieverConfig
 from recsys.training.runtime import Runtime
@@ -121,7 +120,7 @@ def run(config: BenchmarkConfig, system: SystemConfig, num_trials: int, seed: in
     model["train"]["eval_every"] = 1
     # What is searched, and in what: a search that was interrupted goes on only where all of it is the same.
     asked = [model, system.model_dump(mode="json")["search"], prepared.key, embedded and embedded.key]
-    digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    digest = fingerprint(asked)[:12]
     folder = Path(config.workdir).absolute() / config.name / "tune" / f"{system.name}-{num_trials}-{seed}-{digest}"
     with ray_session():
         results = _search(folder, system, model, prepared, embedded, num_trials, epochs, seed)

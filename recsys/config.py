@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import entry_points
@@ -15,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from recsys.errors import ConfigError
+from recsys.files import fingerprint
 
 KINDS_GROUP = "recsys.kinds"
 """Entry-point group of third-party kinds: an entry point ``<room>.<kind>`` names the configuration class."""
@@ -27,8 +26,7 @@ class StrictConfig(BaseModel):
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of the canonical JSON form: equal configurations have equal hashes in every process."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return fingerprint(self.model_dump(mode="json"))
 
     @classmethod
     def parse(cls, tree: Any, *, where: str) -> Self:

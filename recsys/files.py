@@ -78,6 +78,11 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
+def fingerprint(tree: Any) -> str:
+    """SHA-256 (hex) of plain values in their canonical JSON form: equal values have equal ones in every process."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 (hex) of a file's content."""
     with Path(path).open("rb") as file:

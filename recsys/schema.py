@@ -20,6 +20,9 @@ ITEM_IDX = "item_idx"
 WEIGHT = "weight"
 SPLIT = "split"
 
+DAY_MS = 86_400_000
+"""milliseconds of a day"""
+
 TIMESTAMP_TYPE = pa.timestamp("ms", tz="UTC")
 
 INTERACTIONS = pa.schema(

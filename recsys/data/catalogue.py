@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from recsys import schema
 from recsys.arrow import Texts, pc
 from recsys.data.id_map import IdMap
 from recsys.errors import BundleMismatchError, SchemaError
 from recsys.files import map_arrow, write_arrow
-from recsys.types import Filters, FloatArray, Int32Array, Int64Array
-
-BoolArray = NDArray[np.bool_]
+from recsys.types import BoolArray, Filters, FloatArray, Int32Array, Int64Array
 
 ITEMS_FILE, IDS_FILE, CATEGORIES_FILE = "items.arrow", "ids.arrow", "categories.arrow"
 _CATEGORIES = pa.schema(

@@ -24,6 +24,7 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.leaks import check_blind
 from recsys.errors import ModelError
 from recsys.files import map_arrow, write_arrow
+from recsys.schema import DAY_MS
 
 MAX_CATEGORIES = 64
 """The most frequent categories that get a column of their own; the rest share the last."""
@@ -34,7 +35,6 @@ SALE = "purchase"
 ``event`` or ``columns.event``"""
 NUM_PRICE_BANDS = 10
 """the catalogue in order of price, cut into as many parts of equal size"""
-DAY_MS = 86_400_000.0
 NO_TIME = np.iinfo(np.int64).min
 """``created_ms`` of an item whose age is unknown"""
 

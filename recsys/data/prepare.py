@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from recsys.arrow import pc
 from recsys.config import StrictConfig
 from recsys.data.config import DataConfig, FilterConfig
 from recsys.data.dataset import Dataset, DatasetInfo, Split
+from recsys.data.id_map import fingerprint_ids
 from recsys.data.sources import Source
 from recsys.data.sources.base import ROW
 from recsys.data.splits import check_not_empty
@@ -35,7 +35,7 @@ from recsys.data.validation import (
     validate,
 )
 from recsys.errors import EmptyDataError, SchemaError
-from recsys.files import write_json
+from recsys.files import fingerprint, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,6 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
         num_items_added=added,
         num_items_left_out=left_out,
     )
-    settings = f"{source.fingerprint()} {config.content_hash()} {seed}"
     counts = np.bincount(labels.split, minlength=len(Split))
     watermark = source.events_watermark()
     if watermark is not None and any(filtered.values()):
@@ -146,8 +145,8 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
         watermark = None
     info = DatasetInfo(
         name=config.name or source.kind,
-        fingerprint=hashlib.sha256(settings.encode()).hexdigest(),
-        id_map_fingerprint=id_map_fingerprint(items[schema.ITEM_ID]),
+        fingerprint=fingerprint([source.fingerprint(), config.content_hash(), seed]),
+        id_map_fingerprint=fingerprint_ids(items[schema.ITEM_ID]),
         has_time=log.time is not None,
         protocol=config.split.protocol,
         num_users=len(users),
@@ -180,14 +179,6 @@ def _tell(report: PreparationReport, info: DatasetInfo, folder: Path) -> None:
         if total := sum(counts.values()):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
             logger.info("%d %s: %s%s", total, what, reasons, f" (see {folder / file})" if file else "")
-
-
-def id_map_fingerprint(item_ids: Any) -> str:
-    """SHA-256 (hex) over item ids (an Arrow string array) in order of ``item_idx``: lengths first, then the texts."""
-    digest = hashlib.sha256(pc.binary_length(item_ids.cast(pa.large_string())).to_numpy().astype("<i8").tobytes())
-    for start in range(0, len(item_ids), 1 << 16):
-        digest.update("".join(item_ids.slice(start, 1 << 16).to_pylist()).encode())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

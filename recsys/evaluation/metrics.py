@@ -27,10 +27,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys.errors import DataError
+from recsys.ndcg import discounts
+from recsys.types import Float64Array, Int32Array, Int64Array
 
-Int32Array = NDArray[np.int32]
-Int64Array = NDArray[np.int64]
-Float64Array = NDArray[np.float64]
 _Distances = Callable[[Int32Array], tuple[Float64Array, NDArray[np.bool_]]]
 
 ACCURACY = ("recall", "ndcg", "mrr", "hr")
@@ -72,7 +71,7 @@ def accuracy(
     if ranked.shape[1] < max(ks):
         raise DataError(f"rankings of depth {ranked.shape[1]} cannot be judged at k = {max(ks)}")
     hit = hits(ranked, relevant_item_idx, relevant_offsets, num_items)
-    discount = 1.0 / np.log2(np.arange(2, ranked.shape[1] + 2))
+    discount = discounts(ranked.shape[1])
     ideal_dcg = np.cumsum(discount)
     num_hits, dcg = np.cumsum(hit, axis=1), np.cumsum(hit * discount, axis=1)
     reciprocal = np.where(hit.any(axis=1), 1.0 / (np.argmax(hit, axis=1) + 1), 0.0)

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.errors import DataError
-
-Float64Array = NDArray[np.float64]
+from recsys.types import Float64Array
 
 _CHUNK_CELLS = 1 << 23
 """Largest temporary array, in cells."""

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.data.dataset import Dataset, Split, Targets
+from recsys.ndcg import discounts
+from recsys.schema import DAY_MS
 
 Edges = Sequence[int]
 ITEM_COUNT: Edges = (0, 1, 2, 5, 10, 50, 200)
@@ -52,14 +54,14 @@ def slices(ranked: NDArray[np.int32], targets: Targets, dataset: Dataset, *, k: 
     if log.timestamp_ms is not None and targets.now_ms is not None:
         first = np.full(dataset.num_items, np.iinfo(np.int64).max)
         np.minimum.at(first, log.item_idx, log.timestamp_ms)
-        age_days = np.maximum(targets.now_ms[query_P] - first[item_P], 0) / 86_400_000
+        age_days = np.maximum(targets.now_ms[query_P] - first[item_P], 0) / DAY_MS
         found.append(_slice("age of the item in days", age_days, gain_P, ITEM_AGE_DAYS))
     return found
 
 
 def _gain(ranked_QK: NDArray[np.int32], query_P: NDArray[np.int64], item_P: NDArray[np.int32]) -> NDArray[np.float64]:
     gain_P = np.zeros(len(item_P))
-    discount = 1.0 / np.log2(np.arange(2, ranked_QK.shape[1] + 2))
+    discount = discounts(ranked_QK.shape[1])
     for start in range(0, len(item_P), 65536):
         pairs = slice(start, start + 65536)
         hit = ranked_QK[query_P[pairs]] == item_P[pairs, None]

@@ -12,6 +12,7 @@ import pyarrow.compute
 
 from recsys.errors import EventStoreError
 from recsys.events.base import UserState
+from recsys.schema import DAY_MS
 
 pc: Any = pyarrow.compute  # its functions are made at import, out of a type checker's sight
 SEPARATOR = "\0"
@@ -20,16 +21,13 @@ POSITION_MASK = (1 << GENERATION_BITS) - 1
 """a version is the generation of the seed, and in these bits the position of the user's last event"""
 
 
-_DAY_MS = 86_400_000
-
-
 def remembered(state: UserState | None, ttl_days: float) -> UserState | None:
     """``state``, or None where its newest interaction is older than ``ttl_days`` (0: never)."""
     if state is None or not ttl_days or not len(state):
         return state
     newest_ms = int(state.timestamps_ms.max())
     # What has order only has no age.
-    forgotten = 0 < newest_ms < time.time_ns() // 1_000_000 - round(ttl_days * _DAY_MS)
+    forgotten = 0 < newest_ms < time.time_ns() // 1_000_000 - round(ttl_days * DAY_MS)
     return None if forgotten else state
 
 

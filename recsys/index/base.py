@@ -17,11 +17,11 @@ from pydantic import Field
 from recsys.config import StrictConfig
 from recsys.errors import ModelError
 from recsys.files import atomic_path, write_json
+from recsys.types import FloatArray
 
 faiss: Any = import_module("faiss")
 """FAISS untyped: its own stubs lack most of what is used here"""
 
-FloatArray = NDArray[np.float32]
 Allowed = NDArray[np.bool_] | NDArray[np.uint8]
 
 MAX_TIE = 4096

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.errors import ModelError
-from recsys.index.base import Allowed, FloatArray, VectorIndex
+from recsys.index.base import Allowed, VectorIndex
+from recsys.types import FloatArray
 
 
 class ExtendedIndex(VectorIndex):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from recsys.index.base import FloatArray, IndexConfig, faiss
+from recsys.index.base import IndexConfig, faiss
+from recsys.types import FloatArray
 
 
 class FlatIndex(IndexConfig):

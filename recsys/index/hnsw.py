@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from recsys.index.base import ApproximateIndexConfig, FloatArray, faiss
+from recsys.index.base import ApproximateIndexConfig, faiss
+from recsys.types import FloatArray
 
 
 class HnswIndex(ApproximateIndexConfig):

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from recsys.index.base import ApproximateIndexConfig, FloatArray, faiss
+from recsys.index.base import ApproximateIndexConfig, faiss
+from recsys.types import FloatArray
 
 VECTORS_PER_LIST = 39
 """k-means wants at least so many training vectors per centroid"""

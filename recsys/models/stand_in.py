@@ -22,11 +22,10 @@ from recsys.errors import ModelError
 from recsys.models.base import ItemBonus, Retriever, VectorRetriever
 from recsys.models.rankers.base import Ranker, RankingBatch, RankingCatalogue, RankingQuery
 from recsys.models.retrievers.blend import BlendRetriever
+from recsys.types import FloatArray, Int32Array
 
 TEMPERATURE = 0.05
 """cosines are divided by it before the softmax that weights the stand-ins"""
-FloatArray = NDArray[np.float32]
-Int32Array = NDArray[np.int32]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from recsys.pipeline.build import Parts
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.offline import retrieved_examples
 from recsys.training.runtime import Runtime
-
-FloatArray = NDArray[np.float32]
+from recsys.types import FloatArray
 
 
 def lesson_data(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from recsys.arrow import pc
 from recsys.bundle.reader import Bundle
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.id_map import IdMap
+from recsys.files import fingerprint
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,10 @@ def grow(bundle: Bundle, events: pa.Table, *, log_only: tuple[str, ...], judge_s
     users = pa.table({schema.USER_ID: pa.array(list(row_of), pa.string())})
     items = bundle.catalogue().table()
     last = events["position"][-1].as_py() if len(events) else 0
-    told = f"{bundle.manifest.dataset_fingerprint}:{bundle.bundle_id}:{last}:{len(events)}"
     counts = np.bincount(split, minlength=len(Split))
     info = DatasetInfo(
         name="online",
-        fingerprint=hashlib.sha256(told.encode()).hexdigest(),
+        fingerprint=fingerprint([bundle.manifest.dataset_fingerprint, bundle.bundle_id, last, len(events)]),
         id_map_fingerprint=bundle.catalogue().id_map_fingerprint,
         has_time=has_time,
         protocol="next_basket" if protocol == "next_basket" and has_time else "rolling_next_item",

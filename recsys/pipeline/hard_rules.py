@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from recsys.data.catalogue import BoolArray, Catalogue
-from recsys.types import Candidates, Query, Removal
+from recsys.data.catalogue import Catalogue
+from recsys.types import BoolArray, Candidates, Query, Removal
 
 RULES = "rules"
 """the name under which removals by hard rules are recorded"""

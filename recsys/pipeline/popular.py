@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from recsys.data.catalogue import BoolArray
 from recsys.errors import BundleMismatchError
-from recsys.types import Candidates, FloatArray, Int32Array
+from recsys.types import BoolArray, Candidates, FloatArray, Int32Array
 
 POPULAR, CATALOGUE = "popular", "catalogue"
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recsys.data.catalogue import BoolArray
-from recsys.types import FloatArray, Int32Array
+from recsys.types import BoolArray, FloatArray, Int32Array
 
 if TYPE_CHECKING:
     from recsys.index import VectorIndex

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from recsys.data.catalogue import BoolArray, Catalogue
+from recsys.data.catalogue import Catalogue
 from recsys.index import VectorIndex
-from recsys.types import FloatArray, Int32Array
+from recsys.types import BoolArray, FloatArray, Int32Array
 
 _OVERFETCH = 4
 """so many times ``k`` are fetched: the index finds by inner product, which favours long vectors, not by cosine"""

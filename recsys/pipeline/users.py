@@ -16,9 +16,8 @@ from recsys.data.positives import PositivePolicy
 from recsys.events import UserState
 from recsys.pipeline.cache import Cache
 from recsys.pipeline.config import PipelineConfig
+from recsys.schema import DAY_MS
 from recsys.types import NO_FILTERS, NO_HISTORY, Filters, History, Int32Array, Int64Array, Query
-
-_DAY_MS = 86_400_000
 
 
 class UserStates(Protocol):
@@ -101,7 +100,7 @@ class Profile:
         if repeat_after_days == 0:
             return self.hidden_item_idx
         # An order without times does not say how long ago something was.
-        recent = (now_ms - self.seen_ms < repeat_after_days * _DAY_MS) | (self.seen_ms == 0)
+        recent = (now_ms - self.seen_ms < repeat_after_days * DAY_MS) | (self.seen_ms == 0)
         return np.union1d(self.seen_item_idx[recent], self.hidden_item_idx)
 
     @classmethod

@@ -33,6 +33,7 @@ from recsys.config import StrictConfig
 from recsys.data.dataset import Targets
 from recsys.data.histories import Histories
 from recsys.errors import ModelError
+from recsys.ndcg import ndcg
 from recsys.training.checkpoint import load_checkpoint, read_progress, save_checkpoint
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import rng_for
@@ -349,9 +350,6 @@ def validation_ndcg(
         counts = np.diff(batch.relevant_offsets)
         relevant = np.zeros(scores.shape, bool)
         relevant[np.repeat(np.arange(len(batch)), counts), batch.relevant_item_idx] = True
-        discount = 1 / np.log2(np.arange(best.shape[1]) + 2)
-        gain = (np.take_along_axis(relevant, best, axis=1) * discount).sum(1)
-        ideal = np.cumsum(discount)[np.clip(counts, 1, best.shape[1]) - 1]
-        totals += [(gain / ideal).sum(), len(batch)]
+        totals += [ndcg(np.take_along_axis(relevant, best, axis=1), counts, best.shape[1]).sum(), len(batch)]
     summed = runtime.all_reduce_sum(torch.from_numpy(totals).to(runtime.device)).tolist()
     return summed[0] / summed[1] if summed[1] else 0.0

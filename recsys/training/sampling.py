@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
 from recsys.errors import NoTimeError
+from recsys.schema import DAY_MS
 
 _NO_INPUT = -1
-_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def recency_weight(
     if histories.timestamp_ms is None:
         raise NoTimeError("recency_half_life_days needs timestamps, and this data has order only: set it to null")
     rows = histories.rows()
-    age_days = (histories.timestamp_ms[rows].max() - histories.timestamp_ms) / _DAY_MS
+    age_days = (histories.timestamp_ms[rows].max() - histories.timestamp_ms) / DAY_MS
     # Rows after the histories' end are not learned from; their age would be negative.
     decayed = weights * np.exp2(-np.maximum(age_days, 0) / half_life_days)
     return (decayed * (weights[rows].sum() / decayed[rows].sum())).astype(np.float32)

@@ -5,8 +5,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.data import id_map as module
-from recsys.data.id_map import IdMap
-from recsys.data.prepare import id_map_fingerprint
+from recsys.data.id_map import IdMap, fingerprint_ids
 from recsys.errors import SchemaError
 
 
@@ -53,5 +52,5 @@ def test_works_on_slices_and_chunks():
 
 def test_fingerprint_is_the_one_that_preparation_writes():
     ids = pa.array([f"é{row}" for row in range(70_000)])
-    assert IdMap.build(ids).fingerprint() == id_map_fingerprint(pa.chunked_array([ids]))
+    assert IdMap.build(ids).fingerprint() == fingerprint_ids(pa.chunked_array([ids]))
     assert IdMap.build(pa.array(["ab", "c"])).fingerprint() != IdMap.build(pa.array(["a", "bc"])).fingerprint()

@@ -15,7 +15,8 @@ from jobs.steps.prepare import run
 from recsys import schema
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split
-from recsys.data.prepare import PreparationReport, id_map_fingerprint, prepare
+from recsys.data.id_map import fingerprint_ids
+from recsys.data.prepare import PreparationReport, prepare
 from recsys.errors import ConfigError, EmptyDataError, NoTimeError, SchemaError
 from recsys.files import read_json
 
@@ -130,8 +131,8 @@ def test_fingerprints_follow_content_configuration_and_items(tmp_path: Path) -> 
     assert changed.id_map_fingerprint == first.id_map_fingerprint
     renamed = prepare(config(tmp_path, items=ITEMS.replace("never", "rarely")), 0, tmp_path / "out").info
     assert renamed.id_map_fingerprint != first.id_map_fingerprint
-    assert id_map_fingerprint(renamed_ids := Dataset.load(tmp_path / "out").items["item_id"]) != ""
-    assert id_map_fingerprint(renamed_ids) == renamed.id_map_fingerprint
+    assert fingerprint_ids(renamed_ids := Dataset.load(tmp_path / "out").items["item_id"]) != ""
+    assert fingerprint_ids(renamed_ids) == renamed.id_map_fingerprint
 
 
 def test_only_items_with_interactions_on_demand(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from recsys import schema
 from recsys.data.sources.base import Source, TimestampEncoding
+from recsys.schema import DAY_MS
 
 FORMAT = 1
 """Raised when the same configuration gives other rows."""
@@ -88,7 +89,7 @@ class SyntheticSource(Source):
         progress = np.cumsum(gaps, axis=1) / (gaps.sum(axis=1, keepdims=True) + rng.exponential(size=(num_users, 1)))
         begin = rng.random((num_users, 1))
         start = self.start if self.start.tzinfo else self.start.replace(tzinfo=UTC)
-        moments = round(start.timestamp() * 1000) + (begin + (1 - begin) * progress) * self.days * 86_400_000
+        moments = round(start.timestamp() * 1000) + (begin + (1 - begin) * progress) * self.days * DAY_MS
         users = np.repeat(np.arange(first_user, first_user + num_users), lengths)
         return pa.table(
             {

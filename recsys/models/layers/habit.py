@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
 from recsys.errors import NoTimeError
-
-_DAY_MS = 86_400_000
+from recsys.schema import DAY_MS
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Habits:
                 now_ms = np.zeros(len(histories), np.int64)
                 some = lengths > 0
                 now_ms[some] = histories.timestamp_ms[histories.stops[some] - 1]
-            age_days = np.maximum(now_ms[query].astype(np.float64) - histories.timestamp_ms[rows], 0) / _DAY_MS
+            age_days = np.maximum(now_ms[query].astype(np.float64) - histories.timestamp_ms[rows], 0) / DAY_MS
         pair, place = np.unique(query * num_items + histories.item_idx[rows], return_inverse=True)
         count_EF = np.empty((len(pair), len(half_lives_days)), np.float32)
         for f, half_life in enumerate(half_lives_days):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
+from recsys.schema import DAY_MS
 
-_DAY_MS = 86_400_000
 _MAX_ELEMENTS = 1 << 28
 """1 GiB of float32"""
 
@@ -47,7 +47,7 @@ class Trends:
             raise NoTimeError("trend_half_lives_days needs timestamps, and this data has order only: leave it empty")
         rows = histories.rows()
         times = histories.timestamp_ms[rows]
-        spacing_ms = max(1, round(min(half_lives_days) / 2 * _DAY_MS))
+        spacing_ms = max(1, round(min(half_lives_days) / 2 * DAY_MS))
         origin_ms = int(times.min())
         moment = (times - origin_ms) // spacing_ms
         num_moments = int(moment.max()) + 2
@@ -58,7 +58,7 @@ class Trends:
                 "give trend_half_lives_days a longer shortest half-life",
                 num_elements=num_elements,
             )
-        fade_F1 = np.exp2(-spacing_ms / _DAY_MS / np.asarray(half_lives_days, np.float64))[:, None]
+        fade_F1 = np.exp2(-spacing_ms / DAY_MS / np.asarray(half_lives_days, np.float64))[:, None]
         counted_FN = np.zeros((len(half_lives_days), num_items))
         table_MFN = np.empty((num_moments, *counted_FN.shape), np.float32)
         order = np.argsort(moment, kind="stable")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from recsys.data.dataset import Targets
 from recsys.models.rankers.base import PADDING, RankingBatch, RankingItems, RankingQuery, ranking_batch
+from recsys.ndcg import ndcg
 from recsys.types import Candidates
 
 
@@ -66,10 +67,7 @@ class RankingExamples:
         """float64 [B]: NDCG@10 of the order by ``scores`` (ties by place in the retriever's order)."""
         scores = np.where(self.batch.candidate_item_idx == PADDING, -np.inf, scores)
         top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
-        hits = np.take_along_axis(self.relevant, top, axis=1)
-        discount = 1.0 / np.log2(np.arange(2, 12))
-        ideal = np.cumsum(discount)[np.minimum(self.num_relevant, 10) - 1]
-        return (hits * discount[: hits.shape[1]]).sum(axis=1) / ideal
+        return ndcg(np.take_along_axis(self.relevant, top, axis=1), self.num_relevant, 10)
 
     def split_by_user(self, holdout_share: float, seed: int) -> tuple[RankingExamples, RankingExamples]:
         """Training and holdout examples with no user in both."""

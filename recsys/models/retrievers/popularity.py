@@ -17,10 +17,9 @@ from pydantic import Field
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, NoTimeError
 from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.schema import DAY_MS
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.runtime import Runtime
-
-_DAY_MS = 86_400_000
 
 
 class Popularity(RetrieverConfig):
@@ -44,7 +43,7 @@ class Popularity(RetrieverConfig):
                     "popularity.window_days needs timestamps, and this data has order only: set it to null"
                 )
             times = data.histories.timestamp_ms[rows]
-            recent = times > times.max() - self.window_days * _DAY_MS
+            recent = times > times.max() - self.window_days * DAY_MS
             tie_break = counts / (counts.max() + 1) * weights.min()
             counts = np.bincount(items[recent], weights[recent], data.num_items) + tie_break
         return PopularityRetriever(self, counts.astype(np.float32))

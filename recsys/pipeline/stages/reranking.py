@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.data.catalogue import BoolArray, Catalogue
+from recsys.data.catalogue import Catalogue
 from recsys.pipeline.config import ItemSelection, Pin, RerankingConfig
 from recsys.pipeline.stage import RERANKING
-from recsys.types import Candidates, FloatArray, Int32Array, Query, Removal
+from recsys.types import BoolArray, Candidates, FloatArray, Int32Array, Query, Removal
 
 _CREATOR_HANDICAP = 1e3
 """larger than any relevance: a creator over the cap comes after everything else"""

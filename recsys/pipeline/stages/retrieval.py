@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recsys.data.catalogue import BoolArray, Catalogue, contains
+from recsys.data.catalogue import Catalogue, contains
 from recsys.data.histories import Histories
 from recsys.errors import BundleMismatchError
 from recsys.index import VectorIndex
@@ -19,7 +19,7 @@ from recsys.models.base import ItemBonus, Retriever, VectorRetriever
 from recsys.models.retrievers.blend import RANK_OFFSET, BlendRetriever
 from recsys.pipeline.cache import Cache
 from recsys.pipeline.stage import RETRIEVAL
-from recsys.types import Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
+from recsys.types import BoolArray, Candidates, Filters, FloatArray, Int32Array, Int64Array, Query
 
 _MAX_OVERFETCH = 1024
 """A query that excludes more items than this searches under a mask of its own instead of fetching more and dropping."""

@@ -10,7 +10,6 @@ Shape legend: B histories, T targets, D dim, N items, V length of the vectors th
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, ModelError
-from recsys.files import read_json, write_json
+from recsys.files import fingerprint, read_json, write_json
 from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig, VectorRetriever
 from recsys.models.layers.items import ItemTower, ItemVectors
 from recsys.training.checkpoint import load_tensors, save_tensors
@@ -355,4 +354,4 @@ def _fingerprint(config: TowerConfig, data: FitData, how: TrainConfig) -> str:
         "rows": int(data.histories.lengths.sum()),
         "items": data.num_items,
     }
-    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
+    return fingerprint(parts)
