@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from recsys.index import VectorIndex
     from recsys.models.base import Retriever
     from recsys.models.rankers.base import Ranker
+    from recsys.models.text.words import Words
     from recsys.pipeline.config import PipelineConfig
-    from recsys.pipeline.search import Words
 
 CACHE_VARIABLE = "RECSYS_CACHE"
 """Environment variable that names the folder for copies of remote Bundles; ``~/.cache/recsys`` without it."""
@@ -190,7 +190,7 @@ class Bundle:
     def words(self) -> Words:
         """The text encoder, loaded when it is used first."""
         from recsys.models.text.encoder import TextEncoderConfig
-        from recsys.pipeline.search import Words
+        from recsys.models.text.words import Words
 
         config = self._parsed(TextEncoderConfig, "encoder")
         return self._load(layout.ENCODER, lambda path: Words(path, config))
