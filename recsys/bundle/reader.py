@@ -26,6 +26,7 @@ from recsys.bundle import manifest as layout
 from recsys.bundle.golden import GoldenQuery
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest, refuse_pickle
+from recsys.bundle.pointer import locate
 from recsys.config import StrictConfig
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
@@ -83,7 +84,7 @@ class Bundle:
         :raises BundleCorruptError: when a file is missing, changed or not in the manifest; it names the file.
         :raises BundleMismatchError: when parts disagree, or a newer library wrote it.
         """
-        location = Location.of(cls.locate(uri))
+        location = locate(uri)
         manifest = read_manifest(location)
         held: int | None = None
         if location.local is not None:
@@ -100,19 +101,6 @@ class Bundle:
         refuse_pickle(path)
         bundle.check_tables()
         return bundle
-
-    @staticmethod
-    def locate(uri: str | Path) -> str:
-        """The URI of one Bundle: ``uri`` itself, or the current Bundle of the store at ``uri``.
-
-        :raises BundleNotFoundError: when there is neither.
-        """
-        location = Location.of(uri)
-        if not (location / MANIFEST).exists():
-            from recsys.bundle.store import BundleStore
-
-            location = BundleStore(uri).current_location()
-        return str(location)
 
     @property
     def bundle_id(self) -> str:
