@@ -24,6 +24,7 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
 from recsys.models import load_retriever
 from recsys.models.base import FitData, VectorRetriever
+from recsys.pipeline.bundle_config import BundleConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.training.runtime import Runtime
 from recsys.types import Filters
@@ -31,6 +32,8 @@ from recsys.types import Filters
 STEP = "publish"
 GOLDEN_HISTORY = 20
 GOLDEN_TOP_K = 10
+_TIMED = {"p50_ms", "speedup"}
+"""of the record of an export, see recsys.models.rankers.export"""
 
 
 def run(
@@ -45,6 +48,7 @@ def run(
 ) -> Artifact:
     """The artefact of this step; its metrics hold the ``bundle_id`` and the ``store``."""
     store = BundleStore(config.store)
+    settings = bundle_config(config)
 
     def make(folder: Path) -> dict[str, Any]:
         dataset = Dataset.load(prepared.path)
@@ -67,9 +71,9 @@ def run(
                 table = pq.read_table(slates.path / recommend.FILE, columns=["user_id", "item_idx", "scores"])
                 columns = [column.cast(field.type) for column, field in zip(table.columns, SLATES_SCHEMA, strict=True)]
                 writer.add_slates(pa.table(columns, schema=SLATES_SCHEMA))
-            writer.add_popular(*popular(config, dataset))
+            writer.add_popular(*popular(settings, dataset))
             writer.add_histories(histories(dataset, config.publish.max_history))
-            writer.add_config(config)
+            writer.add_config(settings)
             writer.add_metrics(
                 {
                     "note": "quality was measured on the TEST split by models that had not seen it; the retriever "
@@ -77,7 +81,7 @@ def run(
                     "the text encoder knows TRAIN only",
                     "evaluation": judged.metrics,
                     "retriever": retriever.metrics,
-                    "ranker": ranker.metrics,
+                    "ranker": untimed(ranker.metrics),
                 }
             )
             writer.add_golden(golden(writer.draft(dataset.info, embedding_dim=dim), dataset))
@@ -90,14 +94,39 @@ def run(
             )
         return {"bundle_id": bundle.bundle_id, "store": str(store), "num_bytes": bundle.manifest.num_bytes}
 
-    settings = {"config": config.model_dump(mode="json")}
+    # A Bundle knows its parent, so that one of another store is another artefact.
+    depends_on = {"bundle": settings.model_dump(mode="json"), "search": config.publish.search, "store": config.store}
     parents = [each for each in (prepared, encoder, embedded, retriever, ranker, judged, slates) if each is not None]
-    artifact = build(config.workdir, STEP, settings, parents, make)
+    artifact = build(config.workdir, STEP, depends_on, parents, make)
     bundle_id = artifact.metrics["bundle_id"]
     store.add(Bundle.open(artifact.path / bundle_id))
     if config.publish.activate:
         point_to(config, bundle_id)
     return artifact
+
+
+def bundle_config(config: JobConfig) -> BundleConfig:
+    """What the Bundle of a run says of itself."""
+    return BundleConfig(
+        positives=config.data.positives,
+        protocol=config.data.split.protocol,
+        encoder=None if config.encoder is None else config.encoder.encoding(),
+        index=config.index,
+        pipeline=config.pipeline,
+        export=config.ranking.export,
+        popular=config.publish.popular,
+        num_popular=config.publish.num_popular,
+        max_history=config.publish.max_history,
+        evaluation=config.evaluation,
+        seed=config.seed,
+    )
+
+
+def untimed(figures: Any) -> Any:
+    """``figures`` without those of the clock, which no second run finds again: equal models are one Bundle."""
+    if not isinstance(figures, dict):
+        return figures
+    return {name: untimed(value) for name, value in figures.items() if name not in _TIMED}
 
 
 def point_to(config: JobConfig, bundle_id: str) -> None:
@@ -109,11 +138,11 @@ def point_to(config: JobConfig, bundle_id: str) -> None:
     store.collect(config.publish.keep)
 
 
-def popular(config: JobConfig, dataset: Dataset, until: Split = Split.TEST) -> tuple[np.ndarray, np.ndarray]:
+def popular(config: BundleConfig, dataset: Dataset, until: Split = Split.TEST) -> tuple[np.ndarray, np.ndarray]:
     """The most popular items up to and with ``until``, best first: int32 [P] and float32 [P]."""
-    fitted = config.publish.popular.fit(FitData.of(dataset, until, seed=config.seed), Runtime("cpu"))
+    fitted = config.popular.fit(FitData.of(dataset, until, seed=config.seed), Runtime("cpu"))
     scores = fitted.score(dataset.positives.histories(until)[:1])[0]
-    best = np.argsort(-scores, kind="stable")[: config.publish.num_popular]
+    best = np.argsort(-scores, kind="stable")[: config.num_popular]
     best = best[scores[best] > 0]
     return best.astype(np.int32), scores[best].astype(np.float32)
 

@@ -100,9 +100,10 @@ class BundleStore:
         ends with it.
 
         :raises BundleNotFoundError: when the store does not hold it.
+        :raises BundleMismatchError: when this library cannot read it.
         :raises PointerConflictError: when something else is current.
         """
-        read_manifest(self._folder(bundle_id))
+        self._check_held(bundle_id)
         pointer = self.current()
         self._expect(pointer, expected)
         reason = None
@@ -117,6 +118,7 @@ class BundleStore:
         """Return to the Bundle that was current before; once more returns to the one before that.
 
         :raises BundleNotFoundError: when there is none, or it was collected.
+        :raises BundleMismatchError: when this library cannot read it.
         :raises PointerConflictError: when somebody moves the pointer at the same time.
         """
         log = read_pointers(self.root)
@@ -124,7 +126,7 @@ class BundleStore:
         if pointer is None or pointer.previous is None:
             raise BundleNotFoundError(f"{self.root}: there is no previous Bundle to return to", path=str(self.root))
         target = pointer.previous
-        read_manifest(self._folder(target))
+        self._check_held(target)
         # The entry that first brought the target in knows what came before it.
         before = next((move.previous for move in log if move.bundle_id == target), None)
         return self._move(pointer, target, previous=before)
@@ -137,10 +139,11 @@ class BundleStore:
         Where ``expected`` is given, it must be current and no other trial may be going on; else one ends with it.
 
         :raises BundleNotFoundError: when the store does not hold it, or nothing is current.
+        :raises BundleMismatchError: when this library cannot read it.
         :raises BundleError: when it is current already.
         :raises PointerConflictError: when somebody moves the pointer at the same time, or did before.
         """
-        read_manifest(self._folder(bundle_id))
+        self._check_held(bundle_id)
         pointer = self._pointer()
         if expected is not None:
             self._expect(pointer, expected)
@@ -205,6 +208,11 @@ class BundleStore:
 
     def _folder(self, bundle_id: str) -> Location:
         return folder_of(self.root, bundle_id)
+
+    def _check_held(self, bundle_id: str) -> None:
+        """Whether the store holds the Bundle, and it can be served."""
+        folder = self._folder(bundle_id)
+        read_manifest(folder).check_version(str(folder))
 
     def _expect(self, pointer: Pointer | None, expected: str | None) -> None:
         found = None if pointer is None else pointer.bundle_id

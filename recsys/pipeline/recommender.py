@@ -28,7 +28,7 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleError, EventStoreError, RequestError
 from recsys.events import UserState
-from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.config import PipelineConfig, pipeline_config
 from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import CATALOGUE, POPULAR, PopularItems
 from recsys.pipeline.requests import (
@@ -114,7 +114,7 @@ class Recommender:
         ``users`` None knows nobody; ``config`` defaults to the Bundle's.
         """
         catalogue = bundle.catalogue()
-        config = config or bundle.pipeline_config
+        config = config or pipeline_config(bundle)
         stages = local_stages(bundle, config, inline=True) if stages is None else stages
         item_idx, score = bundle.popular() if bundle.has("popular.arrow") else (NOBODY.item_idx, _NO_SCORES)
         runner = Runner(stages, HardRules(catalogue), PopularItems(len(catalogue), item_idx, score), config)
@@ -142,7 +142,7 @@ class Recommender:
         from recsys.bundle import Bundle
 
         bundle = Bundle.open(uri)
-        config = config or bundle.pipeline_config
+        config = config or pipeline_config(bundle)
         if store is None and bundle.has("histories.parquet"):
             store = HistoriesTable(bundle.histories())
         stages = local_stages(bundle, config, inline=inline)

@@ -20,6 +20,7 @@ from recsys.bundle.live import split_id
 from recsys.data.catalogue import Catalogue
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
+from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.recommender import STATE, Recommender, golden_request, warm_up
 from recsys.pipeline.requests import HistoryItem, Recommendation, RecommendRequest
 from recsys.pipeline.runner import LocalStage
@@ -54,7 +55,7 @@ class Generation:
 
         :raises BundleError: when the Bundle is not usable.
         """
-        settings = bundle.pipeline_config
+        settings = pipeline_config(bundle)
         stages: list[AsyncStage] = []
         local: list[Stage] = []
         for name in STAGES:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from recsys.models.text.encoder import TextEncoder, TextEncoderConfig
+from recsys.models.text.encoder import EncodingConfig, TextEncoder
 from recsys.types import FloatArray
 
 
 class Words:
     """An encoder that is loaded when the first text comes. Safe to use from many threads."""
 
-    def __init__(self, encoder: Path, config: TextEncoderConfig) -> None:
+    def __init__(self, encoder: Path, config: EncodingConfig) -> None:
         """``encoder`` is a Hugging Face folder."""
         self.config = config
         self._folder = encoder

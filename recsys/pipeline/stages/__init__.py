@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from recsys.errors import ConfigError
+from recsys.pipeline.config import PipelineConfig, pipeline_config
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle
-    from recsys.pipeline.config import PipelineConfig
     from recsys.pipeline.stage import Stage
 
 STAGES = ("retrieval", "ranking", "reranking")
@@ -20,7 +20,7 @@ def build_stage(bundle: Bundle, name: str, config: PipelineConfig | None = None)
 
     ``config`` None is the Bundle's own.
     """
-    config = config or bundle.pipeline_config
+    config = config or pipeline_config(bundle)
     if name == "retrieval":
         from recsys.pipeline.stages.retrieval import RetrievalStage
 
