@@ -17,6 +17,7 @@ from recsys.models.retrievers.neighbours.item_knn import ItemKNN
 from recsys.models.retrievers.popularity import Popularity
 from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.models.text.encoder import TextEncoderConfig
+from recsys.pipeline.bundle_config import BundleConfig
 from recsys.pipeline.config import PipelineConfig
 
 
@@ -83,3 +84,19 @@ class JobConfig(StrictConfig):
     def store(self) -> str:
         """Where Bundles go."""
         return self.publish.store or f"{self.home}/bundles"
+
+    def of_bundle(self) -> BundleConfig:
+        """What the Bundle of a run says of itself."""
+        return BundleConfig(
+            positives=self.data.positives,
+            protocol=self.data.split.protocol,
+            encoder=None if self.encoder is None else self.encoder.encoding(),
+            index=self.index,
+            pipeline=self.pipeline,
+            export=self.ranking.export,
+            popular=self.publish.popular,
+            num_popular=self.publish.num_popular,
+            max_history=self.publish.max_history,
+            evaluation=self.evaluation,
+            seed=self.seed,
+        )

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from recsys.bundle.store import BundleStore, Pointer
+from recsys.bundle.pointer import Pointer
+from recsys.bundle.store import BundleStore
 from recsys.errors import BundleError, RecsysError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

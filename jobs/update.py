@@ -26,9 +26,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from rich.console import Console
 
-from jobs._ray import discard, fit_distributed
+from jobs._ray import ComputeConfig, discard, fit_distributed
 from jobs.cli import show_progress
-from jobs.config import JobConfig
 from jobs.events import log_config
 from jobs.popular import popular
 from jobs.steps.publish import golden, histories
@@ -63,6 +62,7 @@ from recsys.online.learn import (
 )
 from recsys.online.log import GrownLog, grow, with_unknown
 from recsys.pipeline.build import NO_POPULAR, Parts, Popular
+from recsys.pipeline.bundle_config import BundleConfig
 from recsys.pipeline.offline import OfflinePipeline
 from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
@@ -90,9 +90,10 @@ class UpdateJobConfig(StrictConfig):
     events: AnyEventLog = Field(description="the event store of the gateways, or an export of its log")
     online: OnlineConfig = Field(default=OnlineConfig(), description="what is learned, and the gate")
     trial: TrialConfig = Field(default=TrialConfig(), description="how a child takes over")
-    num_workers: int | None = Field(
-        default=None, ge=0, le=4096, description="Ray workers of the training; null: as the Bundle's own configuration"
+    compute: ComputeConfig = Field(
+        default=ComputeConfig(num_workers=0), description="where the training runs; by default in this process"
     )
+    keep: int = Field(default=3, ge=1, description="Bundles kept in the store besides those still pointed to")
     workdir: str = Field(default="runs/updates", description="folder for scratch files and a record of every update")
 
 
@@ -126,8 +127,7 @@ def fit(payload: _Payload, runtime: Runtime) -> Callable[[Path], None]:
 def run(config: UpdateJobConfig, events: EventLog) -> Outcome:
     """One update.
 
-    :raises BundleError: when there is no Bundle to go on from, it does not say how it was trained, or another update
-        is at work.
+    :raises BundleError: when there is no Bundle to go on from, or another update is at work.
     """
     with _alone(config.workdir):
         return _run(config, events)
@@ -138,9 +138,7 @@ def _run(config: UpdateJobConfig, events: EventLog) -> Outcome:
     store = BundleStore(config.store)
     _end_orphan(store, config.trial)
     parent = store.open()
-    job = _job_of(parent)
-    if config.num_workers is not None:
-        job = job.model_copy(update={"compute": job.compute.model_copy(update={"num_workers": config.num_workers})})
+    settings = parent.section(BundleConfig)
     # In this order: what is done with an item comes after the item.
     watermark = events.watermark()
     version = store.items.version()
@@ -161,7 +159,7 @@ def _run(config: UpdateJobConfig, events: EventLog) -> Outcome:
         new,
         log_only=config.events.log_only,
         judge_share=config.online.gate.judge_share,
-        protocol=job.data.split.protocol,
+        protocol=settings.protocol,
     )
     record |= {"num_new": log.num_new, "num_unknown_items": log.num_unknown_items, "num_new_users": log.num_new_users}
     if (verdict := unsettled(log.dataset, config.online.gate)) is not None:
@@ -169,27 +167,23 @@ def _run(config: UpdateJobConfig, events: EventLog) -> Outcome:
     scratch = Path(config.workdir).absolute() / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        models = _learned(job, live, log, config.online, scratch)
-        verdict = judge(*models.contestants(job, log.dataset), log.dataset, job.evaluation, config.online.gate)
+        models = _learned(settings, live, log, config, scratch)
+        verdict = judge(
+            *models.contestants(settings, log.dataset), log.dataset, settings.evaluation, config.online.gate
+        )
+        figures = record | verdict.figures
         record["event_to_weights_s"] = round(time.perf_counter() - started, 3)
         if not verdict.passed:
             return done("kept", verdict=verdict)
-        final = models.finished(job, log.dataset, config.online, scratch)
-        child = _published(job, live, log, final, watermark, scratch, record | verdict.figures)
+        final = models.finished(settings, log.dataset, config, scratch)
+        child = _published(settings, live, log, final, watermark, scratch, figures)
         store.add(child)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     why = _take_over(store, parent.bundle_id, child.bundle_id, config.trial)
-    store.collect(job.publish.keep)
+    store.collect(config.keep)
     record["taken_back"] = why
     return done("kept" if why else "published", child.bundle_id, verdict)
-
-
-def _job_of(bundle: Bundle) -> JobConfig:
-    try:
-        return JobConfig.parse(bundle.config, where=f"Bundle {bundle.bundle_id}")
-    except RecsysError as error:
-        raise BundleError(f"Bundle {bundle.bundle_id} does not say how it was trained: {error}") from error
 
 
 def _read(events: EventLog, after: str | None, until: str, log_only: tuple[str, ...]) -> pa.Table:
@@ -215,69 +209,70 @@ class _Models:
     ranker: Ranker | None
     names: tuple[str, ...]
 
-    def parts(self, job: JobConfig, popular: Popular = NO_POPULAR) -> Parts:
+    def parts(self, settings: BundleConfig, popular: Popular = NO_POPULAR) -> Parts:
         """What the child will be served from."""
-        return Parts.of_models(self.live.catalogue(), self.retriever, job.index, self.ranker, popular)
+        return Parts.of_models(self.live.catalogue(), self.retriever, settings.index, self.ranker, popular)
 
-    def contestants(self, job: JobConfig, dataset: Dataset) -> tuple[Contestant, Contestant]:
+    def contestants(self, settings: BundleConfig, dataset: Dataset) -> tuple[Contestant, Contestant]:
         """The parent with what stands in for new items, and the child."""
-        found = popular(job, dataset, Split.VALID)  # the same for both
+        found = popular(settings, dataset, Split.VALID)  # the same for both
         before = replace(Parts.of_bundle(self.live), popular=lambda: found)
-        hides = dataset.hides(job.data.positives)
+        hides = dataset.hides(settings.positives)
 
         def contestant(parts: Parts) -> Contestant:
-            ranked = OfflinePipeline(parts, job.pipeline, stages=(RETRIEVAL, RANKING), hides=hides)
-            return Contestant(functools.partial(ranked.rank, depth=job.evaluation.depth), parts.retriever())
+            ranked = OfflinePipeline(parts, settings.pipeline, stages=(RETRIEVAL, RANKING), hides=hides)
+            return Contestant(functools.partial(ranked.rank, depth=settings.evaluation.depth), parts.retriever())
 
-        return contestant(before), contestant(self.parts(job, found))
+        return contestant(before), contestant(self.parts(settings, found))
 
-    def finished(self, job: JobConfig, dataset: Dataset, online: OnlineConfig, scratch: Path) -> _Models:
+    def finished(self, settings: BundleConfig, dataset: Dataset, config: UpdateJobConfig, scratch: Path) -> _Models:
         """What passed the gate, once it has learned what judged it, too."""
-        data = lesson_data(self.retriever.config, dataset, Split.TEST, self.text, online)
-        retriever = _taught(job, self.retriever, data, online, scratch / "last")
+        data = lesson_data(self.retriever.config, dataset, Split.TEST, self.text, config.online)
+        retriever = _taught(self.retriever, data, config, scratch / "last")
         if self.ranker is None:
             return _Models(self.live, self.text, retriever, None, self.names)
-        lesson = (self.parts(job), Split.TEST, self.ranker, self.text, self.names)
-        taught, examples = _taught_ranker(job, dataset, *lesson, online)
+        lesson = (self.parts(settings), Split.TEST, self.ranker, self.text, self.names)
+        taught, examples = _taught_ranker(settings, dataset, *lesson, config)
         now = ranking_catalogue(dataset, Split.TEST, embeddings_of(retriever), self.text, self.names)
-        ranker = compressed_like(self.ranker, taught.with_items(now), job.ranking.export, examples)
+        ranker = compressed_like(self.ranker, taught.with_items(now), settings.export, examples)
         return _Models(self.live, self.text, retriever, ranker, self.names)
 
 
-def _learned(job: JobConfig, live: Bundle, log: GrownLog, online: OnlineConfig, scratch: Path) -> _Models:
+def _learned(settings: BundleConfig, live: Bundle, log: GrownLog, config: UpdateJobConfig, scratch: Path) -> _Models:
     """The child before it learns what judges it."""
     dataset = log.dataset
     base = live.base if isinstance(live, LiveBundle) else live
     text = _texts(live, dataset) if base.has("encoder") else None
     stand_ins = live.stand_ins() if isinstance(live, LiveBundle) else None
     fitted = base.retriever()
-    data = lesson_data(fitted.config, dataset, Split.VALID, text, online, stand_ins, log.late)
-    retriever = _taught(job, fitted, data, online, scratch / "first")
+    data = lesson_data(fitted.config, dataset, Split.VALID, text, config.online, stand_ins, log.late)
+    retriever = _taught(fitted, data, config, scratch / "first")
     if not base.has("ranker"):
         return _Models(live, text, retriever, None, ())
     served = base.ranker()
     names = category_names(served, base.catalogue().table())
-    before = Parts.of_bundle(live)
-    taught, examples = _taught_ranker(job, dataset, before, Split.VALID, served, text, names, online)
+    taught, examples = _taught_ranker(
+        settings, dataset, Parts.of_bundle(live), Split.VALID, served, text, names, config
+    )
     now = ranking_catalogue(dataset, Split.VALID, embeddings_of(retriever), text, names)
-    ranker = compressed_like(served, taught.with_items(now), job.ranking.export, examples)
+    ranker = compressed_like(served, taught.with_items(now), settings.export, examples)
     return _Models(live, text, retriever, ranker, names)
 
 
 def _taught_ranker(
-    job: JobConfig,
+    settings: BundleConfig,
     dataset: Dataset,
     parts: Parts,
     split: Split,
     fitted: Ranker,
     text: NDArray[np.float32] | None,
     names: tuple[str, ...],
-    online: OnlineConfig,
+    config: UpdateJobConfig,
 ) -> tuple[Ranker, RankingExamples]:
     """``fitted`` once it has learned ``split`` among the candidates of ``parts`` that have not, and its examples."""
     known = ranking_catalogue(dataset, Split(split - 1), embeddings_of(parts.retriever()), text, names)
-    examples = ranking_lesson(parts, dataset, split, known, job.pipeline, fitted.max_history, online)
-    return teach_ranker(fitted, examples, known, job.compute.runtime(), online), examples
+    examples = ranking_lesson(parts, dataset, split, known, settings.pipeline, fitted.max_history, config.online)
+    return teach_ranker(fitted, examples, known, config.compute.runtime(), config.online), examples
 
 
 def _texts(live: Bundle, dataset: Dataset) -> NDArray[np.float32]:
@@ -296,17 +291,17 @@ def _texts(live: Bundle, dataset: Dataset) -> NDArray[np.float32]:
     return vectors
 
 
-def _taught(job: JobConfig, fitted: Retriever, data: FitData, online: OnlineConfig, folder: Path) -> Retriever:
+def _taught(fitted: Retriever, data: FitData, config: UpdateJobConfig, folder: Path) -> Retriever:
     # Its own configuration: it says for how many epochs it was fitted, which a kind that is fitted anew needs.
-    payload = _Payload(fitted.config, fitted, data, online)
-    result = fit_distributed(fit, payload, compute=job.compute, name="update", storage=folder)
+    payload = _Payload(fitted.config, fitted, data, config.online)
+    result = fit_distributed(fit, payload, compute=config.compute, name="update", storage=folder)
     retriever = load_retriever(result.path)
     discard(result)
     return retriever
 
 
 def _published(
-    job: JobConfig,
+    settings: BundleConfig,
     live: Bundle,
     log: GrownLog,
     models: _Models,
@@ -316,7 +311,7 @@ def _published(
 ) -> Bundle:
     """The child, complete, in ``scratch``."""
     base = live.base if isinstance(live, LiveBundle) else live
-    dataset, max_history = log.dataset, job.publish.max_history
+    dataset, max_history = log.dataset, settings.max_history
     with BundleWriter(scratch / "bundle") as writer:
         Catalogue.build(dataset.items).save(writer.part("items"))
         models.retriever.save(writer.part("retriever"))
@@ -324,15 +319,15 @@ def _published(
         if isinstance(models.retriever, VectorRetriever):
             vectors = models.retriever.item_vectors()
             dim = vectors.shape[1]
-            job.index.build(vectors).save(writer.part("index"))
+            settings.index.build(vectors).save(writer.part("index"))
         if models.ranker is not None:
             models.ranker.save(writer.part("ranker"))
         for part in ("encoder", "slates.arrow"):
             if base.has(part):
                 writer.add(part, base.path / part)
         if base.has("text_index") and models.text is not None:
-            job.index.build(models.text).save(writer.part("text_index"))
-        writer.add_popular(*popular(job, dataset))
+            settings.index.build(models.text).save(writer.part("text_index"))
+        writer.add_popular(*popular(settings, dataset))
         writer.add_histories(with_unknown(histories(dataset, max_history), log.unknown, max_history))
         writer.add_config(base.config)
         note = "updated from the event log; figures are those of the gate, on events that neither model had learned"

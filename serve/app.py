@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
-from recsys.bundle import Bundle
+from recsys.bundle.pointer import locate
 from recsys.pipeline.stage import STAGES
 from serve.config import ScalingConfig, ServeConfig
 from serve.graph.deployments import Gateway, StageDeployment
@@ -23,7 +23,7 @@ APP_NAME = "recsys"
 def build(args: dict[str, Any]) -> Application:
     """The application for ``args``, which are the keys of :class:`~serve.config.ServeConfig`."""
     config = ServeConfig.parse(args, where="arguments of serve.app:build")
-    Bundle.locate(config.bundle_uri)  # raises now where there is none, and not in every replica
+    locate(config.bundle_uri)  # raises now where there is none, and not in every replica
     remote = {
         name: deployment(StageDeployment, name, config.stage(name)).bind(
             name, config.bundle_uri, config.stage(name).model_dump(mode="json")

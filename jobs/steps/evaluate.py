@@ -35,7 +35,7 @@ def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, rank
             retriever.load("judged"),
             config.index,
             ranker.load("judged"),
-            popular(config, dataset, Split.VALID),
+            popular(config.of_bundle(), dataset, Split.VALID),
         )
         hides = dataset.hides(config.data.positives)
         served = OfflinePipeline(parts, config.pipeline, hides=hides)

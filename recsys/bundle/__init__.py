@@ -2,8 +2,9 @@
 
 from recsys.bundle.golden import GoldenQuery
 from recsys.bundle.manifest import FileEntry, Manifest
+from recsys.bundle.pointer import Pointer
 from recsys.bundle.reader import HISTORIES_SCHEMA, Bundle
-from recsys.bundle.store import BundleStore, Pointer
+from recsys.bundle.store import BundleStore
 from recsys.bundle.writer import BundleWriter
 
 __all__ = [

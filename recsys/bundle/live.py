@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from recsys.models.base import Retriever
     from recsys.models.rankers.base import Ranker
     from recsys.models.stand_in import StandIns
-    from recsys.pipeline.search import Words
+    from recsys.models.text.words import Words
 
 NUM_STAND_INS = 10
 _PLUS = "+"

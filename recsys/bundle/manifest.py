@@ -3,7 +3,7 @@
 Layout of a Bundle's folder::
 
     manifest.json        this module
-    config.yaml          the resolved configuration of the job that made it
+    config.yaml          what serving and updating need (recsys.pipeline.bundle_config)
     items/               the catalogue and the id map (recsys.data.catalogue)
     histories.parquet    what users did, to seed an event store
     slates.arrow         the best items of every user, made offline (recsys.bundle.slates)
@@ -36,8 +36,8 @@ from recsys.config import StrictConfig, parse
 from recsys.errors import BundleCorruptError, BundleError, BundleMismatchError, ConfigError
 from recsys.files import file_sha256
 
-SCHEMA_VERSION = 2
-"""Raised when the layout or its meaning changes; a reader refuses versions newer than its own."""
+SCHEMA_VERSION = 3
+"""Raised when the layout or its meaning changes; a reader refuses all versions but its own."""
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -129,7 +129,8 @@ class Manifest(StrictConfig):
 
     @classmethod
     def from_bytes(cls, content: bytes, *, where: str) -> Manifest:
-        """Read and check ``manifest.json``.
+        """Read and check ``manifest.json``. One of an older schema can still be listed and collected, but see
+        :meth:`check_version`.
 
         :raises BundleCorruptError: when it is not whole or does not match its own checksum.
         :raises BundleMismatchError: when a newer library wrote it.
@@ -156,6 +157,17 @@ class Manifest(StrictConfig):
     def to_bytes(self) -> bytes:
         """The form :meth:`from_bytes` reads."""
         return (self.model_dump_json(indent=2) + "\n").encode()
+
+    def check_version(self, where: str) -> None:
+        """Raise :class:`BundleMismatchError` unless the Bundle at ``where`` has the schema of this library."""
+        if self.schema_version != SCHEMA_VERSION:
+            wrote = self.library_versions.get("recsys", "another version")
+            raise BundleMismatchError(
+                f"{where}: schema version {self.schema_version}, but this library reads {SCHEMA_VERSION}: train and "
+                f"publish again with it, or serve this Bundle with the recsys that wrote it ({wrote})",
+                path=where,
+                schema_version=self.schema_version,
+            )
 
     def check_files(self, folder: Path) -> None:
         """Raise :class:`BundleCorruptError`, naming the file, unless ``folder`` holds these files and no other."""

@@ -26,6 +26,7 @@ from recsys.bundle import manifest as layout
 from recsys.bundle.golden import GoldenQuery
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest, refuse_pickle
+from recsys.bundle.pointer import locate
 from recsys.config import StrictConfig
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
     from recsys.index import VectorIndex
     from recsys.models.base import Retriever
     from recsys.models.rankers.base import Ranker
-    from recsys.pipeline.config import PipelineConfig
-    from recsys.pipeline.search import Words
+    from recsys.models.text.words import Words
 
 CACHE_VARIABLE = "RECSYS_CACHE"
 """Environment variable that names the folder for copies of remote Bundles; ``~/.cache/recsys`` without it."""
@@ -81,10 +81,11 @@ class Bundle:
 
         :raises BundleNotFoundError: when there is neither a Bundle nor a store with a current one.
         :raises BundleCorruptError: when a file is missing, changed or not in the manifest; it names the file.
-        :raises BundleMismatchError: when parts disagree, or a newer library wrote it.
+        :raises BundleMismatchError: when parts disagree, or a library with another schema wrote it.
         """
-        location = Location.of(cls.locate(uri))
+        location = locate(uri)
         manifest = read_manifest(location)
+        manifest.check_version(str(location))
         held: int | None = None
         if location.local is not None:
             path = location.local
@@ -100,19 +101,6 @@ class Bundle:
         refuse_pickle(path)
         bundle.check_tables()
         return bundle
-
-    @staticmethod
-    def locate(uri: str | Path) -> str:
-        """The URI of one Bundle: ``uri`` itself, or the current Bundle of the store at ``uri``.
-
-        :raises BundleNotFoundError: when there is neither.
-        """
-        location = Location.of(uri)
-        if not (location / MANIFEST).exists():
-            from recsys.bundle.store import BundleStore
-
-            location = BundleStore(uri).current_location()
-        return str(location)
 
     @property
     def bundle_id(self) -> str:
@@ -189,10 +177,10 @@ class Bundle:
 
     def words(self) -> Words:
         """The text encoder, loaded when it is used first."""
-        from recsys.models.text.encoder import TextEncoderConfig
-        from recsys.pipeline.search import Words
+        from recsys.models.text.encoder import EncodingConfig
+        from recsys.models.text.words import Words
 
-        config = self._parsed(TextEncoderConfig, "encoder")
+        config = self.section(EncodingConfig, "encoder")
         return self._load(layout.ENCODER, lambda path: Words(path, config))
 
     @cached_property
@@ -246,20 +234,30 @@ class Bundle:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration of the job that made the Bundle, as plain values."""
+        """What the Bundle says of how it is served and updated, as plain values."""
         return yaml.safe_load(self.part(layout.CONFIG).read_text())
 
-    @property
-    def pipeline_config(self) -> PipelineConfig:
-        """How the Bundle's stages are put together."""
-        from recsys.pipeline.config import PipelineConfig
+    def section(self, config_type: type[ConfigT], *keys: str) -> ConfigT:
+        """What :attr:`config` holds below ``keys``, all of it without any, as a ``config_type``.
 
-        return self._parsed(PipelineConfig, "pipeline")
+        :raises BundleMismatchError: when it is not there, or is no such thing.
+        """
+        where = ".".join(keys)
+
+        def load(path: Path) -> ConfigT:
+            tree: Any = self.config
+            for key in keys:
+                if not isinstance(tree, dict) or key not in tree:
+                    raise ConfigError(f"{where} is missing", path=str(path))
+                tree = tree[key]
+            return config_type.parse(tree, where=where or layout.CONFIG)
+
+        return self._load(layout.CONFIG, load, f"{config_type.__qualname__} {where}")
 
     @property
     def positive_policy(self) -> PositivePolicy:
         """What counts as a positive, for turning events into a history."""
-        return self._parsed(PositivePolicy, "data", "positives")
+        return self.section(PositivePolicy, "positives")
 
     @property
     def golden(self) -> GoldenQuery | None:
@@ -300,7 +298,7 @@ class Bundle:
         if self.has(layout.HISTORIES):
             self.histories()
         if self.has(layout.CONFIG):
-            _ = self.pipeline_config, self.positive_policy
+            _ = self.positive_policy
         _ = self.golden, self.metrics
 
     def _load(self, name: str, load: Callable[[Path], PartT], key: str = "") -> PartT:
@@ -312,19 +310,6 @@ class Bundle:
                 # The hashes are right, so whoever wrote the part and this library do not understand each other.
                 raise BundleMismatchError(f"{self.path / name}: cannot be loaded: {error}", part=name) from error
         return self._parts[name + key]
-
-    def _parsed(self, config_type: type[ConfigT], *keys: str) -> ConfigT:
-        where = ".".join(keys)
-
-        def load(path: Path) -> ConfigT:
-            tree: Any = self.config
-            for key in keys:
-                if not isinstance(tree, dict) or key not in tree:
-                    raise ConfigError(f"{where} is missing", path=str(path))
-                tree = tree[key]
-            return config_type.parse(tree, where=where)
-
-        return self._load(layout.CONFIG, load, where)
 
     def _same(self, part: str, what: str, found: object, expected: object) -> None:
         if found != expected:

@@ -11,57 +11,19 @@ Moving the pointer is creating the next number, which only one writer can do: co
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-
-from pydantic import Field
 
 from recsys.bundle.changes import ItemLog
 from recsys.bundle.live import LiveBundle, split_id
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest
+from recsys.bundle.pointer import Canary, Pointer, entry, folder_of, read_pointers
 from recsys.bundle.reader import Bundle, read_manifest
 from recsys.bundle.writer import move_into_place
-from recsys.config import StrictConfig
-from recsys.errors import BundleCorruptError, BundleError, BundleNotFoundError, ConfigError, PointerConflictError
-
-_ENTRY = re.compile(r"(\d{8})\.json")
-
-
-class Canary(StrictConfig):
-    """A Bundle on trial."""
-
-    bundle_id: str
-    share: float = Field(gt=0, le=1, description="of the users who get it")
-    token: str
-    """unique to the trial"""
-
-
-class Pointer(StrictConfig):
-    """One entry of the pointer log."""
-
-    number: int
-    bundle_id: str
-    previous: str | None
-    """what a rollback returns to"""
-    moved_at: datetime
-    token: str
-    """unique to the move, so that a writer recognises its own entry"""
-    canary: Canary | None = None
-    """what some of the users get instead of ``bundle_id``"""
-    reason: str | None = None
-    """why it was moved, where somebody said so"""
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        """Bundles that may be asked for: the current one, the one on trial, and the one before."""
-        trial = None if self.canary is None else self.canary.bundle_id
-        return tuple(each for each in (self.bundle_id, trial, self.previous) if each is not None)
+from recsys.errors import BundleError, BundleNotFoundError, PointerConflictError
 
 
 class BundleStore:
@@ -75,24 +37,11 @@ class BundleStore:
 
     def current(self) -> Pointer | None:
         """Where the pointer is now; None in a store where it was never set."""
-        return next(self._log(), None)
-
-    def current_location(self) -> Location:
-        """The folder of the current Bundle.
-
-        :raises BundleNotFoundError: when the pointer was never set.
-        """
-        pointer = self.current()
-        if pointer is None:
-            raise BundleNotFoundError(
-                f"{self.root}: neither a Bundle nor a store with a current one", path=str(self.root)
-            )
-        return self._folder(pointer.bundle_id)
+        return next(read_pointers(self.root), None)
 
     def open(self, bundle_id: str | None = None, *, cache: str | Path | None = None) -> Bundle:
         """The Bundle with this id, or the current one."""
-        location = self.current_location() if bundle_id is None else self._folder(bundle_id)
-        return Bundle.open(str(location), cache=cache)
+        return Bundle.open(str(self.root if bundle_id is None else self._folder(bundle_id)), cache=cache)
 
     @property
     def items(self) -> ItemLog:
@@ -151,9 +100,10 @@ class BundleStore:
         ends with it.
 
         :raises BundleNotFoundError: when the store does not hold it.
+        :raises BundleMismatchError: when this library cannot read it.
         :raises PointerConflictError: when something else is current.
         """
-        read_manifest(self._folder(bundle_id))
+        self._check_held(bundle_id)
         pointer = self.current()
         self._expect(pointer, expected)
         reason = None
@@ -168,16 +118,17 @@ class BundleStore:
         """Return to the Bundle that was current before; once more returns to the one before that.
 
         :raises BundleNotFoundError: when there is none, or it was collected.
+        :raises BundleMismatchError: when this library cannot read it.
         :raises PointerConflictError: when somebody moves the pointer at the same time.
         """
-        log = self._log()
+        log = read_pointers(self.root)
         pointer = next(log, None)
         if pointer is None or pointer.previous is None:
             raise BundleNotFoundError(f"{self.root}: there is no previous Bundle to return to", path=str(self.root))
         target = pointer.previous
-        read_manifest(self._folder(target))
+        self._check_held(target)
         # The entry that first brought the target in knows what came before it.
-        before = next((entry.previous for entry in log if entry.bundle_id == target), None)
+        before = next((move.previous for move in log if move.bundle_id == target), None)
         return self._move(pointer, target, previous=before)
 
     def try_out(
@@ -188,10 +139,11 @@ class BundleStore:
         Where ``expected`` is given, it must be current and no other trial may be going on; else one ends with it.
 
         :raises BundleNotFoundError: when the store does not hold it, or nothing is current.
+        :raises BundleMismatchError: when this library cannot read it.
         :raises BundleError: when it is current already.
         :raises PointerConflictError: when somebody moves the pointer at the same time, or did before.
         """
-        read_manifest(self._folder(bundle_id))
+        self._check_held(bundle_id)
         pointer = self._pointer()
         if expected is not None:
             self._expect(pointer, expected)
@@ -226,7 +178,7 @@ class BundleStore:
 
     def past(self) -> list[str]:
         """Ids of all Bundles that are or were current, the latest first; some may have been collected."""
-        return list(dict.fromkeys(pointer.bundle_id for pointer in self._log()))
+        return list(dict.fromkeys(pointer.bundle_id for pointer in read_pointers(self.root)))
 
     def list(self) -> list[Manifest]:
         """Manifests of the complete Bundles in the store, newest first."""
@@ -255,20 +207,12 @@ class BundleStore:
         return removed
 
     def _folder(self, bundle_id: str) -> Location:
-        return self.root / "bundles" / bundle_id
+        return folder_of(self.root, bundle_id)
 
-    def _log(self) -> Iterator[Pointer]:
-        """Entries, newest first."""
-        folder = self.root / "current"
-        for name in reversed([name for name in folder.names() if _ENTRY.fullmatch(name)]):
-            where = str(folder / name)
-            try:
-                pointer = Pointer.parse(json.loads((folder / name).read()), where=where)
-            except (ValueError, ConfigError) as error:
-                raise BundleCorruptError(f"{where}: not a readable pointer: {error}", path=where) from error
-            if f"{pointer.number:08d}.json" != name:
-                raise BundleCorruptError(f"{where}: says it is number {pointer.number}", path=where)
-            yield pointer
+    def _check_held(self, bundle_id: str) -> None:
+        """Whether the store holds the Bundle, and it can be served."""
+        folder = self._folder(bundle_id)
+        read_manifest(folder).check_version(str(folder))
 
     def _expect(self, pointer: Pointer | None, expected: str | None) -> None:
         found = None if pointer is None else pointer.bundle_id
@@ -302,7 +246,7 @@ class BundleStore:
         reason: str | None = None,
     ) -> Pointer:
         number = 1 if pointer is None else pointer.number + 1
-        entry = Pointer(
+        move = Pointer(
             number=number,
             bundle_id=bundle_id,
             previous=previous,
@@ -311,9 +255,9 @@ class BundleStore:
             canary=canary,
             reason=reason,
         )
-        content = (entry.model_dump_json(indent=2) + "\n").encode()
-        if not (self.root / "current" / f"{number:08d}.json").create(content):
+        content = (move.model_dump_json(indent=2) + "\n").encode()
+        if not entry(self.root, number).create(content):
             raise PointerConflictError(
                 f"{self.root}: somebody else moved the pointer to number {number} first", number=number
             )
-        return entry
+        return move

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
+
+if TYPE_CHECKING:
+    from recsys.bundle import Bundle
 
 
 class ItemSelection(StrictConfig):
@@ -163,3 +166,8 @@ class PipelineConfig(StrictConfig):
         if self.deadline_ms > self.max_deadline_ms:
             raise ValueError(f"deadline_ms {self.deadline_ms:g} is above max_deadline_ms {self.max_deadline_ms:g}")
         return self
+
+
+def pipeline_config(bundle: Bundle) -> PipelineConfig:
+    """How the stages of ``bundle`` are put together."""
+    return bundle.section(PipelineConfig, "pipeline")

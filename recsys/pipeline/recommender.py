@@ -29,7 +29,7 @@ from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleError, EventStoreError, RequestError
 from recsys.events import UserState
 from recsys.pipeline.build import Parts, build_runner, build_stages, local, warm_up
-from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.config import PipelineConfig, pipeline_config
 from recsys.pipeline.popular import CATALOGUE, POPULAR
 from recsys.pipeline.requests import (
     Recommendation,
@@ -107,7 +107,7 @@ class Recommender:
 
         ``users`` None knows nobody; ``config`` defaults to the Bundle's.
         """
-        parts, config = Parts.of_bundle(bundle), config or bundle.pipeline_config
+        parts, config = Parts.of_bundle(bundle), config or pipeline_config(bundle)
         index = bundle.index() if bundle.has("index") else None
         return cls(
             parts.catalogue,
@@ -138,7 +138,7 @@ class Recommender:
         :raises BundleError: when there is no usable Bundle.
         """
         bundle = Bundle.open(uri)
-        config = config or bundle.pipeline_config
+        config = config or pipeline_config(bundle)
         if store is None and bundle.has("histories.parquet"):
             store = HistoriesTable(bundle.histories())
         stages = build_stages(Parts.of_bundle(bundle), config)

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from recsys.types import BoolArray, FloatArray, Int32Array
 
 if TYPE_CHECKING:
     from recsys.index import VectorIndex
-    from recsys.models.text.encoder import TextEncoder, TextEncoderConfig
+    from recsys.models.text.words import Words
 
 SEARCH = "search"
-
-
-class Words:
-    """A Bundle's encoder, loaded when the first text comes. Safe to use from many threads."""
-
-    def __init__(self, encoder: Path, config: TextEncoderConfig) -> None:
-        """``encoder`` is a Hugging Face folder."""
-        self.config = config
-        self._folder = encoder
-        self._encoder: TextEncoder | None = None
-        self._lock = threading.Lock()
-
-    def encode(self, texts: Sequence[str]) -> FloatArray:
-        """float32 [B, D], unit length."""
-        from recsys.models.text.encoder import TextEncoder
-
-        with self._lock:  # a tokenizer is for one thread at a time
-            if self._encoder is None:
-                self._encoder = TextEncoder.load(self.config, self._folder)
-            return np.ascontiguousarray(self._encoder.encode(texts))
 
 
 class TextSearch:

@@ -19,13 +19,17 @@ from recsys.data.features import ItemFeatures
 from recsys.data.histories import Histories
 from recsys.data.id_map import fingerprint_ids
 from recsys.data.positives import PositivePolicy
+from recsys.evaluation.protocol import EvaluationConfig
 from recsys.index.base import IndexConfig
 from recsys.index.flat import FlatIndex
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
 from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig, RankerNetwork, project
 from recsys.models.rankers.base import RankingItems, item_content
+from recsys.models.rankers.export import ExportConfig
+from recsys.models.retrievers.popularity import Popularity
 from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
+from recsys.pipeline.bundle_config import BundleConfig
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.testing.planted import random_numeric
@@ -153,10 +157,21 @@ def make_bundle(
         ]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, HISTORIES_SCHEMA, strict=True)]
         writer.add_histories(pa.table(arrays, schema=HISTORIES_SCHEMA))
-        settings_tree = (pipeline or PipelineConfig()).model_dump(mode="json")
-        policy = PositivePolicy().model_dump(mode="json")
-        settings_of_encoder = {} if encoder is None else {"encoder": encoder.model_dump(mode="json")}
-        writer.add_config({"pipeline": settings_tree, "data": {"positives": policy}, **settings_of_encoder})
+        writer.add_config(
+            BundleConfig(
+                positives=PositivePolicy(),
+                protocol=info.protocol,
+                encoder=None if encoder is None else encoder.encoding(),
+                index=index or FlatIndex(),
+                pipeline=pipeline or PipelineConfig(),
+                export=ExportConfig(),
+                popular=Popularity(),
+                num_popular=size.num_items,
+                max_history=size.longest,
+                evaluation=EvaluationConfig(),
+                seed=seed,
+            )
+        )
         if encoder is not None:
             writer.add("encoder", encoder.model_folder())
             FlatIndex().build(text).save(writer.part("text_index"))

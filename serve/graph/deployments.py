@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from recsys.bundle import Bundle
 from recsys.errors import ConfigError, StageError, StageOverloadedError
 from recsys.pipeline.build import Parts, build_stage
+from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.stage import Stage, StageOutput
 from recsys.types import Candidates, Query
 from serve.config import OpenAccess, ServeConfig, StageConfig
@@ -47,7 +48,7 @@ class StageDeployment:
         self._name = name
 
         def build(bundle: Bundle) -> Stage | None:
-            return build_stage(name, Parts.of_bundle(bundle), bundle.pipeline_config)
+            return build_stage(name, Parts.of_bundle(bundle), pipeline_config(bundle))
 
         self._shelf = Shelf(name, bundle_uri, build)
         self._batcher = Batcher(self._compute, settings.max_batch_size)

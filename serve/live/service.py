@@ -21,6 +21,7 @@ from recsys.data.catalogue import Catalogue
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
 from recsys.pipeline.build import Parts, build_stages, local, warm_up
+from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.recommender import STATE, Recommender, golden_request
 from recsys.pipeline.requests import HistoryItem, Recommendation, RecommendRequest
 from recsys.pipeline.stage import STAGES, AsyncStage
@@ -53,7 +54,7 @@ class Generation:
 
         :raises BundleError: when the Bundle is not usable.
         """
-        parts, settings = Parts.of_bundle(bundle), bundle.pipeline_config
+        parts, settings = Parts.of_bundle(bundle), pipeline_config(bundle)
         here = build_stages(parts, settings, [name for name in STAGES if name not in remote and name not in absent])
         if not remote:
             warm_up(here)

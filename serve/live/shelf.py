@@ -17,6 +17,7 @@ from recsys.bundle import Bundle
 from recsys.bundle.live import live_id, split_id
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST
+from recsys.bundle.pointer import locate
 from recsys.bundle.store import BundleStore
 from recsys.errors import BundleError, RecsysError
 from recsys.pipeline.stage import Stage
@@ -152,7 +153,7 @@ def wanted(uri: str) -> tuple[str, ...]:
         return (Bundle.open(uri).bundle_id,)
     store = BundleStore(uri)
     pointer = store.current()
-    store.current_location()  # raises where the pointer was never set
+    locate(uri)  # raises where the pointer was never set
     assert pointer is not None
     version = store.items.version()
     return tuple(live_id(bundle_id, version) for bundle_id in pointer.wanted)

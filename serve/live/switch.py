@@ -14,7 +14,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from recsys.bundle.live import live_id, split_id
-from recsys.bundle.store import BundleStore, Canary, Pointer
+from recsys.bundle.pointer import Canary, Pointer
+from recsys.bundle.store import BundleStore
 from recsys.errors import BundleError, PointerConflictError
 from recsys.events import EventStore
 from recsys.pipeline.stage import AsyncStage

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from recsys.bundle import Bundle
+from recsys.pipeline.bundle_config import BundleConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RecommendRequest
 from recsys.testing.tiny_encoder import tiny_encoder
@@ -58,6 +59,20 @@ def test_the_bundle_recommends_without_ray(local: tuple[Path, str]) -> None:
     assert len(known.items) == len(stranger.items) == 5
     assert not known.degraded
     assert set(known.items[0].stage_scores) >= {"retrieval", "ranking"}
+
+
+def test_the_same_models_are_the_same_bundle(local: tuple[Path, str], tmp_path: Path) -> None:
+    """Wherever they were made, under whatever name, and however busy the machine was."""
+    workdir, _ = local
+    pipeline(tmp_path, "pipeline", "name=another", "publish.keep=7")
+    first, second = (
+        Bundle.open(each) for each in (workdir / "synthetic" / "bundles", tmp_path / "another" / "bundles")
+    )
+    assert {name: each.sha256 for name, each in first.manifest.files.items()} == {
+        name: each.sha256 for name, each in second.manifest.files.items()
+    }
+    assert first.bundle_id == second.bundle_id
+    assert set(first.config) == set(BundleConfig.model_fields)
 
 
 def test_every_user_has_a_slate_that_was_made_offline(local: tuple[Path, str]) -> None:

@@ -32,7 +32,7 @@ from recsys.files import read_json, write_json
 from recsys.index.flat import FlatIndex
 from recsys.models.base import VectorRetriever
 from recsys.models.retrievers.popularity import Popularity, PopularityRetriever
-from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.config import PipelineConfig, pipeline_config
 from recsys.types import HistoryItem
 
 NUM_ITEMS, DIM = 6, 4
@@ -61,7 +61,7 @@ def info(**changes: Any) -> DatasetInfo:
 
 
 SETTINGS = {
-    "data": {"positives": PositivePolicy().model_dump(mode="json")},
+    "positives": PositivePolicy().model_dump(mode="json"),
     "pipeline": PipelineConfig().model_dump(mode="json"),
 }
 GOLDEN = GoldenQuery(
@@ -119,7 +119,7 @@ def test_what_is_written_is_read(bundle: Bundle) -> None:
     item_idx, score = again.popular()
     assert item_idx.tolist() == [3, 1] and score.dtype == np.float32
     assert again.histories().to_pylist() == [HISTORY]
-    assert again.pipeline_config == PipelineConfig() and again.positive_policy == PositivePolicy()
+    assert pipeline_config(again) == PipelineConfig() and again.positive_policy == PositivePolicy()
     assert again.golden == GOLDEN and again.metrics == {"ndcg@10": 0.5}
     assert again.manifest.events_watermark == "log:7" and again.manifest.embedding_dim == DIM
     assert again.manifest.library_versions["numpy"] == np.__version__
@@ -220,6 +220,17 @@ def test_a_newer_schema_version_says_upgrade(bundle: Bundle) -> None:
     tree = read_json(bundle.path / MANIFEST)
     write_json(bundle.path / MANIFEST, {**tree, "schema_version": 99, "something_new": {}})
     with pytest.raises(BundleMismatchError, match=r"99 is newer.*upgrade"):
+        Bundle.open(bundle.path)
+
+
+def test_an_older_schema_version_says_what_to_do(bundle: Bundle) -> None:
+    def age(tree: dict[str, Any]) -> None:
+        tree |= {"schema_version": 2, "library_versions": {"recsys": "0.0.9"}}
+
+    change_manifest(bundle, age)
+    with pytest.raises(
+        BundleMismatchError, match=r"version 2, .* reads 3: train and publish again.*wrote it \(0\.0\.9\)"
+    ):
         Bundle.open(bundle.path)
 
 
@@ -335,7 +346,7 @@ def test_popular_items_outside_the_catalogue_are_refused(tmp_path: Path) -> None
 
 
 def test_a_config_without_the_policy_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleMismatchError, match=r"data\.positives is missing"):
+    with pytest.raises(BundleMismatchError, match="positives is missing"):
         write(tmp_path, change=lambda writer: writer.add_config({"pipeline": {}}))
 
 

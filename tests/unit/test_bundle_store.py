@@ -14,10 +14,17 @@ import numpy as np
 import pytest
 
 from recsys.bundle import Bundle, BundleStore, BundleWriter
+from recsys.bundle import manifest as manifest_module
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST
 from recsys.data.dataset import DatasetInfo
-from recsys.errors import BundleCorruptError, BundleError, BundleNotFoundError, PointerConflictError
+from recsys.errors import (
+    BundleCorruptError,
+    BundleError,
+    BundleMismatchError,
+    BundleNotFoundError,
+    PointerConflictError,
+)
 
 INFO = DatasetInfo(
     name="tiny",
@@ -85,6 +92,25 @@ def test_publish_and_open_by_store_or_folder(store: BundleStore, bundles: list[B
 def test_publishing_what_is_current_changes_nothing(store: BundleStore, bundles: list[Bundle]) -> None:
     first = store.publish(bundles[0].path, None)
     assert store.publish(bundles[0].path, None) == first == store.publish(bundles[0].path, first.bundle_id)
+
+
+def test_a_store_with_bundles_of_an_older_schema(
+    store: BundleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are listed and collected, and a new one takes over; nothing points to them again."""
+    with monkeypatch.context() as before:
+        before.setattr(manifest_module, "SCHEMA_VERSION", 2)
+        (old,) = publish_all(store, [make(tmp_path, 0)])
+    with pytest.raises(BundleMismatchError, match="train and publish again"):
+        store.open()
+    new = store.publish(make(tmp_path, 1).path, old).bundle_id
+    assert [manifest.bundle_id for manifest in store.list()] == [new, old]
+    for move in (store.rollback, lambda: store.activate(old, new), lambda: store.try_out(old, 0.5)):
+        with pytest.raises(BundleMismatchError, match="train and publish again"):
+            move()
+    newest = store.publish(make(tmp_path, 2).path, new).bundle_id
+    assert store.collect(1) == (old,)
+    assert current(store) == newest
 
 
 def test_a_stale_parent_loses(store: BundleStore, bundles: list[Bundle]) -> None:

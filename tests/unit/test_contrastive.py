@@ -245,7 +245,8 @@ def test_a_prefix_is_saved_beside_the_encoder(folder, data, tmp_path):
     config = config_of(folder, adapter=Prefix(num_tokens=3), learning_rate=1e-2)
     result = finetune(config, replace(data, held_out=data.held_out[:0]), Runtime("cpu"))
     result.encoder.save(tmp_path / "prefixed")
-    loaded = TextEncoder.load(config, tmp_path / "prefixed")
+    loaded = TextEncoder.load(config.encoding(), tmp_path / "prefixed")  # all that a Bundle says of it
+    assert loaded.max_tokens == result.encoder.max_tokens == TextEncoder.load(config).max_tokens - 3
     vectors = loaded.encode(data.texts)
     np.testing.assert_allclose(vectors, result.encoder.encode(data.texts), atol=1e-6)
     assert np.abs(vectors - TextEncoder.load(config).encode(data.texts)).max() > 1e-3

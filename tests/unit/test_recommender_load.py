@@ -12,11 +12,9 @@ from recsys import Recommender
 from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenQuery
 from recsys.config import StrictConfig
 from recsys.data.catalogue import Catalogue
-from recsys.data.config import DataConfig
 from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
-from recsys.data.sources import SyntheticSource
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.index.flat import FlatIndex
 from recsys.models import ESASRec, ItemKNN
@@ -39,7 +37,7 @@ PATIENT = PipelineConfig.parse(
 
 
 class Resolved(StrictConfig):
-    data: DataConfig = DataConfig(source=SyntheticSource())
+    positives: PositivePolicy = PositivePolicy()
     pipeline: PipelineConfig = PATIENT
 
 

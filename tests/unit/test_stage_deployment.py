@@ -13,6 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from recsys.errors import StageError
 from recsys.pipeline.build import Parts, build_stage
+from recsys.pipeline.config import pipeline_config
 from recsys.testing.pipeline import make_query
 from recsys.testing.tiny_bundle import make_bundle
 from recsys.types import Candidates, History
@@ -54,7 +55,8 @@ def test_a_batch_answers_each_call_as_it_would_alone(bundle, retrieval):
 
 def test_calls_for_several_bundles_share_a_batch(bundle, retrieval, tmp_path):
     other = make_bundle(tmp_path, seed=1)
-    retrieval._shelf._stages[other.bundle_id] = build_stage("retrieval", Parts.of_bundle(other), other.pipeline_config)
+    stage = build_stage("retrieval", Parts.of_bundle(other), pipeline_config(other))
+    retrieval._shelf._stages[other.bundle_id] = stage
     sizes = []
     for stage in retrieval._shelf.stages:
         stage.run_batch = counted(stage.run_batch, sizes)

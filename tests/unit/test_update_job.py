@@ -220,7 +220,7 @@ PLACES: dict[str, tuple[str, int]] = {
     "half written": ("update.BundleWriter, 'finish'", 0),
     "half copied into the store": ("store_module, 'move_into_place'", 0),
     "in the store": ("update.BundleStore, 'try_out'", 1),
-    "on trial": ("update.BundleStore, 'promote'", 2),
+    "on trial": ("update.BundleStore, 'promote'", 1),  # the same child: it was learned from the same events
 }
 
 

