@@ -93,7 +93,8 @@ def apart(log: Path, function: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def end_of(log: Path) -> str:
-    return " ".join(log.read_text()[-500:].split())
+    """The last error in it."""
+    return " ".join(re.split(r"\n(?=\w+Error: )", log.read_text())[-1][-500:].split())
 
 
 def job(step: str, arguments: list[str]) -> None:
