@@ -38,6 +38,15 @@ SETTINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").re
 RULES = SETTINGS["reranking"]
 RERANKING_SPELLINGS: tuple[dict[str, Any], ...] = (
     {"reranking": {name: RULES[name] for name in ("diversity", "max_per_creator", "pins", "boosts", "buries")}},
+    {
+        "rules": [
+            *({"kind": "pin", **pin} for pin in RULES["pins"]),
+            *({"kind": "boost", **boost} for boost in RULES["boosts"]),
+            *({"kind": "bury", **bury} for bury in RULES["buries"]),
+            {"kind": "creator_cap", "num_items": RULES["max_per_creator"]},
+            {"kind": "diversity", "strength": RULES["diversity"]},
+        ]
+    },
 )
 """The same rules as settings of ``pipeline``, the oldest spelling first; a tree gets the first one that it takes."""
 NOW_MS = 1_735_830_000_000
@@ -190,14 +199,23 @@ def answers(store: Path, target: Path) -> None:
 
     def made(name: str, fields: dict[str, Any]) -> Any:
         """An object of a class of the library, wherever it is."""
-        return next(vars(m)[name] for k, m in sys.modules.items() if k.startswith("recsys.") and name in vars(m))(
-            **fields
-        )
+        return class_of(name)(**fields)
+
+    def class_of(name: str) -> Any:
+        found = (vars(m)[name] for k, m in sys.modules.items() if k.startswith("recsys.") and name in vars(m))
+        return next(found, None)
+
+    def filtered(filters: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a request: excluded items were a filter once."""
+        if class_of("RequestFilters"):
+            return {"filters": made("RequestFilters", filters)}
+        rest = {name: value for name, value in filters.items() if name != "exclude_items"}
+        return {"filters": made("Filters", rest), "exclude_items": filters.get("exclude_items", ())}
 
     def recommend(fields: dict[str, Any]) -> Any:
         history = [made("HistoryItem", event) for event in fields.get("history", ())]
-        filters = made("RequestFilters", fields.get("filters", {}))
-        request = made("RecommendRequest", {"request_id": "same", **fields, "history": history, "filters": filters})
+        asked = {"request_id": "same", **fields, "history": history, **filtered(fields.get("filters", {}))}
+        request = made("RecommendRequest", asked)
         return asyncio.run(recommender.arecommend(request, now_ms=NOW_MS))
 
     def shown(ask: Callable[[Any], Any], question: Any) -> dict[str, Any]:
@@ -213,7 +231,7 @@ def answers(store: Path, target: Path) -> None:
     asked = {name: shown(recommend, fields) for name, fields in {**questions, **SETTINGS["recommend"]}.items()}
     asked |= {f"similar to {item}": shown(recommender.similar, item) for item in SETTINGS["similar"]}
     asked |= {f"search for {words}": shown(recommender.search, words) for words in SETTINGS["search"]}
-    cheap = made("SearchRequest", {"query": "river", "filters": made("RequestFilters", {"price_max": 20.0})})
+    cheap = made("SearchRequest", {"query": "river", **filtered({"price_max": 20.0})})
     asked["search for cheap"] = shown(recommender.search, cheap)
     asked["items"] = {item: repr(recommender.item(item)) for item in SETTINGS["similar"]}
     recommender.close()
