@@ -19,8 +19,7 @@ from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, re
 from recsys.evaluation.report import build_report
 from recsys.models.base import FitData, RetrieverConfig
 from recsys.pipeline.build import Parts
-from recsys.pipeline.offline import OfflinePipeline
-from recsys.pipeline.stage import RETRIEVAL
+from recsys.pipeline.offline import OfflinePipeline, retrieval_alone
 from recsys.training.runtime import Runtime
 
 
@@ -39,7 +38,7 @@ def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, rank
         )
         hides = dataset.hides(config.data.positives)
         served = OfflinePipeline(parts, config.pipeline, hides=hides)
-        retrieval = OfflinePipeline(parts, config.pipeline, stages=(RETRIEVAL,), hides=hides)
+        retrieval = retrieval_alone(parts, config.pipeline, hides=hides)
         systems: dict[str, RankFn] = {
             name: functools.partial(pipeline.rank, depth=config.evaluation.depth)
             for name, pipeline in (("served", served), ("retrieval", retrieval))

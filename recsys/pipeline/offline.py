@@ -112,6 +112,12 @@ class OfflinePipeline:
         return list(zip(found, before, strict=True))
 
 
+def retrieval_alone(parts: Parts, config: PipelineConfig, *, hides: NDArray[np.bool_] | None = None) -> OfflinePipeline:
+    """What retrieval finds, whoever asks: newcomers, too, are answered by the model."""
+    config = config.model_copy(update={"newcomers": "models"})
+    return OfflinePipeline(parts, config, stages=(RETRIEVAL,), hides=hides)
+
+
 def retrieved_examples(
     parts: Parts, config: PipelineConfig, targets: Targets, items: RankingItems, ranker_history: int
 ) -> RankingExamples:
@@ -119,5 +125,5 @@ def retrieved_examples(
     ``targets``.
     """
     logger.info("asking the retriever for candidates of %d queries", len(targets))
-    candidates = OfflinePipeline(parts, config, stages=(RETRIEVAL,)).candidates(targets)
+    candidates = retrieval_alone(parts, config).candidates(targets)
     return ranking_examples(targets, candidates, items, ranker_history)
