@@ -299,7 +299,7 @@ def train_and_judge(
         else:
             assert system.model is not None
             text = embedded.vectors() if system.text and embedded is not None else None
-            rank_fn, training = _train(system, system.model, config, seed, dataset, text, folder)
+            rank_fn, training = _Training(config, system, seed, dataset, text, folder).run(system.model)
             training["recommend_ms"] = recommend_ms(rank_fn, dataset.targets(Split.TEST))
         curve = training.pop("curve")
         judged = judge(
@@ -321,79 +321,67 @@ def train_and_judge(
     return Artifact.build(config.workdir, "benchmark", tree, parents, make)
 
 
-def _train(
-    system: SystemConfig,
-    model: RetrieverConfig,
-    config: BenchmarkConfig,
-    seed: int,
-    dataset: Dataset,
-    text: NDArray[np.float32] | None,
-    folder: Path,
-) -> tuple[RankFn, dict[str, Any]]:
-    """Fit on TRAIN into ``folder / "model"``; the system, and what it took."""
-    data = FitData.of(dataset, Split.TRAIN, text_vectors=text, valid=dataset.targets(Split.VALID), seed=seed)
-    # A model without epochs has nothing to spread over workers.
-    compute = config.compute if model.learns_in_epochs else ComputeConfig(num_workers=0)
-    training = _fitted(fit, Payload(model, data), compute, system, folder / "model")
-    retriever = load_retriever(folder / "model")
-    if system.ranker is None:
-        return retriever_ranker(retriever, dataset, config.evaluation), training
-    return _train_ranker(system, system.ranker, retriever, training, config, seed, dataset, text, folder)
+@dataclass(frozen=True)
+class _Training:
+    """Of one system and seed."""
 
+    config: BenchmarkConfig
+    system: SystemConfig
+    seed: int
+    dataset: Dataset
+    text: NDArray[np.float32] | None
+    folder: Path
+    """of the artefact"""
 
-def _train_ranker(
-    system: SystemConfig,
-    model: RankerConfig,
-    retriever: Retriever,
-    training: dict[str, Any],
-    config: BenchmarkConfig,
-    seed: int,
-    dataset: Dataset,
-    text: NDArray[np.float32] | None,
-    folder: Path,
-) -> tuple[RankFn, dict[str, Any]]:
-    """Fit on the retriever's candidates for VALID into ``folder / "ranker"``; what both trainings took, in one."""
-    features = ItemFeatures.of(dataset, Split.TRAIN)
-    content = item_content(text, features)
-    items = RankingItems.of(features, ranking_embeddings(retriever, content))
-    catalogue = Catalogue.build(dataset.items)
-    repeats = dataset.info.protocol == "next_basket"  # its first view has them
-    pipeline = PipelineConfig(
-        num_candidates=system.num_candidates, max_history=_MAX_HISTORY, repeat_after_days=0 if repeats else None
-    )
-    valid = replace(dataset.targets(Split.VALID), repeats=repeats)
-    sampling = config.evaluation.model_copy(update={"max_queries": _MAX_RANKER_QUERIES, "seed": seed})
-    examples = retrieved_examples(
-        Parts.of_models(catalogue, retriever, FlatIndex()),
-        pipeline,
-        select(valid, sample_queries(valid, sampling)),
-        items,
-        model.max_history,
-    )
-    train, holdout = examples.split_by_user(_HOLDOUT_SHARE, seed)
-    payload = RankerPayload(model, RankingCatalogue(items, content, dataset.items), train, holdout, seed)
-    own = _fitted(fit_ranker, payload, config.compute, system, folder / "ranker")
-    summed = {name: training[name] + own[name] for name in ("train_seconds", "cpu_seconds", "num_parameters")}
-    peak = max(training["peak_memory_bytes"], own["peak_memory_bytes"])
-    parts = Parts.of_models(catalogue, retriever, FlatIndex(), load_ranker(folder / "ranker"))
-    ranked = OfflinePipeline(parts, pipeline, stages=(RETRIEVAL, RANKING))
-    return functools.partial(ranked.rank, depth=config.evaluation.depth), {
-        **training,
-        **summed,
-        "peak_memory_bytes": peak,
-    }
+    def run(self, model: RetrieverConfig) -> tuple[RankFn, dict[str, Any]]:
+        """Fit on TRAIN into ``folder / "model"``; the system, and what it took."""
+        valid = self.dataset.targets(Split.VALID)
+        data = FitData.of(self.dataset, Split.TRAIN, text_vectors=self.text, valid=valid, seed=self.seed)
+        # A model without epochs has nothing to spread over workers.
+        compute = self.config.compute if model.learns_in_epochs else ComputeConfig(num_workers=0)
+        training = self._fit(fit, Payload(model, data), compute, "model")
+        retriever = load_retriever(self.folder / "model")
+        if self.system.ranker is None:
+            return retriever_ranker(retriever, self.dataset, self.config.evaluation), training
+        return self._run_ranker(self.system.ranker, retriever, training)
 
+    def _run_ranker(
+        self, model: RankerConfig, retriever: Retriever, training: dict[str, Any]
+    ) -> tuple[RankFn, dict[str, Any]]:
+        """Fit on the retriever's candidates for VALID into ``folder / "ranker"``; what both trainings took, in one."""
+        dataset, evaluation = self.dataset, self.config.evaluation
+        features = ItemFeatures.of(dataset, Split.TRAIN)
+        content = item_content(self.text, features)
+        items = RankingItems.of(features, ranking_embeddings(retriever, content))
+        catalogue = Catalogue.build(dataset.items)
+        repeats = dataset.info.protocol == "next_basket"  # its first view has them
+        pipeline = PipelineConfig(
+            num_candidates=self.system.num_candidates,
+            max_history=_MAX_HISTORY,
+            repeat_after_days=0 if repeats else None,
+        )
+        valid = replace(dataset.targets(Split.VALID), repeats=repeats)
+        sampling = evaluation.model_copy(update={"max_queries": _MAX_RANKER_QUERIES, "seed": self.seed})
+        asked = select(valid, sample_queries(valid, sampling))
+        parts = Parts.of_models(catalogue, retriever, FlatIndex())
+        examples = retrieved_examples(parts, pipeline, asked, items, model.max_history)
+        train, holdout = examples.split_by_user(_HOLDOUT_SHARE, self.seed)
+        payload = RankerPayload(model, RankingCatalogue(items, content, dataset.items), train, holdout, self.seed)
+        own = self._fit(fit_ranker, payload, self.config.compute, "ranker")
+        summed = {name: training[name] + own[name] for name in ("train_seconds", "cpu_seconds", "num_parameters")}
+        peak = max(training["peak_memory_bytes"], own["peak_memory_bytes"])
+        parts = Parts.of_models(catalogue, retriever, FlatIndex(), load_ranker(self.folder / "ranker"))
+        ranked = OfflinePipeline(parts, pipeline, stages=(RETRIEVAL, RANKING))
+        return functools.partial(ranked.rank, depth=evaluation.depth), {**training, **summed, "peak_memory_bytes": peak}
 
-def _fitted(
-    fn: TrainFunction[PayloadT], payload: PayloadT, compute: ComputeConfig, system: SystemConfig, target: Path
-) -> dict[str, Any]:
-    """Train ``target``, a folder in that of the artefact; what it took."""
-    name = f"{system.name}-{target.parent.name}"
-    fitted = fit_distributed(fn, payload, compute=compute, name=name, storage=target.with_name(f"fit_{target.name}"))
-    link_or_copy(fitted.path / target.name, target)
-    training = read_json(fitted.path / "training.json")
-    discard(fitted)
-    return training
+    def _fit(self, fn: TrainFunction[PayloadT], payload: PayloadT, compute: ComputeConfig, part: str) -> dict[str, Any]:
+        """Train ``folder / part``; what it took."""
+        name, storage = f"{self.system.name}-{self.folder.name}", self.folder / f"fit_{part}"
+        fitted = fit_distributed(fn, payload, compute=compute, name=name, storage=storage)
+        link_or_copy(fitted.path / part, self.folder / part)
+        training = read_json(fitted.path / "training.json")
+        discard(fitted)
+        return training
 
 
 def recommend_ms(rank_fn: RankFn, targets: Targets, num_queries: int = 50) -> float:

@@ -8,7 +8,7 @@ together, the ranker is trained once more without them, and both are compared.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -113,12 +113,7 @@ def markdown(importance: Any, selection: Selection) -> str:
     return "\n".join([*lines, "", advice(selection), ""])
 
 
-def main(
-    config: Annotated[Path, typer.Option(help="YAML configuration; see configs/ for complete ones")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override one key, as key.sub=value", metavar="K=V")
-    ] = None,
-) -> None:
+def main(config: cli.ConfigPath, set_: cli.Overrides = None) -> None:
     """What each feature is worth to the ranker, and which of them it can do without."""
     with cli.errors():
         artifact = run(cli.read(config, set_, train_ranker.STEP.section))
