@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jobs.artifacts import Artifact, build
 from jobs.config import JobConfig
-from jobs.steps.publish import bundle_config, popular
+from recsys.bundle.assemble import popular_items
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
@@ -45,7 +45,9 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         }
         newcomers: PopularItems | None = None
         if config.pipeline.newcomers == "popular":
-            newcomers = PopularItems(dataset.num_items, *popular(bundle_config(config), dataset, Split.VALID))
+            popular = config.publish.popular, config.publish.num_popular
+            best = popular_items(dataset, *popular, until=Split.VALID, seed=config.seed)
+            newcomers = PopularItems(dataset.num_items, *best)
         systems: dict[str, RankFn] = {
             "served": staged(served, newcomers, **asked),
             "retrieval": staged(stages[:1], **asked),

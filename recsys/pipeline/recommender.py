@@ -50,7 +50,7 @@ from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, Use
 from recsys.types import Candidates, Filters, FloatArray, Int32Array, Query
 
 if TYPE_CHECKING:
-    from recsys.bundle import Bundle, GoldenQuery
+    from recsys.bundle import Bundle, GoldenQuestion
 
 ResultT = TypeVar("ResultT")
 STATE = "state"
@@ -231,7 +231,7 @@ class Recommender:
             slate,
         )
 
-    def answer_golden(self, golden: GoldenQuery) -> Recommendation:
+    def answer_golden(self, golden: GoldenQuestion) -> Recommendation:
         """The answer to a Bundle's golden query, no stage skipped.
 
         :raises BundleError: when a stage was skipped.
@@ -417,7 +417,7 @@ class _LoopThread:
 _NO_SCORES: FloatArray = np.zeros(0, np.float32)
 
 
-def golden_request(golden: GoldenQuery, config: PipelineConfig) -> RecommendRequest:
+def golden_request(golden: GoldenQuestion, config: PipelineConfig) -> RecommendRequest:
     """The request that a golden query stands for; its time is given to ``arecommend`` beside it."""
     wanted = golden.filters
     return RecommendRequest(
