@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys.bundle.reader import Bundle
+from recsys.bundle.slates import SLATES_SCHEMA
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
 from recsys.files import fingerprint, read_json, write_json
@@ -169,6 +171,12 @@ class SlatesTable(Artifact):
 
     FILE: ClassVar = "slates.parquet"
     """one row per user in order of ``user_idx``: ``user_id``, and best first ``item_ids``, ``item_idx``, ``scores``"""
+
+    def table(self) -> pa.Table:
+        """As a Bundle holds them: :data:`~recsys.bundle.slates.SLATES_SCHEMA`."""
+        table = pq.read_table(self.path / self.FILE, columns=["user_id", "item_idx", "scores"])
+        columns = [column.cast(field.type) for column, field in zip(table.columns, SLATES_SCHEMA, strict=True)]
+        return pa.table(columns, schema=SLATES_SCHEMA)
 
 
 class Published(Artifact):

@@ -29,22 +29,21 @@ from rich.console import Console
 from jobs._ray import ComputeConfig, discard, fit_distributed
 from jobs.cli import show_progress
 from jobs.events import log_config
-from jobs.popular import popular
-from jobs.steps.publish import golden, histories
 from recsys import schema
 from recsys.arrow import pc
+from recsys.bundle.assemble import BundleParts, assemble, popular_items
+from recsys.bundle.golden import golden_question
+from recsys.bundle.histories import histories_table
 from recsys.bundle.live import LiveBundle
 from recsys.bundle.reader import Bundle
 from recsys.bundle.store import BundleStore
-from recsys.bundle.writer import BundleWriter
 from recsys.config import StrictConfig, apply_override
-from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.errors import BundleError, PointerConflictError, RecsysError
 from recsys.events import AnyEventLog, EventLog
 from recsys.files import write_json
 from recsys.models import load_retriever
-from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
+from recsys.models.base import FitData, Retriever, RetrieverConfig
 from recsys.models.rankers.base import Ranker
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.text.encoder import item_texts
@@ -63,6 +62,7 @@ from recsys.online.learn import (
 from recsys.online.log import GrownLog, grow, with_unknown
 from recsys.pipeline.build import NO_POPULAR, Parts, Popular
 from recsys.pipeline.bundle_config import BundleConfig
+from recsys.pipeline.golden import golden_answer
 from recsys.pipeline.offline import OfflinePipeline
 from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
@@ -215,7 +215,9 @@ class _Models:
 
     def contestants(self, settings: BundleConfig, dataset: Dataset) -> tuple[Contestant, Contestant]:
         """The parent with what stands in for new items, and the child."""
-        found = popular(settings, dataset, Split.VALID)  # the same for both
+        found = popular_items(  # the same for both
+            dataset, settings.popular, settings.num_popular, until=Split.VALID, seed=settings.seed
+        )
         before = replace(Parts.of_bundle(self.live), popular=lambda: found)
         hides = dataset.hides(settings.positives)
 
@@ -311,29 +313,34 @@ def _published(
 ) -> Bundle:
     """The child, complete, in ``scratch``."""
     base = live.base if isinstance(live, LiveBundle) else live
-    dataset, max_history = log.dataset, settings.max_history
-    with BundleWriter(scratch / "bundle") as writer:
-        Catalogue.build(dataset.items).save(writer.part("items"))
-        models.retriever.save(writer.part("retriever"))
-        dim = 0
-        if isinstance(models.retriever, VectorRetriever):
-            vectors = models.retriever.item_vectors()
-            dim = vectors.shape[1]
-            settings.index.build(vectors).save(writer.part("index"))
-        if models.ranker is not None:
-            models.ranker.save(writer.part("ranker"))
-        for part in ("encoder", "slates.arrow"):
-            if base.has(part):
-                writer.add(part, base.path / part)
-        if base.has("text_index") and models.text is not None:
-            settings.index.build(models.text).save(writer.part("text_index"))
-        writer.add_popular(*popular(settings, dataset))
-        writer.add_histories(with_unknown(histories(dataset, max_history), log.unknown, max_history))
-        writer.add_config(base.config)
-        note = "updated from the event log; figures are those of the gate, on events that neither model had learned"
-        writer.add_metrics({"note": note, "update": figures, "parent": base.metrics})
-        writer.add_golden(golden(writer.draft(dataset.info, embedding_dim=dim), dataset))
-        return writer.finish(dataset.info, embedding_dim=dim, parent=base.bundle_id, events_watermark=watermark)
+    dataset = log.dataset
+
+    def kept(part: str) -> Path | None:
+        return base.part(part) if base.has(part) else None
+
+    parts = BundleParts(
+        info=dataset.info,
+        items=dataset.items,
+        config=settings,
+        retriever=models.retriever,
+        ranker=models.ranker,
+        index=settings.index,
+        encoder=kept("encoder"),
+        text_vectors=models.text if base.has("text_index") else None,
+        slates=kept("slates.arrow"),
+        popular=popular_items(dataset, settings.popular, settings.num_popular, seed=settings.seed),
+        histories=with_unknown(histories_table(dataset, settings.max_history), log.unknown, settings.max_history),
+        question=golden_question(dataset),
+        metrics={
+            "note": "updated from the event log; figures are those of the gate, on events that neither model had "
+            "learned; beside them those of the Bundle that was trained anew",
+            "update": figures,
+            "trained": base.metrics.get("trained", base.metrics),
+        },
+        parent=base.bundle_id,
+        events_watermark=watermark,
+    )
+    return assemble(scratch / "bundle", parts, answer=golden_answer)
 
 
 def _take_over(store: BundleStore, parent: str, child: str, trial: TrialConfig) -> str | None:

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from jobs.artifacts import Judged, Prepared, TrainedRanker, TrainedRetriever
 from jobs.config import JobConfig
-from jobs.popular import popular
 from jobs.steps import prepare, train_ranker, train_retriever
 from jobs.steps.base import Step
+from recsys.bundle.assemble import popular_items
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
@@ -34,7 +34,9 @@ def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, rank
             retriever.load("judged"),
             config.index,
             ranker.load("judged"),
-            popular(config.of_bundle(), dataset, Split.VALID),
+            popular_items(
+                dataset, config.publish.popular, config.publish.num_popular, until=Split.VALID, seed=config.seed
+            ),
         )
         hides = dataset.hides(config.data.positives)
         served = OfflinePipeline(parts, config.pipeline, hides=hides)

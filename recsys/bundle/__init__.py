@@ -1,19 +1,22 @@
-"""The Bundle: the one thing that passes from training to serving. Immutable, hashed, without pickle."""
+"""The Bundle: the one thing that passes from training to serving. Immutable, hashed, without pickle.
 
-from recsys.bundle.golden import GoldenQuery
+It is made by :func:`recsys.bundle.assemble.assemble`, which needs the models.
+"""
+
+from recsys.bundle.golden import GoldenQuery, GoldenQuestion
+from recsys.bundle.histories import HISTORIES_SCHEMA
 from recsys.bundle.manifest import FileEntry, Manifest
 from recsys.bundle.pointer import Pointer
-from recsys.bundle.reader import HISTORIES_SCHEMA, Bundle
+from recsys.bundle.reader import Bundle
 from recsys.bundle.store import BundleStore
-from recsys.bundle.writer import BundleWriter
 
 __all__ = [
     "HISTORIES_SCHEMA",
     "Bundle",
     "BundleStore",
-    "BundleWriter",
     "FileEntry",
     "GoldenQuery",
+    "GoldenQuestion",
     "Manifest",
     "Pointer",
 ]

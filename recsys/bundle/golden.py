@@ -5,21 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
+from recsys import schema
+from recsys.arrow import pc
 from recsys.config import StrictConfig
+from recsys.data.dataset import Dataset
 from recsys.errors import BundleMismatchError
 from recsys.types import Filters, HistoryItem
 
+_HISTORY = 20
+_TOP_K = 10
 
-class GoldenQuery(StrictConfig):
-    """A request whose history and time are pinned, and the slate it must give."""
+
+class GoldenQuestion(StrictConfig):
+    """A request whose history and time are pinned."""
 
     history: tuple[HistoryItem, ...] = Field(description="oldest first; nothing else is known of the user")
     now_ms: int = Field(description="time of the request, milliseconds since 1970 UTC")
     top_k: int = Field(ge=1)
     filters: Filters = Field(default=Filters(), description="hard rules of the request")
     exclude_seen: bool = Field(default=True, description="leave out what is in the history")
+
+    def answered(self, item_ids: Sequence[str], scores: Sequence[float]) -> GoldenQuery:
+        """With the slate that it must give from now on."""
+        return GoldenQuery(**dict(self), item_ids=tuple(item_ids), scores=tuple(scores))
+
+
+class GoldenQuery(GoldenQuestion):
+    """The question and the slate it must give."""
+
     item_ids: tuple[str, ...] = Field(description="the expected slate, in order")
     scores: tuple[float, ...] = Field(description="its scores")
     tolerance: float = Field(default=1e-3, ge=0.0, description="scores that differ by no more count as equal")
@@ -64,3 +81,20 @@ class GoldenQuery(StrictConfig):
         """Raise :class:`BundleMismatchError` with every problem :meth:`compare` finds."""
         if problems := self.compare(item_ids, scores):
             raise BundleMismatchError("the golden query is answered wrongly: " + "; ".join(problems), problems=problems)
+
+
+def golden_question(dataset: Dataset) -> GoldenQuestion:
+    """What a user of middling activity, cut to a short history, would ask a minute later."""
+    log = dataset.positives
+    lengths = np.diff(log.user_offsets)
+    user = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+    rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])[-_HISTORY:]
+    ids = dataset.items[schema.ITEM_ID].take(pa.array(log.item_idx[rows])).to_pylist()
+    times = [0] * len(rows) if log.timestamp_ms is None else log.timestamp_ms[rows].tolist()
+    whole = dataset.interactions.filter(pc.greater(dataset.interactions[schema.WEIGHT], 0)).take(pa.array(rows))
+    events, values = whole[schema.EVENT].to_pylist(), whole[schema.VALUE].to_pylist()
+    history = tuple(
+        HistoryItem(item_id=item_id, event=event, timestamp_ms=time, value=value)
+        for item_id, event, time, value in zip(ids, events, times, values, strict=True)
+    )
+    return GoldenQuestion(history=history, now_ms=max(times, default=0) + 60_000, top_k=_TOP_K)

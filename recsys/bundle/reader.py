@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from recsys.bundle import manifest as layout
 from recsys.bundle.golden import GoldenQuery
+from recsys.bundle.histories import HISTORIES_SCHEMA
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest, refuse_pickle
 from recsys.bundle.pointer import locate
@@ -46,17 +47,6 @@ CACHE_VARIABLE = "RECSYS_CACHE"
 CACHED_BUNDLES = 8
 """so many copies stay in the cache, those that were opened last, and those that are open"""
 _COPY = re.compile("[0-9a-f]{64}")
-
-HISTORIES_SCHEMA = pa.schema(
-    [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("item_ids", pa.list_(pa.string()), nullable=False),
-        pa.field("timestamps_ms", pa.list_(pa.int64()), nullable=False),
-        pa.field("events", pa.list_(pa.string()), nullable=False),
-        pa.field("values", pa.list_(pa.float32()), nullable=False),
-    ]
-)
-"""``histories.parquet``: one row per user, lists aligned and oldest first; time 0 and value NaN where there is none."""
 
 PartT = TypeVar("PartT")
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from recsys.bundle import manifest as layout
 from recsys.bundle.golden import GoldenQuery
+from recsys.bundle.histories import HISTORIES_SCHEMA
 from recsys.bundle.location import sync_folder
 from recsys.bundle.manifest import Manifest, list_files, refuse_pickle
-from recsys.bundle.reader import HISTORIES_SCHEMA, Bundle
+from recsys.bundle.reader import Bundle
 from recsys.config import StrictConfig, to_yaml
 from recsys.data.dataset import DatasetInfo
 from recsys.errors import BundleError
@@ -75,7 +76,7 @@ class BundleWriter:
         write_arrow(self.part(layout.SLATES), slates)
 
     def add_histories(self, histories: pa.Table) -> None:
-        """What users did: :data:`~recsys.bundle.reader.HISTORIES_SCHEMA`, one row per user."""
+        """What users did: :data:`~recsys.bundle.histories.HISTORIES_SCHEMA`, one row per user."""
         if not histories.schema.equals(HISTORIES_SCHEMA):
             raise BundleError(f"histories need the columns\n{HISTORIES_SCHEMA}\nnot\n{histories.schema}")
         write_parquet(self.part(layout.HISTORIES), histories)

@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from recsys.bundle import Bundle, GoldenQuery
+from recsys.bundle import Bundle, GoldenQuestion
 from recsys.bundle.slates import Slates
 from recsys.data.catalogue import Catalogue
 from recsys.data.positives import PositivePolicy
@@ -218,7 +218,7 @@ class Recommender:
             slate,
         )
 
-    def answer_golden(self, golden: GoldenQuery) -> Recommendation:
+    def answer_golden(self, golden: GoldenQuestion) -> Recommendation:
         """The answer to a Bundle's golden query, no stage skipped.
 
         :raises BundleError: when a stage was skipped.
@@ -401,7 +401,7 @@ class _LoopThread:
         self._loop.close()
 
 
-def golden_request(golden: GoldenQuery, config: PipelineConfig) -> RecommendRequest:
+def golden_request(golden: GoldenQuestion, config: PipelineConfig) -> RecommendRequest:
     """The request that a golden query stands for; its time is given to ``arecommend`` beside it."""
     return RecommendRequest(
         history=golden.history,

@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 
 from recsys import schema
-from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenQuery
-from recsys.data.catalogue import Catalogue
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, GoldenQuestion
+from recsys.bundle.assemble import BundleParts, assemble
 from recsys.data.dataset import DatasetInfo
 from recsys.data.features import ItemFeatures
 from recsys.data.histories import Histories
@@ -31,7 +31,7 @@ from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
 from recsys.pipeline.bundle_config import BundleConfig
 from recsys.pipeline.config import PipelineConfig
-from recsys.pipeline.recommender import Recommender
+from recsys.pipeline.golden import golden_answer
 from recsys.testing.planted import random_numeric
 from recsys.training.runtime import Runtime
 from recsys.types import HistoryItem
@@ -119,8 +119,6 @@ def make_bundle(
             FitData(log, np.ones(len(log.item_idx), np.float32), items, text, seed=seed),
             Runtime("cpu", checkpoints=checkpoints),
         )
-    vectors = fitted.item_vectors() if isinstance(fitted, VectorRetriever) else None
-    embedding_dim = 0 if vectors is None else vectors.shape[1]
     features = ItemFeatures(
         random_numeric(generator, size.num_items),
         np.eye(2, dtype=np.float32)[np.arange(size.num_items) % 2],
@@ -140,51 +138,48 @@ def make_bundle(
         project(network, content),
         uses_time=True,
     )
-    with BundleWriter(parent) as writer:
-        Catalogue.build(items).save(writer.part("items"))
-        fitted.save(writer.part("retriever"))
-        if vectors is not None:
-            (index or FlatIndex()).build(vectors).save(writer.part("index"))
-        ranker.save(writer.part("ranker"))
-        best = np.argsort(-counts, kind="stable").astype(np.int32)
-        writer.add_popular(best, counts[best])
-        columns = [
-            [f"u{user}" for user in range(size.num_users)],
-            [[f"i{item}" for item in history] for history in histories],
-            times,
-            [["rating"] * length for length in lengths],
-            [[5.0] * length for length in lengths],
-        ]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, HISTORIES_SCHEMA, strict=True)]
-        writer.add_histories(pa.table(arrays, schema=HISTORIES_SCHEMA))
-        writer.add_config(
-            BundleConfig(
-                positives=PositivePolicy(),
-                protocol=info.protocol,
-                encoder=None if encoder is None else encoder.encoding(),
-                index=index or FlatIndex(),
-                pipeline=pipeline or PipelineConfig(),
-                export=ExportConfig(),
-                popular=Popularity(),
-                num_popular=size.num_items,
-                max_history=size.longest,
-                evaluation=EvaluationConfig(),
-                seed=seed,
-            )
-        )
-        if encoder is not None:
-            writer.add("encoder", encoder.model_folder())
-            FlatIndex().build(text).save(writer.part("text_index"))
-        question = GoldenQuery.model_construct(
-            history=tuple(
-                HistoryItem(item_id=f"i{item}", event="rating", timestamp_ms=time, value=5.0)
-                for item, time in zip(histories[0], times[0], strict=True)
-            ),
-            now_ms=START_MS + 3_600_000,
-            top_k=10,
-        )
-        with Recommender.of(writer.draft(info, embedding_dim=embedding_dim)) as recommender:
-            answer = recommender.answer_golden(question)
-        item_ids, scores = zip(*((item.item_id, item.score) for item in answer.items), strict=True)
-        writer.add_golden(question.model_copy(update={"item_ids": item_ids, "scores": scores}))
-        return writer.finish(info, embedding_dim=embedding_dim)
+    best = np.argsort(-counts, kind="stable").astype(np.int32)
+    columns = [
+        [f"u{user}" for user in range(size.num_users)],
+        [[f"i{item}" for item in history] for history in histories],
+        times,
+        [["rating"] * length for length in lengths],
+        [[5.0] * length for length in lengths],
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, HISTORIES_SCHEMA, strict=True)]
+    config = BundleConfig(
+        positives=PositivePolicy(),
+        protocol=info.protocol,
+        encoder=None if encoder is None else encoder.encoding(),
+        index=index or FlatIndex(),
+        pipeline=pipeline or PipelineConfig(),
+        export=ExportConfig(),
+        popular=Popularity(),
+        num_popular=size.num_items,
+        max_history=size.longest,
+        evaluation=EvaluationConfig(),
+        seed=seed,
+    )
+    question = GoldenQuestion(
+        history=tuple(
+            HistoryItem(item_id=f"i{item}", event="rating", timestamp_ms=time, value=5.0)
+            for item, time in zip(histories[0], times[0], strict=True)
+        ),
+        now_ms=START_MS + 3_600_000,
+        top_k=10,
+    )
+    parts = BundleParts(
+        info=info,
+        items=items,
+        config=config,
+        retriever=fitted,
+        index=config.index,
+        ranker=ranker,
+        encoder=None if encoder is None else encoder.model_folder(),
+        text_vectors=None if encoder is None else text,
+        popular=(best, counts[best]),
+        histories=pa.table(arrays, schema=HISTORIES_SCHEMA),
+        question=question,
+        metrics={},
+    )
+    return assemble(parent, parts, answer=golden_answer)

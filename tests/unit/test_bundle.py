@@ -19,10 +19,11 @@ import pyarrow as pa
 import pytest
 
 from recsys import schema
-from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenQuery, Manifest
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, GoldenQuery, Manifest
 from recsys.bundle import reader as reader_module
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, content_id, git_revision, list_files
+from recsys.bundle.writer import BundleWriter
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories

@@ -13,10 +13,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from recsys.bundle import Bundle, BundleStore, BundleWriter
+from recsys.bundle import Bundle, BundleStore
 from recsys.bundle import manifest as manifest_module
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST
+from recsys.bundle.writer import BundleWriter
 from recsys.data.dataset import DatasetInfo
 from recsys.errors import (
     BundleCorruptError,

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from recsys import Recommender
-from recsys.bundle import HISTORIES_SCHEMA, Bundle, BundleWriter, GoldenQuery
+from recsys.bundle import HISTORIES_SCHEMA, Bundle, GoldenQuestion
+from recsys.bundle.assemble import BundleParts, assemble
 from recsys.config import StrictConfig
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
@@ -18,8 +19,9 @@ from recsys.data.positives import PositivePolicy
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.index.flat import FlatIndex
 from recsys.models import ESASRec, ItemKNN
-from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
+from recsys.models.base import FitData, RetrieverConfig
 from recsys.pipeline.config import PipelineConfig
+from recsys.pipeline.golden import golden_answer
 from recsys.testing.pipeline import items_table
 from recsys.training.loop import TrainConfig
 from recsys.training.runtime import Runtime
@@ -71,27 +73,22 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "events": [["interaction"] * 8] * NUM_USERS,
         "values": [[float("nan")] * 8] * NUM_USERS,
     }
-    with BundleWriter(folder) as writer:
-        catalogue.save(writer.part("items"))
-        model.save(writer.part("retriever"))
-        dim = 1
-        if isinstance(model, VectorRetriever):
-            dim = model.item_vectors().shape[1]
-            FlatIndex().build(model.item_vectors()).save(writer.part("index"))
-        writer.add_popular(np.arange(5, dtype=np.int32), np.arange(5, 0, -1).astype(np.float32))
-        writer.add_histories(pa.table(histories, schema=HISTORIES_SCHEMA))
-        writer.add_config(Resolved())
-        question = {
-            "history": tuple(HistoryItem(item_id=f"i{row}", event="interaction", timestamp_ms=5) for row in (3, 4)),
-            "now_ms": 10_000,
-            "top_k": 5,
-        }
-        with Recommender.of(writer.draft(info, embedding_dim=dim)) as recommender:
-            answer = recommender.answer_golden(GoldenQuery.model_construct(**question))
-        writer.add_golden(
-            GoldenQuery.model_validate(question | {"item_ids": tuple(answer.item_ids), "scores": tuple(answer.scores)})
-        )
-        return writer.finish(info, embedding_dim=dim)
+    parts = BundleParts(
+        info=info,
+        items=items,
+        config=Resolved(),
+        retriever=model,
+        index=FlatIndex(),
+        popular=(np.arange(5, dtype=np.int32), np.arange(5, 0, -1).astype(np.float32)),
+        histories=pa.table(histories, schema=HISTORIES_SCHEMA),
+        question=GoldenQuestion(
+            history=tuple(HistoryItem(item_id=f"i{row}", event="interaction", timestamp_ms=5) for row in (3, 4)),
+            now_ms=10_000,
+            top_k=5,
+        ),
+        metrics={},
+    )
+    return assemble(folder, parts, answer=golden_answer)
 
 
 @pytest.mark.parametrize("inline", [True, False])

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from jobs import update
 from jobs.events import log_config
-from jobs.steps.publish import histories
 from recsys import schema
 from recsys.bundle.changes import ITEM_CHANGES
+from recsys.bundle.histories import histories_table
 from recsys.bundle.store import BundleStore
 from recsys.data.dataset import Split
 from recsys.errors import BundleError, EventStoreError
@@ -208,7 +208,7 @@ def test_the_command_says_what_it_did(store, events, tmp_path):
 KILLED = """
 import os, signal, sys, typer
 from jobs import update
-from recsys.bundle import store as store_module
+from recsys.bundle import store as store_module, writer as writer_module
 owner, name = {place}
 setattr(owner, name, lambda *_, **__: os.killpg(0, signal.SIGKILL))
 typer.run(update.main)
@@ -217,7 +217,7 @@ typer.run(update.main)
 PLACES: dict[str, tuple[str, int]] = {
     "with all to learn": ("update, '_learned'", 0),
     "taught": ("update, 'judge'", 0),
-    "half written": ("update.BundleWriter, 'finish'", 0),
+    "half written": ("writer_module.BundleWriter, 'finish'", 0),
     "half copied into the store": ("store_module, 'move_into_place'", 0),
     "in the store": ("update.BundleStore, 'try_out'", 1),
     "on trial": ("update.BundleStore, 'promote'", 1),  # the same child: it was learned from the same events
@@ -395,11 +395,11 @@ def test_late_events_are_learned_and_what_nobody_knows_is_kept(store, events):
     row = np.flatnonzero(log.late[log.dataset.log.weight > 0])
     assert data.lesson.weight[row] == 1
     assert row[0] in data.lesson.histories.rows()
-    whole = with_unknown(histories(log.dataset, 500), log.unknown, 500)
+    whole = with_unknown(histories_table(log.dataset, 500), log.unknown, 500)
     (kept,) = [each for each in whole.to_pylist() if each["user_id"] == user_id]
     assert kept["item_ids"][-1] == "not yet"
     assert "item-5" in kept["item_ids"]
-    assert len(whole) == len(histories(log.dataset, 500))
+    assert len(whole) == len(histories_table(log.dataset, 500))
 
 
 def test_items_without_any_event_enter_too(store, events, tmp_path):
