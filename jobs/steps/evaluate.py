@@ -37,7 +37,7 @@ def run(config: JobConfig, prepared: Artifact, retriever: Artifact, ranker: Arti
         stages.append(RankingStage("", load_ranker(ranker.path / "judged")))
         catalogue = Catalogue.build(dataset.items)
         embeddings = model.item_embeddings() if isinstance(model, VectorRetriever) else None
-        served = [*stages, RerankingStage("", catalogue, config.pipeline.reranking, item_embeddings=embeddings)]
+        served = [*stages, RerankingStage("", catalogue, config.pipeline.rules, item_embeddings=embeddings)]
         asked = {
             "num_candidates": config.pipeline.num_candidates,
             "max_history": config.pipeline.max_history,

@@ -28,7 +28,6 @@ from recsys.data.dataset import Dataset
 from recsys.files import atomic_path, write_parquet
 from recsys.models import load_ranker, load_retriever
 from recsys.models.base import VectorRetriever
-from recsys.pipeline.config import ExplorationConfig
 from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
 from recsys.pipeline.stage import Stage
 from recsys.pipeline.stages.ranking import RankingStage
@@ -93,11 +92,11 @@ class SlateMaker:
         model = load_retriever(retriever)
         embeddings = model.item_embeddings() if isinstance(model, VectorRetriever) else None
         # What is kept for days must not hang on one throw of the dice.
-        reranking = config.pipeline.reranking.model_copy(update={"exploration": ExplorationConfig()})
+        rules = [rule for rule in config.pipeline.rules if not rule.live_only]
         self._stages: list[Stage] = [
             retrieval_stage(config.index, self._dataset, model),
             RankingStage("", load_ranker(ranker)),
-            RerankingStage("", Catalogue.build(self._dataset.items), reranking, item_embeddings=embeddings),
+            RerankingStage("", Catalogue.build(self._dataset.items), rules, item_embeddings=embeddings),
         ]
         self._everybody = self._dataset.everybody()
 

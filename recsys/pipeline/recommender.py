@@ -40,12 +40,12 @@ from recsys.pipeline.requests import (
     SearchRequest,
     SimilarRequest,
 )
+from recsys.pipeline.rules.pin import PINNED
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.search import SEARCH, TextSearch
 from recsys.pipeline.similarity import ItemSimilarity
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
-from recsys.pipeline.stages.reranking import PINNED
 from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates
 from recsys.types import Candidates, Filters, FloatArray, Int32Array, Query
 

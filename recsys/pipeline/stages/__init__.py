@@ -40,5 +40,5 @@ def build_stage(bundle: Bundle, name: str, config: PipelineConfig | None = None)
         from recsys.pipeline.stages.reranking import RerankingStage
 
         embeddings = bundle_item_embeddings(bundle)
-        return RerankingStage(bundle.bundle_id, bundle.catalogue(), config.reranking, embeddings)
+        return RerankingStage(bundle.bundle_id, bundle.catalogue(), config.rules, embeddings)
     raise ConfigError(f"there is no stage {name!r}; stages are {', '.join(STAGES)}", stage=name)
