@@ -27,7 +27,6 @@ from recsys import schema
 from recsys.data.catalogue import Catalogue
 from recsys.files import atomic_path, write_parquet
 from recsys.pipeline.build import Parts
-from recsys.pipeline.config import ExplorationConfig
 from recsys.pipeline.offline import OfflinePipeline
 
 PART_USERS = 2048
@@ -87,10 +86,10 @@ class SlateMaker:
             Catalogue.build(self._dataset.items), retriever.load("final"), config.index, ranker.load("final")
         )
         # What is kept for days must not hang on one throw of the dice.
-        reranking = config.pipeline.reranking.model_copy(update={"exploration": ExplorationConfig()})
+        rules = tuple(rule for rule in config.pipeline.rules if not rule.live_only)
         self._pipeline = OfflinePipeline(
             parts,
-            config.pipeline.model_copy(update={"reranking": reranking}),
+            config.pipeline.model_copy(update={"rules": rules}),
             hides=self._dataset.hides(config.data.positives),
         )
         self._everybody = self._dataset.everybody()

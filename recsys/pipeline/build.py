@@ -100,7 +100,7 @@ def build_stage(name: str, parts: Parts, config: PipelineConfig) -> Stage | None
         ranker = parts.ranker()
         return None if ranker is None else RankingStage(parts.bundle_id, ranker)
     if name == RERANKING:
-        return RerankingStage(parts.bundle_id, parts.catalogue, config.reranking, parts.item_embeddings())
+        return RerankingStage(parts.bundle_id, parts.catalogue, config.rules, parts.item_embeddings())
     raise ConfigError(f"there is no stage {name!r}; stages are {', '.join(STAGES)}", stage=name)
 
 

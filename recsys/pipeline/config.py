@@ -7,80 +7,10 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
+from recsys.pipeline.rules import MAX_RULES, AnyRule
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle
-
-
-class ItemSelection(StrictConfig):
-    """Items named by id, by category, or both."""
-
-    item_ids: tuple[str, ...] = Field(
-        default=(), description="items of the rule; one that the catalogue lacks is ignored"
-    )
-    categories: tuple[str, ...] = Field(default=(), description="every item of these categories is in the rule, too")
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.item_ids and not self.categories:
-            raise ValueError("name at least one of item_ids and categories")
-        return self
-
-
-class Pin(ItemSelection):
-    """Puts items at a place of the slate: those of ``item_ids`` even where retrieval did not find them, and the best
-    candidate of ``categories``. A pinned item still obeys the hard rules.
-    """
-
-    position: int = Field(
-        default=0, ge=0, le=999, description="place of the first pinned item, 0 is the top; others follow it"
-    )
-
-
-class Boost(ItemSelection):
-    """Moves items up or down."""
-
-    amount: float = Field(
-        default=0.2,
-        ge=-1,
-        le=1,
-        description="added to relevance, which runs from 0 for the worst candidate to 1 for the best (-1 to 1)",
-    )
-
-
-class Bury(ItemSelection):
-    """Shows items only when nothing else is left."""
-
-
-class ExplorationConfig(StrictConfig):
-    """Places of a slate that go to chance, so that more can be learned than what the models believe already."""
-
-    share: float = Field(
-        default=0.0, ge=0, le=1, description="probability that a place goes to any of the candidates left (0 to 1)"
-    )
-    seed: int = Field(default=0, ge=0, description="with the request_id it decides what chance decides")
-
-
-class RerankingConfig(StrictConfig):
-    """How the final order is made from scores."""
-
-    diversity: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="0 orders by score alone, 1 by novelty against what is above; a request may give its own (0 to 1)",
-    )
-    max_per_creator: int = Field(
-        default=0,
-        ge=0,
-        description="items of one creator in a slate, relaxed before it gets short; 0 is unlimited (items)",
-    )
-    pins: tuple[Pin, ...] = Field(
-        default=(), description="items at fixed places; where two want one place the first rule wins"
-    )
-    boosts: tuple[Boost, ...] = Field(default=(), description="items moved up or down; amounts add up")
-    buries: tuple[Bury, ...] = Field(default=(), description="items shown only when nothing else is left")
-    exploration: ExplorationConfig = Field(default=ExplorationConfig(), description="places that go to chance")
 
 
 class BudgetsConfig(StrictConfig):
@@ -154,7 +84,11 @@ class PipelineConfig(StrictConfig):
     encoding_cache: int = Field(
         default=10_000, ge=0, description="histories whose encoded vectors retrieval keeps in memory (histories)"
     )
-    reranking: RerankingConfig = Field(default=RerankingConfig(), description="diversity, creator cap and rules")
+    rules: tuple[AnyRule, ...] = Field(
+        default=(),
+        max_length=MAX_RULES,
+        description="reranking rules, in the order in which they take turns (up to 200)",
+    )
 
     @model_validator(mode="after")
     def _times_fit(self) -> Self:

@@ -38,11 +38,11 @@ from recsys.pipeline.requests import (
     SearchRequest,
     SimilarRequest,
 )
+from recsys.pipeline.rules.pin import PINNED
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.search import SEARCH, TextSearch
 from recsys.pipeline.similarity import ItemSimilarity
 from recsys.pipeline.stage import AsyncStage
-from recsys.pipeline.stages.reranking import PINNED
 from recsys.pipeline.users import NOBODY, HistoriesTable, Profile, Profiles, UserStates, query_of
 from recsys.types import NO_FILTERS, Candidates, Filters, HistoryItem, Int32Array, Query
 

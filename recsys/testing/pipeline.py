@@ -47,12 +47,13 @@ def make_query(
     diversity: float | None = None,
     bundle_id: str = "bundle",
     request_id: str = "test",
+    now_ms: int = 0,
 ) -> Query:
-    """A query at time 0."""
+    """A query, at the beginning of 1970 unless said otherwise."""
     return Query(
         request_id=request_id,
         bundle_id=bundle_id,
-        now_ms=0,
+        now_ms=now_ms,
         history=History(np.array(history, np.int32), np.arange(len(history), dtype=np.int64)),
         excluded_item_idx=np.array(excluded, np.int32),
         top_k=top_k,

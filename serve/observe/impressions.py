@@ -14,7 +14,7 @@ from recsys.errors import EventStoreError, RequestError
 from recsys.events import Event, EventStore
 from recsys.events.base import check_events
 from recsys.pipeline.requests import Recommendation
-from recsys.pipeline.stages.reranking import PROPENSITY
+from recsys.pipeline.rules.exploration import PROPENSITY
 from serve.config import IMPRESSION
 from serve.observe.metrics import Meters
 

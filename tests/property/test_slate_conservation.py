@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.data.catalogue import Catalogue
-from recsys.pipeline.config import Boost, Bury, Pin, PipelineConfig, RerankingConfig
+from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
+from recsys.pipeline.rules import KINDS, RuleConfig
 from recsys.pipeline.runner import LocalStage, Runner
 from recsys.pipeline.selection import Selection
 from recsys.pipeline.stages.reranking import RerankingStage
@@ -27,13 +29,20 @@ few_items = st.lists(st.integers(0, NUM_ITEMS - 1), unique=True, max_size=5) | i
 item_ids = st.lists(st.integers(0, NUM_ITEMS + 2).map("i{}".format), min_size=1, max_size=4).map(tuple)
 some_categories = st.lists(st.sampled_from(CATEGORIES), max_size=2, unique=True).map(tuple)
 selections = st.fixed_dictionaries({"item_ids": item_ids, "categories": some_categories})
-configs = st.builds(
-    RerankingConfig,
-    diversity=st.sampled_from([0.0, 0.4, 1.0]),
-    max_per_creator=st.integers(0, 2),
-    pins=st.lists(st.builds(lambda s, p: Pin(**s, position=p), selections, st.integers(0, 12)), max_size=3).map(tuple),
-    boosts=st.lists(st.builds(lambda s: Boost(**s, amount=0.5), selections), max_size=2).map(tuple),
-    buries=st.lists(st.builds(lambda s: Bury(**s), selections), max_size=2).map(tuple),
+moments = st.none() | st.sampled_from([datetime(1969, 1, 1, tzinfo=UTC), datetime(1970, 1, 1, tzinfo=UTC)])
+periods = st.fixed_dictionaries(
+    {"starts_at": moments, "ends_at": st.none() | st.just(datetime(1970, 1, 2, tzinfo=UTC))}
+)
+kinds = st.one_of(
+    st.builds(lambda s, p: s | {"kind": "pin", "position": p}, selections, st.integers(0, 12)),
+    st.builds(lambda s, a: s | {"kind": "boost", "amount": a}, selections, st.sampled_from([-1.0, 0.5])),
+    st.builds(lambda s: s | {"kind": "bury"}, selections),
+    st.builds(lambda n: {"kind": "creator_cap", "num_items": n}, st.integers(1, 2)),
+    st.builds(lambda s: {"kind": "diversity", "strength": s}, st.sampled_from([0.0, 0.4, 1.0])),
+    st.builds(lambda s: {"kind": "exploration", "share": s}, st.sampled_from([0.0, 0.5, 1.0])),
+)
+rule_lists = st.lists(
+    st.builds(lambda rule, period: KINDS.parse(rule | period, where="test"), kinds, periods), max_size=8
 )
 filters = st.builds(
     Filters,
@@ -55,7 +64,8 @@ def items_of(removals: tuple[Removal, ...]) -> list[int]:
     excluded=few_items,
     unavailable=few_items,
     wanted=filters,
-    config=configs,
+    rules=rule_lists,
+    diversity=st.none() | st.sampled_from([0.0, 0.7]),
     top_k=st.integers(1, 8) | st.integers(1, NUM_ITEMS + 5),
     broken=st.just(set[str]()) | st.sets(st.sampled_from(["retrieval", "ranking", "reranking"])),
     history=st.sampled_from([(), (0,)]),
@@ -68,7 +78,8 @@ def test_every_candidate_ends_in_exactly_one_place(
     excluded: list[int],
     unavailable: list[int],
     wanted: Filters,
-    config: RerankingConfig,
+    rules: list[RuleConfig],
+    diversity: float | None,
     top_k: int,
     broken: set[str],
     history: tuple[int, ...],
@@ -99,7 +110,7 @@ def test_every_candidate_ends_in_exactly_one_place(
     # A retrieval that knows no rules: worse than any real one.
     score = np.sort(rng.random(len(found)).astype(np.float32))[::-1]
     retrieved = Candidates.from_source("fake", np.array(found, np.int32), score)
-    reranking = RerankingStage("bundle", catalogue, config)
+    reranking = RerankingStage("bundle", catalogue, rules)
     working = {
         "retrieval": lambda _q, _c: retrieved,
         "ranking": lambda _q, c: c.scored("ranking", rng.standard_normal(len(c)).astype(np.float32)),
@@ -112,10 +123,12 @@ def test_every_candidate_ends_in_exactly_one_place(
     popular = PopularItems(
         NUM_ITEMS, np.array(proposed_again, np.int32), np.arange(len(proposed_again), 0, -1).astype(np.float32)
     )
-    query = make_query(history=history, excluded=excluded, top_k=top_k, num_candidates=max(10, top_k), filters=wanted)
-    slate = asyncio.run(
-        Runner(stages, Selection(HardRules(catalogue), popular), PipelineConfig(newcomers=newcomers)).run(query)
-    )
+    query = make_query(
+        history=history, excluded=excluded, top_k=top_k, num_candidates=max(10, top_k), filters=wanted,
+        diversity=diversity,
+    )  # fmt: skip
+    runner = Runner(stages, Selection(HardRules(catalogue), popular), PipelineConfig(newcomers=newcomers))
+    slate = asyncio.run(runner.run(query))
 
     selected = slate.selected.item_idx.tolist()
     filtered, not_selected = items_of(slate.filtered), items_of(slate.not_selected)

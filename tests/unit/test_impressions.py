@@ -25,7 +25,7 @@ SHARE = 0.3
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    pipeline = PipelineConfig.parse({"reranking": {"exploration": {"share": SHARE}}}, where="test")
+    pipeline = PipelineConfig.parse({"rules": [{"kind": "exploration", "share": SHARE}]}, where="test")
     return make_bundle(tmp_path_factory.mktemp("bundles"), pipeline)
 
 

@@ -136,7 +136,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_a_configuration_of_ones_own_reaches_every_stage(bundle: Bundle) -> None:
     """Rules that the Bundle does not have hold in the slate."""
     buried = PipelineConfig.parse(
-        {**PATIENT.model_dump(), "reranking": {"buries": [{"categories": ["c0", "c1"]}]}}, where="test"
+        {**PATIENT.model_dump(), "rules": [{"kind": "bury", "categories": ["c0", "c1"]}]}, where="test"
     )
     with Recommender.load(bundle.path, config=buried) as recommender:
         shown = bundle.catalogue().id_map.rows(recommender.recommend(user_id="u1", top_k=5).item_ids)

@@ -12,9 +12,10 @@ import pytest
 
 from recsys.data.catalogue import Catalogue
 from recsys.errors import StageError, StageOverloadedError
-from recsys.pipeline.config import Boost, BreakerConfig, BudgetsConfig, PipelineConfig, RerankingConfig
+from recsys.pipeline.config import BreakerConfig, BudgetsConfig, PipelineConfig
 from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
+from recsys.pipeline.rules.boost import BoostRule
 from recsys.pipeline.runner import CircuitBreaker, LocalStage, Runner
 from recsys.pipeline.selection import Selection
 from recsys.pipeline.stages.reranking import RerankingStage
@@ -83,7 +84,7 @@ def test_all_stages_in_order(catalogue: Catalogue, inline: bool):
 def test_of_a_newcomer_models_are_not_asked(catalogue: Catalogue):
     """What is popular, by the rules, reranked; that is no lower rung."""
     odd = Filters(categories_any=("odd",))
-    boosted = RerankingConfig(boosts=(Boost(item_ids=("i32",), amount=1.0),))
+    boosted = [BoostRule(item_ids=("i32",), amount=1.0)]
     stages = [raises("retrieval"), raises("ranking"), RerankingStage("bundle", catalogue, boosted)]
     runner = make_runner(catalogue, *stages, newcomers="popular")
     slate = run(runner)

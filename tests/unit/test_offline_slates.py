@@ -1,0 +1,26 @@
+"""Slates that are kept for days: no rule that is meant for live answers alone has a say in them."""
+
+from __future__ import annotations
+
+from jobs import pipeline
+from recsys.bundle.store import BundleStore
+from recsys.pipeline.rules.boost import BoostRule
+from recsys.pipeline.rules.exploration import ExplorationRule
+
+
+def test_rules_for_live_answers_alone_are_left_out(trained_job, published, tmp_path):
+    """The steps before are complete: only slates and Bundles are made."""
+
+    def slates(name, *rules):
+        publish = trained_job.publish.model_copy(update={"store": str(tmp_path / name)})
+        ruled = trained_job.pipeline.model_copy(update={"rules": rules})
+        pipeline.run(trained_job.model_copy(update={"pipeline": ruled, "publish": publish}))
+        of_everybody = BundleStore(tmp_path / name).open().slates()
+        return {user: of_everybody.of(user).item_idx.tolist() for user in ("user-0", "user-1", "user-2")}
+
+    usual = BundleStore(published).open().slates()
+    boost = BoostRule(item_ids=tuple(f"item-{n}" for n in range(50)), amount=1.0)
+    boosted = slates("boosted", boost)
+    assert all(boosted.values())
+    assert boosted == slates("explored", ExplorationRule(share=1.0), boost)
+    assert boosted != {user: usual.of(user).item_idx.tolist() for user in boosted}
