@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+"""another file system, one without hard links, one that keeps them to the owner, or too many of them"""
 
 
 @contextmanager
@@ -29,6 +33,21 @@ def atomic_path(path: str | Path) -> Generator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for the file ``source``, or a copy where file systems do not share files: costs no space, and each
+    name can be removed without the other. Only for files that are never changed in place.
+    """
+    source, target = Path(source).resolve(), Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def write_json(path: str | Path, value: Any) -> None:

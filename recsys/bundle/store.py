@@ -24,6 +24,7 @@ from recsys.bundle.pointer import Canary, Pointer, entry, folder_of, read_pointe
 from recsys.bundle.reader import Bundle, read_manifest
 from recsys.bundle.writer import move_into_place
 from recsys.errors import BundleError, BundleNotFoundError, PointerConflictError
+from recsys.files import link_or_copy
 
 
 class BundleStore:
@@ -75,7 +76,9 @@ class BundleStore:
         return self.activate(bundle.bundle_id, expected_parent)
 
     def add(self, bundle: Bundle) -> None:
-        """Copy ``bundle`` into the store, where it is not there yet, without moving the pointer."""
+        """Put ``bundle`` into the store, where it is not there yet, without moving the pointer. On one file system its
+        files get a second name and are not copied.
+        """
         target = self._folder(bundle.bundle_id)
         if (target / MANIFEST).exists():
             return
@@ -84,7 +87,7 @@ class BundleStore:
                 shutil.rmtree(target.local)  # what a removal left that came to no end
             temporary = target.local.with_name(f".{bundle.bundle_id}.{uuid.uuid4().hex}.tmp")
             try:
-                shutil.copytree(bundle.path, temporary)
+                shutil.copytree(bundle.path, temporary, copy_function=link_or_copy)
                 bundle.manifest.check_files(temporary)
                 move_into_place(temporary, target.local)
             finally:

@@ -22,7 +22,7 @@ from recsys.bundle.reader import Bundle
 from recsys.config import StrictConfig, to_yaml
 from recsys.data.dataset import DatasetInfo
 from recsys.errors import BundleError
-from recsys.files import write_arrow, write_json, write_parquet
+from recsys.files import link_or_copy, write_arrow, write_json, write_parquet
 
 
 class BundleWriter:
@@ -57,12 +57,14 @@ class BundleWriter:
         return self.path / name
 
     def add(self, name: str, source: str | Path) -> None:
-        """Copy a file or a folder as part ``name``."""
+        """Take a file or a folder as part ``name``. Files are linked where that can be, so nobody may change them in
+        place any more.
+        """
         source, target = Path(source), self.part(name)
         if source.is_dir():
-            shutil.copytree(source, target)
+            shutil.copytree(source, target, copy_function=link_or_copy)
         elif source.is_file():
-            shutil.copyfile(source, target)
+            link_or_copy(source, target)
         else:
             raise BundleError(f"{source}: there is nothing here to add as {name!r}", part=name, path=str(source))
 

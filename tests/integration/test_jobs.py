@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,6 +74,13 @@ def test_the_same_models_are_the_same_bundle(local: tuple[Path, str], tmp_path: 
     }
     assert first.bundle_id == second.bundle_id
     assert set(first.config) == set(BundleConfig.model_fields)
+    # Models are on the disk once, and every folder but the store may go.
+    (trained,) = tmp_path.glob("retriever/*/final")
+    for file in (each for each in trained.rglob("*") if each.is_file()):
+        assert file.samefile(second.part("retriever") / file.relative_to(trained))
+    for step in set(tmp_path.iterdir()) - {tmp_path / "another"}:
+        shutil.rmtree(step)
+    Bundle.open(tmp_path / "another" / "bundles").check()
 
 
 def test_every_user_has_a_slate_that_was_made_offline(local: tuple[Path, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +13,7 @@ import pytest
 from recsys.bundle.assemble import BundleParts, assemble, popular_items
 from recsys.bundle.golden import golden_question
 from recsys.bundle.histories import histories_table
+from recsys.bundle.reader import Bundle
 from recsys.bundle.slates import SLATES_SCHEMA
 from recsys.data.dataset import Dataset, Split
 from recsys.data.id_map import fingerprint_ids
@@ -73,6 +75,10 @@ def test_parts_in_memory_and_in_folders_are_one_bundle(parts: BundleParts, tmp_p
     first = assemble(tmp_path / "first", parts, answer=golden_answer)
     second = assemble(tmp_path / "second", saved, answer=golden_answer)
     assert first.bundle_id == second.bundle_id
+    for file in (tmp_path / "retriever").rglob("*"):
+        assert file.samefile(second.part("retriever") / file.relative_to(tmp_path / "retriever"))
+    shutil.rmtree(tmp_path / "retriever")
+    Bundle.open(second.path).check()
     assert (first.manifest.parent, second.manifest.parent) == (None, "p" * 64)
     assert first.section(BundleConfig) == CONFIG
     assert first.golden is not None and first.golden.history == parts.question.history

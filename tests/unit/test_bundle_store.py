@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +19,7 @@ import pytest
 from recsys.bundle import Bundle, BundleStore
 from recsys.bundle import manifest as manifest_module
 from recsys.bundle.location import Location
-from recsys.bundle.manifest import MANIFEST
+from recsys.bundle.manifest import MANIFEST, list_files
 from recsys.bundle.writer import BundleWriter
 from recsys.data.dataset import DatasetInfo
 from recsys.errors import (
@@ -161,6 +164,31 @@ def test_an_upload_cut_off_is_completed_by_the_next(bundles: list[Bundle], tmp_p
     store.publish(bundles[0].path, None)
     assert Bundle.open("memory://cutoff", cache=tmp_path / "cache").metrics == {"number": 0}
     fsspec.filesystem("memory").rm("/cutoff", recursive=True)
+
+
+def test_a_local_store_takes_the_files_without_copying_them(bundles: list[Bundle], tmp_path: Path) -> None:
+    store = BundleStore(tmp_path / "store")
+    store.publish(bundles[0].path, None)
+    held = store.open().path
+    for name in list_files(held):
+        assert (held / name).samefile(bundles[0].path / name)
+        assert (held / name).stat().st_nlink == 2
+    shutil.rmtree(bundles[0].path)
+    assert Bundle.open(store.root.local or "").bundle_id == bundles[0].bundle_id
+    store.open().check()
+
+
+def test_where_files_cannot_be_linked_they_are_copied(
+    bundles: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", elsewhere)
+    folder = tmp_path / "store" / "bundles"
+    BundleStore(tmp_path / "store").add(bundles[0])
+    assert Bundle.open(folder / bundles[0].bundle_id).bundle_id == bundles[0].bundle_id
+    assert all((folder / bundles[0].bundle_id / name).stat().st_nlink == 1 for name in list_files(bundles[0].path))
 
 
 def test_a_damaged_bundle_is_not_published(store: BundleStore, bundles: list[Bundle]) -> None:

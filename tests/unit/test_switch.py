@@ -161,8 +161,9 @@ async def test_a_bad_bundle_is_refused_and_the_old_one_stays(opened, store, bund
 async def test_a_damaged_bundle_is_refused(opened, store, bundles):
     switch, service = opened
     (part,) = (store.root.local / "bundles" / bundles[1].bundle_id).rglob("items.arrow")
-    part.chmod(0o600)
-    part.write_bytes(b"x" + part.read_bytes()[1:])
+    damaged = b"x" + part.read_bytes()[1:]
+    part.unlink()  # the file is that of the Bundle that was added, too
+    part.write_bytes(damaged)
     store.activate(bundles[1].bundle_id, bundles[0].bundle_id)
     await switch.step(service)
     assert service.current.bundle_id == bundles[0].bundle_id
