@@ -41,7 +41,7 @@ from recsys.config import StrictConfig, load_config
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.features import ItemFeatures, matrix
-from recsys.data.splits import LeaveOneOutSplit
+from recsys.data.splits.leave_one_out import LeaveOneOutSplit
 from recsys.errors import ConfigError, RecsysError
 from recsys.evaluation.page import suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select

@@ -7,7 +7,7 @@ A room (retrievers, sources, index kinds, reranking rules ...) lists its members
 
 A member is imported when it is asked for, so a room costs what is used of it and its members do not import each other.
 An installed package adds a member with an entry point ``<room>.<kind>`` in the group ``recsys.kinds`` that names the
-class. Each member is a :class:`Kind`: it brings a small sample of itself, over which the contract tests of its room run.
+class. Each member is a :class:`Kind`: it brings a small sample of itself for the contract tests of its room.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from recsys.data.config import DataConfig
 from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
-from recsys.data.sources import SyntheticSource
+from recsys.data.sources.synthetic import SyntheticSource
 from recsys.events import Event, SqliteEventStoreConfig
 from recsys.index.flat import FlatIndex
 from recsys.models import ESASRec, ItemKNN

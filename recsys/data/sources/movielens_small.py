@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 
@@ -24,6 +25,11 @@ class MovielensSmallSource(Source):
     """
 
     kind: Literal["movielens_small"] = "movielens_small"
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        _package()
+        return cls()
 
     @property
     def has_time(self) -> bool:
