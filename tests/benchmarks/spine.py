@@ -92,7 +92,7 @@ def overheads(workdir: Path) -> None:
     from lean_client import LeanClient
 
     from recsys.bundle import Bundle
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from recsys.pipeline.offline import run_stages
     from recsys.pipeline.recommender import Recommender
     from recsys.pipeline.runner import LocalStage

@@ -17,7 +17,8 @@ from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.data.sources.synthetic import SyntheticSource
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.index.flat import FlatIndex
 from recsys.models import ESASRec, ItemKNN
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever

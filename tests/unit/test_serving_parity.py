@@ -14,7 +14,8 @@ from jobs import pipeline
 from recsys.bundle.store import BundleStore
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, candidate_features
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.models import load_ranker, load_retriever
 from recsys.models.rankers.base import RankingItems
 from recsys.online.log import grow

@@ -26,8 +26,9 @@ from recsys.data.sources.parquet import ParquetSource
 from recsys.data.sources.sequences import SequencesSource
 from recsys.data.sources.synthetic import SyntheticSource
 from recsys.errors import ConfigError, DataError, EmptyDataError, SchemaError
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
 from recsys.events.exported import write_log
+from recsys.events.sqlite import SqliteEventStoreConfig
 
 SHARED = Path("../shared/data")
 
