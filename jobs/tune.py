@@ -33,8 +33,8 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
 from recsys.errors import ConfigError, RecsysError
 from recsys.files import atomic_path, write_json
-from recsys.models import AnyRetriever
 from recsys.models.base import FitData, RetrieverConfig
+from recsys.models.retrievers import AnyRetriever
 from recsys.training.runtime import Runtime
 
 console = Console(stderr=True)

@@ -14,8 +14,9 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.evaluation.protocol import RankFn, SystemResult, evaluate_ranker, retriever_ranker
 from recsys.evaluation.report import build_report
-from recsys.models import load_ranker, load_retriever
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
+from recsys.models.rankers import load_ranker
+from recsys.models.retrievers import load_retriever
 from recsys.pipeline.offline import retrieval_stage, staged
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.stage import Stage

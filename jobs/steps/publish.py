@@ -22,8 +22,8 @@ from recsys.bundle.writer import BundleWriter
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
-from recsys.models import load_retriever
 from recsys.models.base import FitData, VectorRetriever
+from recsys.models.retrievers import load_retriever
 from recsys.pipeline.recommender import Recommender
 from recsys.training.runtime import Runtime
 from recsys.types import Filters

@@ -26,8 +26,9 @@ from recsys import schema
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset
 from recsys.files import atomic_path, write_parquet
-from recsys.models import load_ranker, load_retriever
 from recsys.models.base import VectorRetriever
+from recsys.models.rankers import load_ranker
+from recsys.models.retrievers import load_retriever
 from recsys.pipeline.config import ExplorationConfig
 from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
 from recsys.pipeline.stage import Stage

@@ -28,12 +28,14 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, matrix
 from recsys.evaluation.protocol import sample_queries, select
 from recsys.files import write_json
-from recsys.models import load_ranker, load_retriever
 from recsys.models.base import Retriever, VectorRetriever
-from recsys.models.rankers.attention import AttentionRanker
-from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
+from recsys.models.rankers import load_ranker
+from recsys.models.rankers.attention_network import AttentionRanker
+from recsys.models.rankers.base import Ranker, RankerConfig
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.export import choose_export, export_ranker
+from recsys.models.rankers.queries import RankingCatalogue, RankingItems, item_content
+from recsys.models.retrievers import load_retriever
 from recsys.pipeline.offline import retrieval_stage, retrieved_examples
 from recsys.training.runtime import Runtime
 

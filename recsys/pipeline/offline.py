@@ -13,8 +13,8 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Targets
 from recsys.index.base import IndexConfig
 from recsys.models.base import Retriever, VectorRetriever
-from recsys.models.rankers.base import RankingItems
 from recsys.models.rankers.examples import RankingExamples, ranking_examples
+from recsys.models.rankers.queries import RankingItems
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.stage import Stage
 from recsys.pipeline.stages.reranking import RerankingStage

@@ -269,10 +269,12 @@ def quantized_ranker(workdir: Path) -> None:
     from recsys.config import load_config
     from recsys.data.dataset import Dataset, Split
     from recsys.evaluation.significance import paired_difference
-    from recsys.models import load_ranker, load_retriever
-    from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig
+    from recsys.models.rankers import load_ranker
+    from recsys.models.rankers.attention import AttentionRankerConfig
+    from recsys.models.rankers.attention_network import AttentionRanker
     from recsys.models.rankers.examples import ranking_examples
     from recsys.models.rankers.export import ExportedRanker, interleaved_p50_ms
+    from recsys.models.retrievers import load_retriever
     from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages
 
     torch.set_num_threads(THREADS)

@@ -20,8 +20,9 @@ from recsys.data.sources.synthetic import SyntheticSource
 from recsys.events import Event
 from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.index.flat import FlatIndex
-from recsys.models import ESASRec, ItemKNN
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.pipeline.config import PipelineConfig
 from recsys.testing.pipeline import items_table
 from recsys.training.loop import TrainConfig

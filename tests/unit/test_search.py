@@ -7,10 +7,10 @@ import pytest
 
 from recsys.errors import RequestError
 from recsys.models.text.encoder import TextEncoderConfig
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RequestFilters, SearchRequest
 from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle
-from recsys.testing.tiny_encoder import tiny_encoder
 
 WORDS = ["red", "green", "blue", "apple", "train", "river", "night", "ride"]
 TEXTS = [f"{first} {second}" for first in WORDS for second in WORDS if first != second]

@@ -16,8 +16,9 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures, candidate_features
 from recsys.events import Event
 from recsys.events.sqlite import SqliteEventStoreConfig
-from recsys.models import load_ranker, load_retriever
-from recsys.models.rankers.base import RankingItems
+from recsys.models.rankers import load_ranker
+from recsys.models.rankers.queries import RankingItems
+from recsys.models.retrievers import load_retriever
 from recsys.online.log import grow
 from recsys.pipeline.offline import queries_of, retrieval_stage, run_stages, staged
 from recsys.pipeline.popular import PopularItems
