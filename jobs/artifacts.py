@@ -25,9 +25,10 @@ from recsys.bundle.slates import SLATES_SCHEMA
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import matrix
 from recsys.files import fingerprint, read_json, write_json
-from recsys.models import load_ranker, load_retriever
 from recsys.models.base import Retriever
+from recsys.models.rankers import load_ranker
 from recsys.models.rankers.base import Ranker
+from recsys.models.retrievers import load_retriever
 
 FORMAT = 2
 """Raised when the meaning of what steps write changes, so that older folders are not reused."""

@@ -43,17 +43,19 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.features import ItemFeatures
-from recsys.data.splits import LeaveOneOutSplit
+from recsys.data.splits.leave_one_out import LeaveOneOutSplit
 from recsys.errors import ConfigError
 from recsys.evaluation.page import suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
 from recsys.files import atomic_path, link_or_copy, read_json, write_json
 from recsys.index.flat import FlatIndex
-from recsys.models import AnyRanker, AnyRetriever, load_ranker, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
-from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
+from recsys.models.rankers import AnyRanker, load_ranker
+from recsys.models.rankers.base import Ranker, RankerConfig
 from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.queries import RankingCatalogue, RankingItems, item_content
+from recsys.models.retrievers import AnyRetriever, load_retriever
 from recsys.models.retrievers.neighbours.item_knn import ItemKNN
 from recsys.models.retrievers.popularity import Popularity
 from recsys.models.text.encoder import TextEncoderConfig

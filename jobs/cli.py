@@ -13,12 +13,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from jobs._ray import ComputeConfig
 from jobs.config import JobConfig
 from recsys.config import load_config
 from recsys.errors import RecsysError
+from recsys.kinds import parts_of
 
 ConfigPath = Annotated[Path, typer.Option("--config", help="YAML configuration; see configs/ for complete ones")]
 Overrides = Annotated[
@@ -76,8 +78,9 @@ def show_progress() -> None:
 def _keys_of(section: str | None) -> str:
     if section is None:
         return "\b\nKeys of the configuration (--set KEY=VALUE):\n" + "\n".join(_keys(JobConfig, "", depth=4))
-    annotation = JobConfig.model_fields[section].annotation
-    lines = [line for model in _models(annotation) for line in _keys(model, f"{section}.", depth=3)]
+    lines = [
+        line for model in _models(JobConfig.model_fields[section]) for line in _keys(model, f"{section}.", depth=3)
+    ]
     lines += _keys(ComputeConfig, "compute.", depth=1)
     return "\b\nKeys of this step (--set KEY=VALUE):\n" + "\n".join(lines)
 
@@ -85,7 +88,7 @@ def _keys_of(section: str | None) -> str:
 def _keys(model: type[BaseModel], prefix: str, *, depth: int) -> list[str]:
     lines: list[str] = []
     for name, field in model.model_fields.items():
-        nested = _models(field.annotation)
+        nested = _models(field)
         if nested and depth > 1 and name != "kind":
             for one in nested:
                 kind = one.model_fields.get("kind")
@@ -106,8 +109,7 @@ def _show(value: Any) -> str:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The configuration classes inside an annotation: itself, or the members of a union."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType, Annotated):
-        return [model for part in typing.get_args(annotation) for model in _models(part)]
+    """The configuration classes inside a field or an annotation: itself, the members of a union or of a room."""
+    if isinstance(annotation, FieldInfo) or typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [model for part in parts_of(annotation) for model in _models(part)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

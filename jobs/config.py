@@ -10,9 +10,10 @@ from recsys.data.config import DataConfig
 from recsys.evaluation.protocol import EvaluationConfig
 from recsys.index import AnyIndex
 from recsys.index.flat import FlatIndex
-from recsys.models import AnyRanker, AnyRetriever
+from recsys.models.rankers import AnyRanker
 from recsys.models.rankers.attention import AttentionRankerConfig
 from recsys.models.rankers.export import ExportConfig
+from recsys.models.retrievers import AnyRetriever
 from recsys.models.retrievers.neighbours.item_knn import ItemKNN
 from recsys.models.retrievers.popularity import Popularity
 from recsys.models.retrievers.sequences.esasrec import ESASRec

@@ -18,16 +18,11 @@ import typer
 import yaml
 
 from recsys.errors import DataError, EventStoreError, RecsysError, RequestError
-from recsys.events import (
-    AnyEventLog,
-    AnyEventStore,
-    EventStore,
-    ExportedLogConfig,
-    RedisEventStoreConfig,
-    SqliteEventStoreConfig,
-)
+from recsys.events import AnyEventLog, AnyEventStore, EventStore
 from recsys.events.base import events_of
-from recsys.events.exported import COMPACTED, WATERMARK, opened, tables, write_log
+from recsys.events.exported import COMPACTED, WATERMARK, ExportedLogConfig, opened, tables, write_log
+from recsys.events.redis import RedisEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.schema import DAY_MS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -29,8 +29,8 @@ from recsys.config import parse, to_yaml
 from recsys.data.dataset import Split
 from recsys.errors import ConfigError
 from recsys.files import atomic_path, fingerprint, write_json
-from recsys.models import AnyRetriever
 from recsys.models.base import FitData, RetrieverConfig
+from recsys.models.retrievers import AnyRetriever
 from recsys.training.runtime import Runtime
 
 console = Console(stderr=True)

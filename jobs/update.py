@@ -42,10 +42,10 @@ from recsys.data.dataset import Dataset, Split
 from recsys.errors import BundleError, PointerConflictError, RecsysError
 from recsys.events import AnyEventLog, EventLog
 from recsys.files import write_json
-from recsys.models import load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig
 from recsys.models.rankers.base import Ranker
 from recsys.models.rankers.examples import RankingExamples
+from recsys.models.retrievers import load_retriever
 from recsys.models.text.encoder import item_texts
 from recsys.online.config import OnlineConfig
 from recsys.online.gate import Contestant, Verdict, judge, unsettled

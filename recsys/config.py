@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Collection, Iterable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from recsys.errors import ConfigError
 from recsys.files import fingerprint
-
-KINDS_GROUP = "recsys.kinds"
-"""Entry-point group of third-party kinds: an entry point ``<room>.<kind>`` names the configuration class."""
 
 
 class StrictConfig(BaseModel):
@@ -44,19 +38,6 @@ def parse(config_type: type[ConfigT] | Any, tree: Any, *, where: str) -> Any:
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines), where=where) from error
-
-
-def union(room: str, kinds: Iterable[type[StrictConfig]]) -> Any:
-    """The discriminated union of a room: its built-in ``kinds`` and those that installed packages add.
-
-    A third-party package adds a kind with an entry point ``"<room>.<kind>"`` in the group ``recsys.kinds``.
-    """
-    members = list(kinds)
-    added = (entry for entry in entry_points(group=KINDS_GROUP) if entry.name.split(".", 1)[0] == room)
-    members.extend(entry.load() for entry in added)
-    if len(members) == 1:
-        return members[0]
-    return Annotated[functools.reduce(operator.or_, members), Field(discriminator="kind")]
 
 
 def load_config(

@@ -4,6 +4,7 @@
 
     RecsysError
     ├── ConfigError             a configuration file, key or value is wrong
+    │   └── NotInstalledError   what it names needs a package or a server that is not here
     ├── DataError
     │   ├── SchemaError         columns or types break the data contract
     │   ├── EmptyDataError      nothing is left to work on
@@ -51,6 +52,10 @@ def _rebuild(cls: type[RecsysError], message: str, details: dict[str, Any]) -> R
 
 class ConfigError(RecsysError):
     """A configuration file, key or value is wrong."""
+
+
+class NotInstalledError(ConfigError):
+    """What the configuration names needs a package or a server that is not here."""
 
 
 class DataError(RecsysError):

@@ -35,21 +35,6 @@ def atomic_path(path: str | Path) -> Generator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A second name for the file ``source``, or a copy where file systems do not share files: costs no space, and each
-    name can be removed without the other. Only for files that are never changed in place.
-    """
-    source, target = Path(source).resolve(), Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        with atomic_path(target) as temporary:
-            shutil.copyfile(source, temporary)
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_path(path) as temporary:

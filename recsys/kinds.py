@@ -7,7 +7,7 @@ A room (retrievers, sources, index kinds, reranking rules ...) lists its members
 
 A member is imported when it is asked for, so a room costs what is used of it and its members do not import each other.
 An installed package adds a member with an entry point ``<room>.<kind>`` in the group ``recsys.kinds`` that names the
-class.
+class. Each member is a :class:`Kind`: it brings a small sample of itself for the contract tests of its room.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import importlib
 import operator
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Generic, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Generic, Self, TypeVar, get_args
 
 from pydantic import Field, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema
 
 from recsys.config import StrictConfig, parse
@@ -28,7 +30,26 @@ from recsys.errors import ConfigError
 
 GROUP = "recsys.kinds"
 """entry-point group of third-party kinds"""
-MemberT = TypeVar("MemberT", bound=StrictConfig)
+
+
+class Kind(StrictConfig):
+    """A member of a room. Subclasses have a field ``kind: Literal["name"] = "name"``."""
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        """A small one, for the contract tests of its room: what it reads it writes into ``folder``, which exists.
+
+        A server it needs is named by an environment variable.
+
+        :raises NotInstalledError: where this machine lacks a package or a server; the tests are then skipped.
+        """
+        raise ConfigError(
+            f"{cls.__module__}.{cls.__qualname__} has no sample: give it a classmethod sample(cls, folder) that makes "
+            "a small one for the contract tests"
+        )
+
+
+MemberT = TypeVar("MemberT", bound=Kind)
 
 
 class Kinds(Generic[MemberT]):
@@ -97,3 +118,16 @@ class Kinds(Generic[MemberT]):
     def _added(self) -> dict[str, Any]:
         found = (entry for entry in entry_points(group=GROUP) if entry.name.split(".", 1)[0] == self.room)
         return {entry.name.split(".", 1)[1]: entry for entry in found}
+
+
+def parts_of(annotation: Any) -> tuple[Any, ...]:
+    """What an annotation or a field of a configuration is made of, as :func:`typing.get_args` says.
+
+    In the place of a room's base class stand the classes of its kinds.
+    """
+    if isinstance(annotation, FieldInfo):
+        parts = (annotation.annotation, *annotation.metadata)
+    else:
+        parts = get_args(annotation)
+    rooms = [part for part in parts if isinstance(part, Kinds)]
+    return rooms[0].classes if rooms else parts

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from recsys.errors import ConfigError
+from recsys.errors import NotInstalledError
 
 
 def library(module: str, kind: str, *, extra: str = "classical") -> Any:
     """The module, for something of ``kind``; ``extra`` of this package brings it.
 
-    :raises ConfigError: when it is not installed.
+    :raises NotInstalledError: when it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"the kind {kind} needs {module}: {error}; pip install 'recsys[{extra}]'") from error
+        raise NotInstalledError(f"the kind {kind} needs {module}: {error}; pip install 'recsys[{extra}]'") from error

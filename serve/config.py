@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
-from recsys.events import AnyEventStore, SqliteEventStoreConfig
+from recsys.events import AnyEventStore
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.stage import RERANKING, StageName
 from serve.live.canary import CanaryConfig
 from serve.observe.logs import LogLevel

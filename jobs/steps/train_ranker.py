@@ -30,12 +30,13 @@ from recsys.data.dataset import Split
 from recsys.data.features import ItemFeatures
 from recsys.evaluation.protocol import sample_queries, select
 from recsys.files import write_json
-from recsys.models import load_ranker
 from recsys.models.base import Retriever, VectorRetriever
-from recsys.models.rankers.attention import AttentionRanker
-from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content
+from recsys.models.rankers import load_ranker
+from recsys.models.rankers.attention_network import AttentionRanker
+from recsys.models.rankers.base import Ranker, RankerConfig
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.export import choose_export, export_ranker
+from recsys.models.rankers.queries import RankingCatalogue, RankingItems, item_content
 from recsys.pipeline.build import Parts
 from recsys.pipeline.offline import retrieved_examples
 from recsys.training.runtime import Runtime

@@ -23,9 +23,9 @@ from recsys.config import StrictConfig
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.index.base import IndexConfig
-from recsys.models import load_retriever
 from recsys.models.base import FitData, Retriever, VectorRetriever
 from recsys.models.rankers.base import Ranker
+from recsys.models.retrievers import load_retriever
 from recsys.models.retrievers.popularity import Popularity
 from recsys.training.runtime import Runtime
 from recsys.types import FloatArray, Int32Array

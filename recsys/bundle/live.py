@@ -77,7 +77,7 @@ class LiveBundle(Bundle):
 
     def retriever(self) -> Retriever:
         """See :meth:`Bundle.retriever`."""
-        from recsys.models.stand_in import with_new_items
+        from recsys.models.extended import with_new_items
 
         if not len(self.stand_ins()):
             return self.base.retriever()
@@ -86,7 +86,7 @@ class LiveBundle(Bundle):
     def index(self) -> VectorIndex:
         """See :meth:`Bundle.index`."""
         from recsys.index.extended import ExtendedIndex
-        from recsys.models.stand_in import StandInVectors
+        from recsys.models.extended import StandInVectors
 
         if not len(self.stand_ins()):
             return self.base.index()
@@ -116,7 +116,7 @@ class LiveBundle(Bundle):
 
     def ranker(self) -> Ranker:
         """See :meth:`Bundle.ranker`."""
-        from recsys.models.stand_in import StandInRanker
+        from recsys.models.extended import StandInRanker
 
         if not len(self.stand_ins()):
             return self.base.ranker()

@@ -124,8 +124,8 @@ class Bundle:
 
     def retriever(self) -> Retriever:
         """The fitted retriever; for as many items, and of the same dimension, as the manifest says."""
-        from recsys.models import load_retriever
         from recsys.models.base import VectorRetriever
+        from recsys.models.retrievers import load_retriever
 
         def load(folder: Path) -> Retriever:
             retriever = load_retriever(folder)
@@ -182,7 +182,7 @@ class Bundle:
 
     def ranker(self) -> Ranker:
         """The fitted ranker, its item side as large as the manifest says."""
-        from recsys.models import load_ranker
+        from recsys.models.rankers import load_ranker
 
         def load(folder: Path) -> Ranker:
             ranker = load_ranker(folder)

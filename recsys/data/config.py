@@ -9,8 +9,10 @@ from pydantic import Field
 
 from recsys.config import StrictConfig
 from recsys.data.positives import PositivePolicy
-from recsys.data.sources import AnySource, MovielensSmallSource
-from recsys.data.splits import AnySplit, GlobalTimeSplit
+from recsys.data.sources import AnySource
+from recsys.data.sources.movielens_small import MovielensSmallSource
+from recsys.data.splits import AnySplit
+from recsys.data.splits.global_time import GlobalTimeSplit
 
 
 class FilterConfig(StrictConfig):

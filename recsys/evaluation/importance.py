@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from recsys.data.features import FEATURE_NAMES
 from recsys.evaluation.significance import Interval, bootstrap
-from recsys.models.rankers.base import PADDING, RankingBatch
 from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.queries import PADDING, RankingBatch
 
 Score = Callable[[RankingBatch], NDArray[np.float32]]
 _AT_ONCE = 128

@@ -1,35 +1,40 @@
-"""Events and what follows from them: the log, idempotent and durable, and each user's state."""
+"""Events and what follows from them: the log, idempotent and durable, and each user's state. A kind is a file."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from recsys.config import union
-from recsys.events.base import AppendResult, Event, EventLog, EventStore, EventStoreConfig, UserState
-from recsys.events.exported import ExportedLogConfig
-from recsys.events.redis import RedisEventStoreConfig
-from recsys.events.sqlite import SqliteEventStoreConfig
+from recsys.events.base import (
+    AppendResult,
+    Event,
+    EventLog,
+    EventLogConfig,
+    EventStore,
+    EventStoreConfig,
+    UserState,
+)
+from recsys.kinds import Kinds
 
-KINDS = (SqliteEventStoreConfig, RedisEventStoreConfig)
-
-if TYPE_CHECKING:
-    AnyEventStore = EventStoreConfig
-    AnyEventLog = EventStoreConfig | ExportedLogConfig
-else:
-    AnyEventStore = union("events", KINDS)
-    AnyEventLog = union("events", (*KINDS, ExportedLogConfig))
+_STORES = {
+    "sqlite": "recsys.events.sqlite:SqliteEventStoreConfig",
+    "redis": "recsys.events.redis:RedisEventStoreConfig",
+}
+KINDS: Kinds[EventStoreConfig] = Kinds("events", _STORES)
+LOG_KINDS: Kinds[EventLogConfig] = Kinds("events", {**_STORES, "parquet": "recsys.events.exported:ExportedLogConfig"})
+"""whatever has a log: the stores, and what was exported of one"""
+AnyEventStore = Annotated[EventStoreConfig, KINDS]
+AnyEventLog = Annotated[EventLogConfig, LOG_KINDS]
 
 __all__ = [
     "KINDS",
+    "LOG_KINDS",
     "AnyEventLog",
     "AnyEventStore",
     "AppendResult",
     "Event",
     "EventLog",
+    "EventLogConfig",
     "EventStore",
     "EventStoreConfig",
-    "ExportedLogConfig",
-    "RedisEventStoreConfig",
-    "SqliteEventStoreConfig",
     "UserState",
 ]

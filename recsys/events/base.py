@@ -4,7 +4,7 @@ A user's state is the history that a Bundle was published with (the *seed*) plus
 Bundle does not contain yet. Which those are is told by the *watermark*: an opaque name of a place in one log.
 
 A new store is one file with an :class:`EventStoreConfig` (its ``kind`` and settings) and an :class:`EventStore`, plus
-its name in ``recsys/events/__init__.py``.
+its line in ``recsys/events/__init__.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys import schema
-from recsys.config import StrictConfig
 from recsys.errors import EventStoreError, RequestError, SchemaError
 from recsys.ids import id_problem
+from recsys.kinds import Kind
 
 RESTORED_GAP = 1 << 32
 """A restored log goes on so many positions later, behind all that the first one may have given after the backup."""
@@ -103,6 +103,16 @@ class EventLog(ABC):
     @abstractmethod
     def compacted(self) -> int:
         """The last position that was removed from the log; 0 where none was."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what was accepted and release the log. Closing twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 class EventStore(EventLog):
@@ -189,19 +199,21 @@ class EventStore(EventLog):
         :raises EventStoreError: when the store is not empty, or ``tables`` end behind ``watermark``.
         """
 
+
+class EventLogConfig(Kind, ABC):
+    """Where a log of events is. Subclasses add ``kind: Literal["..."]``."""
+
+    log_only: tuple[str, ...] = Field(
+        default=("impression",), description="event names that are recorded but are no part of a user's state"
+    )
+
     @abstractmethod
-    def close(self) -> None:
-        """Finish what was accepted and release the store. Closing twice is harmless."""
-
-    def __enter__(self) -> EventStore:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def open(self) -> EventLog:
+        """Open the log."""
 
 
-class EventStoreConfig(StrictConfig, ABC):
-    """Settings of one kind of store. Subclasses add ``kind: Literal["..."]``."""
+class EventStoreConfig(EventLogConfig, ABC):
+    """Settings of one kind of store. The samples of two folders are two stores, those of one folder are one."""
 
     max_history: int = Field(
         default=500, ge=1, le=100_000, description="newest interactions kept in a user's state (entries, 1 to 100000)"
@@ -217,9 +229,6 @@ class EventStoreConfig(StrictConfig, ABC):
         le=36_500,
         description="a user without interactions for so long is a stranger again (days; 0 for never); the log keeps "
         "the events until `jobs.events compact`",
-    )
-    log_only: tuple[str, ...] = Field(
-        default=("impression",), description="event names that are recorded but are no part of a user's state"
     )
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +17,9 @@ from pydantic import Field
 
 from recsys import schema
 from recsys.arrow import pc
-from recsys.config import StrictConfig
 from recsys.errors import EventStoreError
-from recsys.events.base import EventLog, position_in
-from recsys.files import atomic_path
+from recsys.events.base import EventLog, EventLogConfig, log_table, position_in
+from recsys.files import atomic_path, write_parquet
 
 WATERMARK = b"recsys.watermark"
 COMPACTED = b"recsys.compacted"
@@ -31,14 +30,18 @@ BATCH_ROWS = 1000
 """rows read at once: Redis does nothing else while it takes one batch"""
 
 
-class ExportedLogConfig(StrictConfig):
+class ExportedLogConfig(EventLogConfig):
     """A file that ``jobs.events export`` wrote."""
 
     kind: Literal["parquet"] = "parquet"
     path: str = Field(min_length=1, description="Parquet file; it may be replaced by a newer export at any time")
-    log_only: tuple[str, ...] = Field(
-        default=("impression",), description="event names that are recorded but are no part of a user's state"
-    )
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        path = folder / "events.parquet"
+        table = log_table([(3, "1", "user", "item", "click", 1000, None, None, None, None)])
+        write_parquet(path, table.replace_schema_metadata({WATERMARK: b"sample:3", COMPACTED: b"0", LOG_ONLY: b"[]"}))
+        return cls(path=str(path))
 
     def open(self) -> ExportedLog:
         """The log in the file.
@@ -55,10 +58,7 @@ class ExportedLog(EventLog):
         self.path = path
         self._place()
 
-    def __enter__(self) -> ExportedLog:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
         """Nothing is held between calls."""
 
     def watermark(self) -> str:

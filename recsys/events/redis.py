@@ -16,20 +16,22 @@ events of a user by time, ``last:ID`` the position of the last one, ``history:GE
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from recsys.errors import EventStoreError
+from recsys.errors import EventStoreError, NotInstalledError
 from recsys.events.base import (
     RESTORED_GAP,
     AppendResult,
@@ -49,6 +51,8 @@ from recsys.libraries import library
 
 VARIABLE = "RECSYS_REDIS_PASSWORD"
 """environment variable with the server's password"""
+SAMPLE_URL = "RECSYS_SAMPLE_REDIS_URL"
+"""environment variable with the URL of a server that contract tests may fill"""
 FORMAT = "1"
 _ADVICE = {
     "appendfsync": " (or fsync: everysec in the event store's settings)",
@@ -148,6 +152,13 @@ class RedisEventStoreConfig(EventStoreConfig):
         if parts.password is not None or "password" in parse_qs(parts.query):
             raise ValueError(f"a configuration is no place for a password: put it into {VARIABLE}")
         return url
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        if SAMPLE_URL not in os.environ:
+            raise NotInstalledError(f"no Redis for tests: {SAMPLE_URL} names none, and redis-server is not installed")
+        prefix = re.sub(r"\W", "-", "-".join(folder.parts[-2:])[-60:])
+        return cls(url=os.environ[SAMPLE_URL], prefix=f"{prefix}:")
 
     def open(self) -> RedisEventStore:
         return RedisEventStore(self)

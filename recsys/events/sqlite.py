@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 from pydantic import Field
@@ -115,6 +115,10 @@ class SqliteEventStoreConfig(EventStoreConfig):
     take_over: bool = Field(
         default=False, description="claim a file that another machine made; only when no process there uses it any more"
     )
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(path=str(folder / "events.sqlite"))
 
     def open(self) -> SqliteEventStore:
         return SqliteEventStore(self)

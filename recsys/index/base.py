@@ -8,15 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from recsys.config import StrictConfig
 from recsys.errors import ModelError
 from recsys.files import atomic_path, write_json
+from recsys.kinds import Kind
 from recsys.types import FloatArray
 
 faiss: Any = import_module("faiss")
@@ -28,11 +28,15 @@ MAX_TIE = 4096
 INDEX_FILE, INFO_FILE = "index.faiss", "index.json"
 
 
-class IndexConfig(StrictConfig, ABC):
+class IndexConfig(Kind, ABC):
     """How vectors are indexed. Subclasses add ``kind: Literal["..."]``, build the FAISS index and say how to search it
     exhaustively.
     """
 
+    min_recall: ClassVar[float] = 0.8
+    """what the sample finds at least of the 20 nearest of 2,000 random vectors, share"""
+    score_tolerance: ClassVar[float] = 1e-4
+    """by how much the sample's scores may miss the inner product of unit vectors"""
     device: Literal["cpu", "gpu"] = Field(
         default="cpu",
         description="where unfiltered searches run; gpu needs a FAISS built for it. Filtered ones run on cpu",

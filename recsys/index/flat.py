@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from recsys.index.base import IndexConfig, faiss
 from recsys.types import FloatArray
@@ -12,6 +13,12 @@ class FlatIndex(IndexConfig):
     """Exact inner-product search, 4 bytes per dimension and item. The right kind up to some 100,000 items."""
 
     kind: Literal["flat"] = "flat"
+
+    min_recall: ClassVar[float] = 1.0
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls()
 
     def build_faiss(self, vectors_ND: FloatArray) -> Any:
         index = faiss.IndexFlatIP(vectors_ND.shape[1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -23,6 +24,11 @@ class HnswIndex(ApproximateIndexConfig):
     search_effort: int = Field(
         default=128, ge=1, le=100_000, description="candidates looked at per search (efSearch), at least k"
     )
+    min_recall: ClassVar[float] = 0.95
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls()
 
     def build_faiss(self, vectors_ND: FloatArray) -> Any:
         index = faiss.IndexHNSWFlat(vectors_ND.shape[1], self.num_neighbours, faiss.METRIC_INNER_PRODUCT)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -32,6 +33,12 @@ class IvfIndex(ApproximateIndexConfig):
         default=1_000_000, ge=1, description="at most so many vectors, drawn at random, train the centroids"
     )
     seed: int = Field(default=0, ge=0, description="seed of the training sample and of k-means")
+    min_recall: ClassVar[float] = 0.6
+    score_tolerance: ClassVar[float] = 0.05
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls()
 
     def build_faiss(self, vectors_ND: FloatArray) -> Any:
         num_items, dim = vectors_ND.shape

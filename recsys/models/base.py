@@ -1,7 +1,8 @@
 """What every retriever is, whatever its family: fitted from a dataset, it scores all items for a history.
 
 A new family is one file with a :class:`RetrieverConfig` (its ``kind``, its hyper-parameters, how to fit and load)
-and a :class:`Retriever`, plus its name in ``recsys/models/__init__.py``. The contract tests pick it up from there.
+and a :class:`Retriever`, plus its line in ``recsys/models/retrievers/__init__.py``. The contract tests pick it up from
+there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,12 @@ from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.histories import Histories
 from recsys.data.leaks import check_blind
 from recsys.files import write_json
+from recsys.kinds import Kind
+from recsys.models.stand_in import StandIns
 from recsys.training.runtime import Runtime
 
-if TYPE_CHECKING:
-    from recsys.models.stand_in import StandIns
+SampleReads = Literal["ids", "text_vectors", "words"]
+"""What tells the items of planted data apart: interactions alone, their text vectors, or the words of their titles."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,17 @@ class UpdateConfig(StrictConfig):
     )
 
 
-class RetrieverConfig(StrictConfig, ABC):
+class RetrieverConfig(Kind, ABC):
     """Hyper-parameters of one family. Subclasses add ``kind: Literal["..."]``."""
 
     kind: str
+    reads_history: ClassVar[bool] = True
+    """False for a family that answers everybody alike"""
+    sample_reads: ClassVar[SampleReads] = "ids"
+    min_ndcg: ClassVar[float] = 0.35
+    """what the sample reaches at least on planted clusters, or on a planted fashion where it reads no history: NDCG@10;
+    chance has about 0.1
+    """
 
     @abstractmethod
     def fit(self, data: FitData, runtime: Runtime) -> Retriever:

@@ -11,10 +11,11 @@ from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures
 from recsys.evaluation.protocol import EvaluationConfig, sample_queries, select
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
-from recsys.models.rankers.attention import AttentionRanker
-from recsys.models.rankers.base import Ranker, RankingCatalogue, RankingItems, item_content
+from recsys.models.rankers.attention_network import AttentionRanker
+from recsys.models.rankers.base import Ranker
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.export import ExportConfig, ExportedRanker, export_ranker
+from recsys.models.rankers.queries import RankingCatalogue, RankingItems, item_content
 from recsys.models.stand_in import StandIns
 from recsys.online.config import OnlineConfig
 from recsys.online.replay import lesson_of

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.data.dataset import Targets
-from recsys.models.rankers.base import RankingItems
 from recsys.models.rankers.examples import RankingExamples, ranking_examples
+from recsys.models.rankers.queries import RankingItems
 from recsys.pipeline.build import Parts, build_selection, build_stages
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.stage import NEEDS_RETRIEVAL, RETRIEVAL, STAGES, StageName

@@ -3,17 +3,16 @@
 ::
 
     class TestMyStore(EventStoreContract):
-        def config(self, folder):
-            return MyStoreConfig(...)      # the same folder opens the same store again
+        kind = MyStoreConfig      # its sample: the same folder opens the same store again
 """
 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from recsys import schema
 from recsys.errors import EventStoreError, RequestError
 from recsys.events import Event, EventStore, EventStoreConfig
 from recsys.events.base import RESTORED_GAP, events_of
+from recsys.testing.samples import sample_of
 
 
 def click(event_id: str, item_id: str = "item", *, user_id: str = "user", at_ms: int = 1000) -> Event:
@@ -44,11 +44,13 @@ def seed_table(user_id: str, *entries: tuple[str, int]) -> pa.Table:
 
 
 class EventStoreContract:
-    """Inherit it under a name that begins with ``Test`` and say how the store is configured."""
+    """Inherit it under a name that begins with ``Test`` and say which kind it is."""
 
-    @abstractmethod
+    kind: ClassVar[type[EventStoreConfig]]
+
     def config(self, folder: Path) -> EventStoreConfig:
-        """A configuration that keeps its state below ``folder``."""
+        """A configuration that keeps its state in ``folder``, or under its name."""
+        return sample_of(self.kind, folder)
 
     @pytest.fixture
     def store(self, tmp_path: Path) -> Generator[EventStore]:

@@ -10,12 +10,19 @@ from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import ITEM_COLUMNS, NUM_PRICE_BANDS
 
+CLUSTER_ITEMS = 12
+"""items of a planted cluster"""
 _HOUR_MS = 3_600_000
 _START_MS = 1_600_000_000_000
 
 
 def planted_clusters(
-    *, num_users: int = 120, num_clusters: int = 4, items_per_cluster: int = 12, length: int = 8, seed: int = 0
+    *,
+    num_users: int = 120,
+    num_clusters: int = 4,
+    items_per_cluster: int = CLUSTER_ITEMS,
+    length: int = 8,
+    seed: int = 0,
 ) -> Dataset:
     """Every user stays within one cluster of items: a checkerboard. The last item is VALID, the others TRAIN.
 

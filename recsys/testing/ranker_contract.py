@@ -2,25 +2,32 @@
 
 ::
 
-    class TestMyRanker(RankerContract):
-        def fit(self):
-            return ...      # a fitted ranker over at least 50 items
+    class TestMyRanker(PlantedContract):
+        config = MyRankerConfig(...)      # small enough to learn from 90 queries in seconds
 """
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from recsys.errors import ModelError
-from recsys.models import load_ranker
-from recsys.models.rankers.base import Ranker, RankingQuery
+from recsys import schema
+from recsys.config import parse
+from recsys.data.features import ITEM_COLUMNS, ItemFeatures
+from recsys.errors import ConfigError, ModelError
+from recsys.models.rankers import AnyRanker, load_ranker
+from recsys.models.rankers.base import SAMPLE_WORDS, Ranker, RankerConfig
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.queries import RankingCatalogue, RankingItems, RankingQuery, ranking_batch
+from recsys.testing.samples import sample_of
+from recsys.training.runtime import Runtime
 from recsys.types import History
 
 _TOLERANCE = 1e-4
@@ -37,6 +44,36 @@ def ranking_query(seed: int, num_items: int, *, length: int = 6, num_candidates:
         retrieval_score=-np.sort(-rng.normal(size=num_candidates)).astype(np.float32),
         now_ms=2 * 10**12,
     )
+
+
+def planted() -> tuple[RankingExamples, RankingExamples, RankingCatalogue]:
+    """The user always takes the one candidate whose title has the word of the newest history item."""
+    rng = np.random.default_rng(1)
+    colour = np.arange(50) % 5
+    features = ItemFeatures(
+        np.zeros((50, len(ITEM_COLUMNS)), np.float32),
+        np.zeros((50, 1), np.float32),
+        np.zeros(50, np.int32),
+        np.zeros(50, np.int64),
+    )
+    items = RankingItems.of(features, rng.normal(size=(50, 8)).astype(np.float32))
+    queries: list[RankingQuery] = []
+    relevant = np.zeros((120, 4), bool)
+    for row in range(120):
+        query = ranking_query(row, 50, length=2, num_candidates=4)
+        same = colour == colour[query.history.item_idx[-1]]
+        candidates = np.concatenate([rng.choice(np.flatnonzero(same), 1), rng.choice(np.flatnonzero(~same), 3, False)])
+        candidates = rng.permutation(candidates).astype(np.int32)
+        relevant[row] = same[candidates]
+        queries.append(replace(query, candidate_item_idx=candidates))
+    batch = ranking_batch(queries, items, 2)
+    users = np.arange(120, dtype=np.int32)
+    examples = RankingExamples(batch, relevant, users, 0, np.ones(120, np.int64), uses_time=True)
+    table = schema.ITEMS.empty_table()
+    columns = {name: pa.nulls(50, table.schema.field(name).type) for name in table.column_names}
+    columns["title"] = pa.array([f"{SAMPLE_WORDS[item % 5]} thing" for item in range(50)])
+    catalogue = RankingCatalogue(items, np.eye(5, dtype=np.float32)[colour], pa.table(columns))
+    return *examples.split_by_user(0.25, 0), catalogue
 
 
 class RankerContract:
@@ -59,7 +96,7 @@ class RankerContract:
     def test_a_score_depends_on_its_own_candidate_only(self, ranker: Ranker) -> None:
         query, other = ranking_query(1, self.num_items), ranking_query(2, self.num_items, length=2, num_candidates=9)
         rows = np.random.default_rng(3).permutation(40)[:7]
-        part = dataclasses.replace(
+        part = replace(
             query, candidate_item_idx=query.candidate_item_idx[rows], retrieval_score=query.retrieval_score[rows]
         )
         whole = ranker.rank([query])[0]
@@ -97,7 +134,7 @@ class RankerContract:
         assert np.isfinite(ranker.rank([query])[0]).all()
 
     def test_times_may_be_absent(self, ranker: Ranker) -> None:
-        query = dataclasses.replace(ranking_query(7, self.num_items), now_ms=None)
+        query = replace(ranking_query(7, self.num_items), now_ms=None)
         assert np.isfinite(ranker.rank([query])[0]).all()
 
     def test_saving_keeps_the_scores(self, ranker: Ranker, tmp_path: Path) -> None:
@@ -107,3 +144,41 @@ class RankerContract:
         assert loaded.uses_time == ranker.uses_time
         query = ranking_query(8, self.num_items)
         np.testing.assert_allclose(loaded.rank([query])[0], ranker.rank([query])[0], atol=_TOLERANCE)
+
+
+class PlantedContract(RankerContract):
+    """Besides: it learns. Set ``config``, or take a kind's sample. Chance orders four candidates with NDCG@10 0.64."""
+
+    config: ClassVar[RankerConfig]
+
+    @classmethod
+    def take_sample(cls, kind: type[RankerConfig], folder: Path) -> None:
+        """From now on the sample of ``kind`` is tested."""
+        cls.config = sample_of(kind, folder)
+        cls._fitted.pop(cls, None)
+
+    def fit(self) -> Ranker:
+        """Fitted on the planted queries."""
+        train, holdout, catalogue = planted()
+        return self.config.fit(train, catalogue, Runtime("cpu"), holdout=holdout, seed=0)
+
+    def test_it_is_listed(self) -> None:
+        tree = self.config.model_dump(mode="json")
+        assert parse(AnyRanker, tree, where="test") == self.config
+        with pytest.raises(ConfigError, match="no_such_key"):
+            parse(AnyRanker, {**tree, "no_such_key": 1}, where="test")
+
+    def test_it_finds_what_is_planted(self, ranker: Ranker) -> None:
+        _, holdout, _ = planted()
+        assert holdout.ndcg10(ranker.score(holdout.batch)).mean() > 0.85
+        assert ranker.num_epochs > 0
+
+    def test_it_learns_alike_in_mixed_precision(self) -> None:
+        train, _, catalogue = planted()
+        short = self.config.model_copy(update={"epochs": 3})
+        whole, mixed = (
+            [row["loss"] for row in short.fit(train, catalogue, runtime, holdout=None, seed=0).history]
+            for runtime in (Runtime("cpu"), Runtime("cpu", precision="bf16"))
+        )
+        assert whole != mixed
+        np.testing.assert_allclose(mixed, whole, rtol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from recsys.events.redis import SAMPLE_URL
 
 _START_S = 20.0
 
@@ -89,3 +92,17 @@ def redis_server(folder: Path, **settings: str) -> Generator[RedisServer, None, 
         yield server
     finally:
         server.kill()
+
+
+@contextmanager
+def sample_server(folder: Path) -> Generator[None, None, None]:
+    """A server for samples of kinds, unless the environment names one; none where the machine has none."""
+    if SAMPLE_URL in os.environ or shutil.which("redis-server") is None:
+        yield
+        return
+    with redis_server(folder) as server:
+        os.environ[SAMPLE_URL] = server.url
+        try:
+            yield
+        finally:
+            del os.environ[SAMPLE_URL]

@@ -4,7 +4,6 @@
 
     class TestMyRetriever(RetrieverContract):
         config = MyRetriever(...)      # small enough to fit the planted data in seconds
-        min_ndcg = 0.3                 # what it must reach there; chance is about 0.1
 """
 
 from __future__ import annotations
@@ -27,39 +26,75 @@ from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, ModelError, NoTimeError
 from recsys.evaluation.protocol import select
 from recsys.index.flat import FlatIndex
-from recsys.models import AnyRetriever, load_retriever
 from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig, VectorRetriever
-from recsys.models.retrievers.towers.base import TowerConfig
+from recsys.models.retrievers import AnyRetriever, load_retriever
+from recsys.models.retrievers.towers.base import TowerConfig, TowerRetriever
 from recsys.models.stand_in import StandIns
 from recsys.online.replay import lesson_of
 from recsys.pipeline.build import Parts
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.offline import OfflinePipeline
 from recsys.pipeline.stage import RETRIEVAL
-from recsys.testing.planted import dataset_of, planted_clusters
+from recsys.testing.planted import CLUSTER_ITEMS, dataset_of, planted_clusters, planted_fashion
+from recsys.testing.samples import sample_of
 from recsys.training.loop import validation_ndcg
 from recsys.training.runtime import Runtime
 
 _TOLERANCE = 1e-4
+_COLOURS = ("red", "blue", "green", "white")
+
+
+def with_text_vectors(data: FitData) -> FitData:
+    """``data`` of four planted clusters, with text vectors that tell the cluster."""
+    cluster = np.arange(data.num_items) // CLUSTER_ITEMS
+    noise = np.random.default_rng(3).normal(scale=0.1, size=(data.num_items, 8))
+    return replace(data, text_vectors=(np.eye(8)[cluster] + noise).astype(np.float32))
+
+
+def with_words(data: FitData) -> FitData:
+    """``data`` of four planted clusters, with words in the titles that tell the cluster."""
+    titles = [f"{_COLOURS[i // CLUSTER_ITEMS]} thing number{i}" for i in range(data.num_items)]
+    return replace(data, items=_titled(data.items, titles))
+
+
+def new_items(data: FitData) -> tuple[pa.Table, NDArray[np.float32] | None]:
+    """``ITEMS`` rows of one new item per cluster, and their text vectors where ``data`` has some."""
+    items = _titled(data.items[:4], [f"{colour} new words" for colour in _COLOURS])
+    return items, None if data.text_vectors is None else np.eye(8, dtype=np.float32)[:4]
+
+
+def _titled(items: pa.Table, titles: list[str]) -> pa.Table:
+    return items.set_column(items.column_names.index("title"), "title", pa.array(titles))
 
 
 class RetrieverContract:
-    """Inherit it under a name that begins with ``Test`` and set ``config``."""
+    """Inherit it under a name that begins with ``Test`` and set ``config``, or take a kind's sample."""
 
     config: ClassVar[RetrieverConfig]
-    min_ndcg: ClassVar[float]
-    """NDCG@10 on the planted data that the family must reach"""
-    reads_history: ClassVar[bool] = True
     _fitted: ClassVar[dict[type, Retriever]] = {}
+
+    @classmethod
+    def take_sample(cls, kind: type[RetrieverConfig], folder: Path) -> None:
+        """From now on the sample of ``kind`` is tested."""
+        cls.config = sample_of(kind, folder)
+        cls._fitted.pop(cls, None)
+
+    @property
+    def min_ndcg(self) -> float:
+        """NDCG@10 on the planted data that ``config`` must reach."""
+        return self.config.min_ndcg
 
     @cached_property
     def dataset(self) -> Dataset:
-        """Four clusters of twelve items; every user stays within one."""
-        return planted_clusters()
+        """Four clusters of twelve items, and every user stays within one; or everybody follows one fashion."""
+        return planted_clusters() if self.config.reads_history else planted_fashion()
 
     def fit_data(self, dataset: Dataset) -> FitData:
-        """What the family is fitted on; override it to add text."""
-        return FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=7)
+        """What ``config`` is fitted on."""
+        data = FitData.of(dataset, Split.TRAIN, valid=dataset.targets(Split.VALID), seed=7)
+        if self.config.sample_reads == "text_vectors":
+            return with_text_vectors(data)
+        return with_words(data) if self.config.sample_reads == "words" else data
 
     @pytest.fixture
     def fitted(self) -> Retriever:
@@ -108,7 +143,7 @@ class RetrieverContract:
     def test_an_item_outside_the_catalogue_is_refused(self, fitted: Retriever) -> None:
         """By those who read the history."""
         histories = Histories.from_lists([[1], [self.dataset.num_items]], [[0], [0]])
-        if self.reads_history:
+        if self.config.reads_history:
             with pytest.raises(ModelError, match=rf"outside 0\.\.{self.dataset.num_items - 1}"):
                 fitted.score(histories)
         else:
@@ -267,6 +302,18 @@ class RetrieverContract:
             )
             >= self.min_ndcg
         )
+
+    def test_an_item_is_found_by_what_it_says_alone(self, fitted: Retriever) -> None:
+        """A new item ranks as its cluster does: its vector comes from its text vector or its words."""
+        data = self.fit_data(self.dataset)
+        if data.text_vectors is None and self.config.sample_reads != "words":
+            pytest.skip("fitted without texts here")
+        if not isinstance(fitted, TowerRetriever):
+            pytest.skip("this family makes no vectors of new items")
+        vectors = fitted.vectors_of_new(*new_items(data))
+        lists = [[CLUSTER_ITEMS * cluster + item for item in (1, 5, 3, 7)] for cluster in range(4)]
+        users = fitted.encode_users(Histories.from_lists(lists))[:, 0]
+        assert (users @ vectors.T).argmax(1).tolist() == [0, 1, 2, 3]
 
     def test_empty_data(self) -> None:
         """Nothing to learn from is an error that says so."""

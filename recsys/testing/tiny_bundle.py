@@ -23,9 +23,10 @@ from recsys.evaluation.protocol import EvaluationConfig
 from recsys.index.base import IndexConfig
 from recsys.index.flat import FlatIndex
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
-from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig, RankerNetwork, project
-from recsys.models.rankers.base import RankingItems, item_content
+from recsys.models.rankers.attention import AttentionRankerConfig
+from recsys.models.rankers.attention_network import AttentionRanker, project
 from recsys.models.rankers.export import ExportConfig
+from recsys.models.rankers.queries import RankingItems, item_content
 from recsys.models.retrievers.popularity import Popularity
 from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
@@ -129,7 +130,7 @@ def make_bundle(
         "dim": size.ranker_dim, "num_heads": 2, "hidden": 2 * size.ranker_dim, "max_history": size.ranker_history
     }  # fmt: skip
     ranker_config = AttentionRankerConfig.parse(shape, where="tiny")
-    network = RankerNetwork(ranker_config, 2)
+    network = ranker_config.network(2)
     content = item_content(None, features)
     ranker = AttentionRanker(
         ranker_config,

@@ -30,10 +30,11 @@ from recsys.evaluation.metrics import accuracy
 from recsys.evaluation.protocol import rank_scores, select
 from recsys.files import write_json
 from recsys.index.flat import FlatIndex
-from recsys.models import Popularity
 from recsys.models.base import FitData, Retriever, UpdateConfig
+from recsys.models.extended import with_new_items
+from recsys.models.retrievers.popularity import Popularity
 from recsys.models.retrievers.sequences.esasrec import ESASRec
-from recsys.models.stand_in import StandIns, with_new_items
+from recsys.models.stand_in import StandIns
 from recsys.models.text.encoder import TextEncoder, item_texts
 from recsys.online.replay import lesson_of
 from recsys.training.runtime import Runtime

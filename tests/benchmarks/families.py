@@ -27,7 +27,7 @@ from recsys.evaluation.page import latency_plot
 from recsys.evaluation.significance import Interval
 from recsys.evaluation.suite import ratio_interval
 from recsys.files import atomic_path
-from recsys.models import KINDS, RANKER_KINDS
+from recsys.models import rankers, retrievers
 from recsys.models.text.contrastive import PairData, finetune
 from recsys.models.text.encoder import TextEncoderConfig, item_texts
 from recsys.models.text.masked_lm import pretrain
@@ -58,7 +58,7 @@ def served(configs: list[BenchmarkConfig], done: list[Judged]) -> None:
             if system.name in present and system.model is not None:
                 kinds.add(system.model.kind)
                 kinds |= {system.ranker.kind} if system.ranker is not None else set()
-    registered = {kind.model_fields["kind"].default for kind in (*KINDS, *RANKER_KINDS)}
+    registered = {*retrievers.KINDS.names, *rankers.KINDS.names}
     write_row(
         FILE,
         "families_served",

@@ -181,7 +181,7 @@ def mounted(folder: Path, num_mbytes: int) -> Generator[Path, None, None]:
 @contextmanager
 def two_nodes(bundle: Bundle, folder: Path) -> Iterator[Served]:
     """Two replicas of everything on two Ray nodes of this machine."""
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from serve import fastpath
     from serve.config import ServeConfig
     from serve.run import processes_marked, serving

@@ -33,7 +33,7 @@ def app() -> Any:
     from fastapi import FastAPI, Response
 
     from recsys.bundle import Bundle
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from recsys.pipeline.recommender import Recommender
 
     bundle = Bundle.open(os.environ["PLAIN_BUNDLE"])

@@ -27,8 +27,10 @@ from rows import write_row
 from served import some_users, trained
 
 from jobs.artifacts import FORMAT
-from recsys.events import AnyEventStore, Event, RedisEventStoreConfig, SqliteEventStoreConfig
+from recsys.events import AnyEventStore, Event
 from recsys.events.base import events_of
+from recsys.events.redis import RedisEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.testing.redis_server import RedisServer
 
 COMMAND = "make bench-realtime"

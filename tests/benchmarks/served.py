@@ -130,7 +130,7 @@ def plain(bundle: Bundle, folder: Path, port: int) -> Iterator[System]:
 @contextmanager
 def graph_and_fused(bundle: Bundle, folder: Path, port: int) -> Iterator[list[System]]:
     """Both topologies in one Ray, each with one replica of everything."""
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from serve.config import ServeConfig
     from serve.run import processes_of_session, serving
 

@@ -87,7 +87,7 @@ def _events_of(bundle: Bundle, folder: Path) -> Path:
 def swaps(workdir: Path) -> None:
     """Twenty changes of the Bundle under load: failures, degraded answers, the longest stall."""
     from recsys.bundle.store import BundleStore
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from serve.config import ServeConfig
     from serve.run import processes_of_session, serving
 
@@ -224,7 +224,7 @@ def ladder(workdir: Path) -> None:
 
 def ramp(workdir: Path) -> None:
     """Replicas follow the load up and down, and no request fails on the way."""
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from serve.config import ServeConfig
     from serve.run import processes_of_session, serving
 
@@ -334,7 +334,7 @@ def _resident_bytes(bundle: Bundle, workdir: Path, num_replicas: int) -> int:
 
 def resident(bundle: Bundle, workdir: Path, num_replicas: int) -> None:
     """Print :func:`_resident_bytes`."""
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from serve.config import ServeConfig
     from serve.run import processes_of_session, serving
 

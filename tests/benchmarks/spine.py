@@ -92,7 +92,7 @@ def overheads(workdir: Path) -> None:
     from lean_client import LeanClient
 
     from recsys.bundle import Bundle
-    from recsys.events import SqliteEventStoreConfig
+    from recsys.events.sqlite import SqliteEventStoreConfig
     from recsys.pipeline.recommender import Recommender
     from recsys.pipeline.runner import LocalStage
     from recsys.types import Candidates
@@ -272,9 +272,11 @@ def quantized_ranker(workdir: Path) -> None:
     from recsys.data.catalogue import Catalogue
     from recsys.data.dataset import Dataset, Split
     from recsys.evaluation.significance import paired_difference
-    from recsys.models import load_ranker, load_retriever
-    from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig
+    from recsys.models.rankers import load_ranker
+    from recsys.models.rankers.attention import AttentionRankerConfig
+    from recsys.models.rankers.attention_network import AttentionRanker
     from recsys.models.rankers.export import ExportedRanker, interleaved_p50_ms
+    from recsys.models.retrievers import load_retriever
     from recsys.pipeline.build import Parts
     from recsys.pipeline.offline import retrieved_examples
 

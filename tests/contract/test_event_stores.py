@@ -1,40 +1,75 @@
-"""Every kind of event store keeps the contract. A kind without a class below fails here."""
+"""Every kind of event store keeps the contract, and every kind of log can be read from wherever one has come to."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from recsys.events import KINDS, RedisEventStoreConfig, SqliteEventStoreConfig
-from recsys.testing.event_store_contract import EventStoreContract
-from recsys.testing.redis_server import RedisServer, redis_server
+from recsys import schema
+from recsys.errors import EventStoreError
+from recsys.events import KINDS, LOG_KINDS, EventLog, EventLogConfig, EventStore
+from recsys.testing.event_store_contract import EventStoreContract, click
+from recsys.testing.redis_server import sample_server
+from recsys.testing.samples import sample_of
 
 
-class TestSqlite(EventStoreContract):
-    def config(self, folder: Path) -> SqliteEventStoreConfig:
-        return SqliteEventStoreConfig(path=str(folder / "events.sqlite"))
+@pytest.fixture(autouse=True, scope="module")
+def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with sample_server(tmp_path_factory.mktemp("redis")):
+        yield
 
 
-class TestRedis(EventStoreContract):
-    server: RedisServer
-
-    @pytest.fixture(autouse=True, scope="class")
+class TestEveryKind(EventStoreContract):
+    @pytest.fixture(autouse=True, scope="class", params=KINDS.names)
     @classmethod
-    def _server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        with redis_server(tmp_path_factory.mktemp("redis")) as server:
-            cls.server = server
-            yield
-
-    def config(self, folder: Path) -> RedisEventStoreConfig:
-        url = getattr(self, "server", RedisServer(folder)).url
-        prefix = re.sub(r"\W", "-", "-".join(folder.parts[-2:])[-60:])
-        # A batch that times out is sent again and then has no event that is new: wait, however busy the machine is.
-        return RedisEventStoreConfig.parse({"url": url, "prefix": f"{prefix}:", "timeout_s": 60}, where="test")
+    def _sample(cls, request: pytest.FixtureRequest) -> None:
+        cls.kind = KINDS.get(request.param)
 
 
-def test_every_kind_is_tested() -> None:
-    tested = {type(cls().config(Path("x"))) for cls in EventStoreContract.__subclasses__()}
-    assert tested == set(KINDS)
+@pytest.fixture(params=LOG_KINDS.names)
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> EventLogConfig:
+    return sample_of(LOG_KINDS.get(request.param), tmp_path)
+
+
+@pytest.fixture
+def log(config: EventLogConfig) -> Iterator[EventLog]:
+    with config.open() as log:
+        if isinstance(log, EventStore):
+            log.append([click("1"), click("2", "other")])
+        yield log
+
+
+def test_a_log_is_read_up_to_its_watermark_and_no_other(log: EventLog) -> None:
+    whole = pa.concat_tables(log.log())
+    assert len(whole) > 0
+    assert whole.schema == schema.EVENT_LOG
+    positions = whole["position"].to_pylist()
+    assert positions == sorted(set(positions))
+    log_id, _, end = log.watermark().rpartition(":")
+    assert int(end) == positions[-1]
+    assert log.compacted() < positions[0]
+    assert list(log.log(log.watermark())) == []
+    before = f"{log_id}:{positions[-1] - 1}"
+    assert [position for table in log.log(before) for position in table["position"].to_pylist()] == positions[-1:]
+    with pytest.raises(EventStoreError, match="one of another log"):
+        list(log.log("elsewhere:0"))
+    with pytest.raises(EventStoreError, match="behind the end"):
+        list(log.log(f"{log_id}:{positions[-1] + 1}"))
+
+
+def test_a_log_may_be_closed_twice(log: EventLog) -> None:
+    log.close()
+    log.close()
+
+
+def test_a_configuration_survives_a_round_trip(config: EventLogConfig) -> None:
+    assert LOG_KINDS.parse(config.model_dump(mode="json"), where="test") == config
+
+
+def test_every_setting_is_described() -> None:
+    for kind in LOG_KINDS.classes:
+        for name, field in kind.model_fields.items():
+            assert name == "kind" or field.description, f"{kind.__name__}.{name} has no description"

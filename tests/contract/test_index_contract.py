@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -11,13 +13,22 @@ from recsys.index import KINDS, IndexConfig, load_index
 from recsys.index.flat import FlatIndex
 from recsys.index.hnsw import HnswIndex
 from recsys.index.ivf import IvfIndex
+from recsys.testing.samples import sample_of
 
 NUM_ITEMS, DIM = 2003, 24
-VARIANTS = [
-    *(kind() for kind in KINDS.classes),
-    IvfIndex(codec="flat"),
-    IvfIndex(num_lists=20, num_probes=1, exhaustive_below=0.0),
-]
+
+
+@dataclass
+class Case:
+    config: IndexConfig
+    min_recall: float
+    score_tolerance: float
+
+
+VARIANTS = {
+    "ivf-exact-codes": Case(IvfIndex(codec="flat"), 0.6, 1e-4),
+    "ivf-one-probe": Case(IvfIndex(num_lists=20, num_probes=1, exhaustive_below=0.0), 0.05, 0.05),
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +42,22 @@ def queries() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(7, DIM)).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda c: f"{c.kind}-{c.content_hash()[:6]}")
-def built(request, vectors):
-    return request.param.build(vectors)
+@pytest.fixture(scope="module", params=[*KINDS.names, *VARIANTS])
+def case(request, tmp_path_factory):
+    if request.param in VARIANTS:
+        return VARIANTS[request.param]
+    config = sample_of(KINDS.get(request.param), tmp_path_factory.mktemp("sample"))
+    return Case(config, config.min_recall, config.score_tolerance)
+
+
+@pytest.fixture(scope="module")
+def built(case, vectors):
+    return case.config.build(vectors)
+
+
+@pytest.fixture(params=KINDS.names)
+def sample(request, tmp_path):
+    return sample_of(KINDS.get(request.param), tmp_path)
 
 
 def exact_top(queries, vectors, k, allowed=None):
@@ -54,20 +78,17 @@ def test_shapes_types_and_order(built, queries):
     assert items.max() < NUM_ITEMS
 
 
-def test_scores_are_inner_products(built, vectors, queries):
+def test_scores_are_inner_products(case, built, vectors, queries):
     scores, items = built.search(queries, 10)
     expected = np.einsum("bd,bkd->bk", queries, vectors[items])
-    np.testing.assert_allclose(scores, expected, atol=0.05 if getattr(built.config, "codec", "") == "sq8" else 1e-4)
+    np.testing.assert_allclose(scores, expected, atol=case.score_tolerance)
 
 
-def test_recall(built, vectors, queries):
+def test_recall(case, built, vectors, queries):
     _, items = built.search(queries, 20)
     expected = exact_top(queries, vectors, 20)
     recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(items.tolist(), expected.tolist(), strict=True)])
-    bound = {"flat": 1.0, "ivf": 0.6, "hnsw": 0.95}.get(built.config.kind, 0.8)
-    if getattr(built.config, "num_probes", 0) == 1:
-        bound = 0.05
-    assert recall >= bound
+    assert recall >= case.min_recall
 
 
 def test_mask_is_obeyed_in_both_forms(built, queries):
@@ -136,21 +157,19 @@ def test_misuse_is_refused(built, queries, k, allowed):
         built.search(queries, k, allowed)
 
 
-@pytest.mark.parametrize("kind", KINDS.classes)
 @pytest.mark.parametrize("num_items", [1, 2, 50])
-def test_tiny_catalogues(kind: type[IndexConfig], num_items, vectors, queries):
-    _, items = kind().build(vectors[:num_items]).search(queries, num_items)
+def test_tiny_catalogues(sample, num_items, vectors, queries):
+    _, items = sample.build(vectors[:num_items]).search(queries, num_items)
     np.testing.assert_array_equal(np.sort(items, axis=1), np.tile(np.arange(num_items), (7, 1)))
 
 
-@pytest.mark.parametrize("kind", KINDS.classes)
-def test_unusable_vectors_are_refused(kind: type[IndexConfig], vectors):
+def test_unusable_vectors_are_refused(sample, vectors):
     broken = vectors.copy()
     broken[17, 3] = np.nan
     with pytest.raises(ModelError, match="item_idx 17"):
-        kind().build(broken)
+        sample.build(broken)
     with pytest.raises(ModelError, match="shape"):
-        kind().build(vectors[:0])
+        sample.build(vectors[:0])
 
 
 def test_flat_is_exact_and_breaks_ties_by_item_idx(queries):

@@ -1,30 +1,30 @@
-"""Every kind of ranker keeps the contract, in each form that may be served."""
+"""Every kind of ranker keeps the contract, in each form that may be served; and what is more in some of them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys import schema
-from recsys.data.features import ITEM_COLUMNS, ItemFeatures
+from recsys.data.features import ItemFeatures
 from recsys.errors import ConfigError
-from recsys.models import RANKER_KINDS
-from recsys.models.rankers.attention import AttentionRanker, AttentionRankerConfig
-from recsys.models.rankers.base import Ranker, RankerConfig, RankingCatalogue, RankingItems, item_content, ranking_batch
-from recsys.models.rankers.causal_lm import CausalLMConfig, SmallDecoder
+from recsys.models.rankers import KINDS
+from recsys.models.rankers.attention import AttentionRankerConfig
+from recsys.models.rankers.attention_network import AttentionRanker
+from recsys.models.rankers.base import Ranker, RankerConfig
+from recsys.models.rankers.causal_lm import CausalLMConfig
 from recsys.models.rankers.cross_encoder import CrossEncoderConfig
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.export import ExportConfig, ExportedRanker, export_ranker, openvino_available
+from recsys.models.rankers.queries import RankingCatalogue, RankingItems, item_content, ranking_batch
 from recsys.models.rankers.text_ranker import TextRanker, TextRankerConfig
 from recsys.models.text.adapters import LoRA, Prefix
-from recsys.testing.covered import configured_kinds
 from recsys.testing.planted import random_numeric
-from recsys.testing.ranker_contract import RankerContract, ranking_query
-from recsys.testing.tiny_encoder import tiny_encoder
+from recsys.testing.ranker_contract import PlantedContract, RankerContract, planted, ranking_query
+from recsys.testing.samples import sample_of
 from recsys.training.runtime import Runtime
 
 CONFIG = AttentionRankerConfig(dim=16, hidden=16, max_history=8, epochs=1)
@@ -64,84 +64,26 @@ class TestAttentionExportedInt8(RankerContract):
         return exported("int8")
 
 
-COLOURS = ("red", "blue", "green", "white", "black")
-
-
-def planted() -> tuple[RankingExamples, RankingExamples, RankingCatalogue]:
-    """The user always takes the one candidate whose title has the word of the newest history item."""
-    rng = np.random.default_rng(1)
-    colour = np.arange(50) % 5
-    features = ItemFeatures(
-        np.zeros((50, len(ITEM_COLUMNS)), np.float32),
-        np.zeros((50, 1), np.float32),
-        np.zeros(50, np.int32),
-        np.zeros(50, np.int64),
-    )
-    items = RankingItems.of(features, rng.normal(size=(50, 8)).astype(np.float32))
-    queries, relevant = [], np.zeros((120, 4), bool)
-    for row in range(120):
-        query = ranking_query(row, 50, length=2, num_candidates=4)
-        same = colour == colour[query.history.item_idx[-1]]
-        candidates = np.concatenate([rng.choice(np.flatnonzero(same), 1), rng.choice(np.flatnonzero(~same), 3, False)])
-        candidates = rng.permutation(candidates).astype(np.int32)
-        relevant[row] = same[candidates]
-        queries.append(replace(query, candidate_item_idx=candidates))
-    batch = ranking_batch(queries, items, 2)
-    users = np.arange(120, dtype=np.int32)
-    examples = RankingExamples(batch, relevant, users, 0, np.ones(120, np.int64), uses_time=True)
-    table = schema.ITEMS.empty_table()
-    columns = {name: pa.nulls(50, table.schema.field(name).type) for name in table.column_names}
-    columns["title"] = pa.array([f"{COLOURS[item % 5]} thing" for item in range(50)])
-    catalogue = RankingCatalogue(items, np.eye(5, dtype=np.float32)[colour], pa.table(columns))
-    return *examples.split_by_user(0.25, 0), catalogue
-
-
-class PlantedContract(RankerContract):
-    """Besides: it learns. Chance orders four candidates with an NDCG@10 of 0.64."""
-
-    config: ClassVar[RankerConfig]
-
-    def fit(self) -> Ranker:
-        train, holdout, catalogue = planted()
-        return self.config.fit(train, catalogue, Runtime("cpu"), holdout=holdout, seed=0)
-
-    def test_it_finds_what_is_planted(self, ranker: Ranker) -> None:
-        _, holdout, _ = planted()
-        assert holdout.ndcg10(ranker.score(holdout.batch)).mean() > 0.85
-        assert ranker.num_epochs > 0
-
-    def test_it_learns_alike_in_mixed_precision(self) -> None:
-        train, _, catalogue = planted()
-        short = self.config.model_copy(update={"epochs": 3})
-        whole, mixed = (
-            [row["loss"] for row in short.fit(train, catalogue, runtime, holdout=None, seed=0).history]
-            for runtime in (Runtime("cpu"), Runtime("cpu", precision="bf16"))
-        )
-        assert whole != mixed
-        np.testing.assert_allclose(mixed, whole, rtol=0.05)
-
-
-class TestAttention(PlantedContract):
-    """The colour is in the content vectors."""
-
-    config = AttentionRankerConfig(
-        dim=16, hidden=32, max_history=2, num_negatives=3, epochs=40, patience=40, batch_queries=4, dropout=0.0
-    )
-
-
 class TextRankerContract(PlantedContract):
     """Besides: it reads."""
 
-    config: ClassVar[TextRankerConfig]
+    @property
+    def text_config(self) -> TextRankerConfig:
+        if not isinstance(self.config, TextRankerConfig):
+            pytest.skip("this family reads no texts")
+        return self.config
 
     def test_an_untrained_one_keeps_the_order_of_retrieval(self) -> None:
         train, holdout, catalogue = planted()
-        fresh = self.config.model_copy(update={"epochs": 0}).fit(train, catalogue, Runtime("cpu"), holdout=None, seed=0)
+        fresh = self.text_config.model_copy(update={"epochs": 0}).fit(
+            train, catalogue, Runtime("cpu"), holdout=None, seed=0
+        )
         retrieval = holdout.batch.features[..., 0]
         np.testing.assert_array_equal(np.argsort(fresh.score(holdout.batch)), np.argsort(retrieval))
 
     def test_other_items_of_another_bundle(self, ranker: Ranker) -> None:
         """Items in the opposite order have the same scores under their new numbers."""
+        assert self.text_config
         _, holdout, catalogue = planted()
         swapped = RankingCatalogue(catalogue.items, catalogue.content, catalogue.table.take(np.arange(50)[::-1]))
         batch = holdout.batch
@@ -156,10 +98,10 @@ class TextRankerContract(PlantedContract):
         train, _, catalogue = planted()
         without = with_titles(catalogue, pa.nulls(50, pa.string()))
         with pytest.raises(ConfigError, match="no item has a text"):
-            self.config.fit(train, without, Runtime("cpu"), holdout=None, seed=0)
+            self.text_config.fit(train, without, Runtime("cpu"), holdout=None, seed=0)
 
     def test_texts_longer_than_the_model(self) -> None:
-        check_long_texts(self.config)
+        check_long_texts(self.text_config)
 
 
 def with_titles(catalogue: RankingCatalogue, titles: pa.Array) -> RankingCatalogue:
@@ -177,49 +119,38 @@ def check_long_texts(config: TextRankerConfig) -> None:
         assert np.isfinite(ranker.score(train.batch[:2])).all()
 
 
-SMALL_TEXT = {"max_history": 2, "fields": ("title",), "patience": 40, "num_negatives": 3}
-SMALL_DECODER = SmallDecoder(num_layers=1, dim=32, vocabulary=320, max_tokens=64)
+class TestEveryKind(TextRankerContract):
+    @pytest.fixture(autouse=True, scope="class", params=KINDS.names)
+    @classmethod
+    def _sample(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+        cls.take_sample(KINDS.get(request.param), tmp_path_factory.mktemp(request.param))
 
 
-class TestCausalLM(TextRankerContract):
-    config = CausalLMConfig(**SMALL_TEXT, epochs=32, small=SMALL_DECODER, learning_rate=1e-2, head_learning_rate=0.1)
+class Changed:
+    """The sample of ``kind``, with ``changes``."""
 
-
-CROSS_ENCODER = CrossEncoderConfig(
-    **SMALL_TEXT, epochs=30, batch_queries=4, learning_rate=2e-3, head_learning_rate=1e-2
-)
-
-
-class TinyEncoder:
-    """``config`` with an encoder that knows the planted words."""
-
-    config: ClassVar[CrossEncoderConfig]
+    kind: ClassVar[type[RankerConfig]] = CrossEncoderConfig
+    changes: ClassVar[dict[str, Any]]
+    config: ClassVar[RankerConfig]
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
-    def _with_a_tiny_encoder(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
-        folder = tiny_encoder(tmp_path_factory.mktemp("bert"), [*COLOURS, "thing"], dim=32)
-        cls.config = cls.config.model_copy(update={"model": str(folder)})
+    def _sample(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
+        cls.config = sample_of(cls.kind, tmp_path_factory.mktemp("sample")).model_copy(update=cls.changes)
 
 
-class TestCrossEncoder(TinyEncoder, TextRankerContract):
-    config = CROSS_ENCODER
+class TestCrossEncoderWithSquaredError(Changed, TextRankerContract):
+    changes: ClassVar = {"objective": "mse"}
 
 
-class TestCrossEncoderWithSquaredError(TinyEncoder, TextRankerContract):
-    config = CROSS_ENCODER.model_copy(update={"objective": "mse"})
+class TestCrossEncoderWithLoRA(Changed, TextRankerContract):
+    changes: ClassVar = {"adapter": LoRA(rank=8), "learning_rate": 4e-3}
 
 
-class TestCrossEncoderWithLoRA(TinyEncoder, TextRankerContract):
-    config = CROSS_ENCODER.model_copy(update={"adapter": LoRA(rank=8), "learning_rate": 4e-3})
-
-
-class PrefixContract(RankerContract):
+class PrefixContract(Changed, RankerContract):
     """A prefix steers what a model knows; one of random weights knows nothing to be steered to."""
 
-    config: ClassVar[TextRankerConfig]
-
-    def fit(self) -> TextRanker:
+    def fit(self) -> Ranker:
         train, _, catalogue = planted()
         return self.config.fit(train, catalogue, Runtime("cpu"), holdout=None, seed=0)
 
@@ -233,12 +164,14 @@ class PrefixContract(RankerContract):
 
 
 class TestCausalLMWithPrefix(PrefixContract):
-    config = CausalLMConfig(**SMALL_TEXT, epochs=1, small=SMALL_DECODER, adapter=Prefix(num_tokens=4))
+    kind = CausalLMConfig
+    changes: ClassVar = {
+        "adapter": Prefix(num_tokens=4),
+        "epochs": 1,
+        "learning_rate": 5e-5,
+        "head_learning_rate": 1e-3,
+    }
 
 
-class TestCrossEncoderWithPrefix(TinyEncoder, PrefixContract):
-    config = CROSS_ENCODER.model_copy(update={"adapter": Prefix(num_tokens=4), "epochs": 1})
-
-
-def test_every_kind_learns_what_is_planted() -> None:
-    assert set(RANKER_KINDS) <= configured_kinds(PlantedContract)
+class TestCrossEncoderWithPrefix(PrefixContract):
+    changes: ClassVar = {"adapter": Prefix(num_tokens=4), "epochs": 1}

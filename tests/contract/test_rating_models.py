@@ -10,15 +10,13 @@ import pytest
 from recsys.data.dataset import Split
 from recsys.data.histories import Histories
 from recsys.errors import DataError, EmptyDataError, ModelError
-from recsys.models.ratings import RATING_KINDS, load_rating_model
+from recsys.models.ratings import KINDS, load_rating_model
 from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, RatingQuestions
 from recsys.models.ratings.biases import Biases
-from recsys.models.ratings.factors import Factors
-from recsys.models.ratings.neighbours import Neighbours
 from recsys.testing.planted import planted_clusters
+from recsys.testing.samples import sample_of
 
 NUM_ITEMS, NUM_USERS = 24, 160
-KINDS: list[RatingConfig] = [Biases(), Neighbours(num_neighbours=20, shrinkage=5), Factors(dim=4, regularization=2)]
 
 
 def planted(seed: int = 0) -> tuple[Rated, Rated, np.ndarray, np.ndarray]:
@@ -42,9 +40,14 @@ def planted(seed: int = 0) -> tuple[Rated, Rated, np.ndarray, np.ndarray]:
     return Rated(mine, array, NUM_ITEMS), Rated(before, array, NUM_ITEMS), others.item_idx[last], array[last]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda config: config.kind)
-def fitted(request: pytest.FixtureRequest) -> RatingModel:
-    return request.param.fit(planted()[0])
+@pytest.fixture(scope="module", params=KINDS.names)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RatingConfig:
+    return sample_of(KINDS.get(request.param), tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="module")
+def fitted(config: RatingConfig) -> RatingModel:
+    return config.fit(planted()[0])
 
 
 def rmse(model: RatingModel) -> float:
@@ -52,19 +55,20 @@ def rmse(model: RatingModel) -> float:
     return float(np.sqrt(np.mean((model.predict(asked, item_idx) - answers) ** 2)))
 
 
-def test_every_kind_is_tested() -> None:
-    assert tuple(type(config) for config in KINDS) == RATING_KINDS
+def test_it_is_listed(config: RatingConfig) -> None:
+    assert KINDS.parse(config.model_dump(mode="json"), where="test") == config
 
 
-def test_it_finds_what_was_planted() -> None:
+def test_it_finds_what_was_planted(fitted: RatingModel) -> None:
+    assert rmse(fitted) < fitted.config.max_rmse
+
+
+def test_biases_find_users_and_items_but_no_taste() -> None:
     """Noise alone is 0.1, taste 0.8, and what users and items are by themselves 0.5 each."""
     data = planted()[0]
     nothing = Biases(item_shrinkage=1e9, user_shrinkage=1e9).fit(data)
-    biases, neighbours, factors = (config.fit(data) for config in KINDS)
     assert 1.0 < rmse(nothing) < 1.2
-    assert 0.8 < rmse(biases) < 0.95
-    assert rmse(neighbours) < 0.6
-    assert rmse(factors) < 0.35
+    assert 0.8 < rmse(Biases().fit(data)) < 0.95
 
 
 def test_saving_keeps_the_answers(fitted: RatingModel, tmp_path: Path) -> None:
@@ -116,7 +120,6 @@ def test_items_outside_the_catalogue_are_refused(fitted: RatingModel) -> None:
         fitted.predict(stranger, np.zeros(1, np.int32))
 
 
-@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
 def test_no_rating_is_too_few(config: RatingConfig) -> None:
     with pytest.raises(EmptyDataError, match="no rating"):
         config.fit(strangers(3))

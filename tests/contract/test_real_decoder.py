@@ -10,10 +10,10 @@ import pytest
 
 from recsys import schema
 from recsys.data.features import ITEM_COLUMNS, ItemFeatures
-from recsys.models import load_ranker
-from recsys.models.rankers.base import RankingCatalogue, RankingItems, ranking_batch
+from recsys.models.rankers import load_ranker
 from recsys.models.rankers.causal_lm import CausalLMConfig
 from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.queries import RankingCatalogue, RankingItems, ranking_batch
 from recsys.models.text.adapters import LoRA
 from recsys.testing.ranker_contract import ranking_query
 from recsys.training.runtime import Runtime

@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import parse
 from recsys.data.sources import KINDS, AnySource, Source
 from recsys.data.validation import clean_items, validate
+from recsys.testing.samples import sample_of
 
 FAR_FUTURE_MS = 4_000_000_000_000
 
 
-def movielens_small(folder: Path) -> dict[str, object]:
-    return {}
-
-
-def movielens(folder: Path) -> dict[str, object]:
-    (folder / "ratings.dat").write_text("1::10::5::978300760\n2::20::3::978302109\n")
-    (folder / "movies.dat").write_text("10::A (1990)::Comedy\n20::B (1991)::Drama\n")
-    return {"path": str(folder)}
-
-
-def sequences(folder: Path) -> dict[str, object]:
-    (folder / "log.txt").write_text("u1 a b\nu2 b c\n")
-    (folder / "items.csv").write_text("item_id,title\na,A\n")
-    return {"path": str(folder / "log.txt"), "layout": "user_items", "catalogue": {"path": str(folder / "items.csv")}}
-
-
-def online_retail(folder: Path) -> dict[str, object]:
-    table = pa.table(
-        {
-            "InvoiceNo": ["1", "2"],
-            "StockCode": ["A", "B"],
-            "Description": ["LAMP", "BOX"],
-            "Quantity": [1, 2],
-            "InvoiceDate": pa.array([0, 1], pa.timestamp("ns")),
-            "UnitPrice": [1.0, 2.0],
-            "CustomerID": [1, 2],
-            "Country": ["X", "Y"],
-        }
-    )
-    pq.write_table(table, folder / "log.parquet")
-    return {"path": str(folder / "log.parquet")}
-
-
-def parquet(folder: Path) -> dict[str, object]:
-    pq.write_table(pa.table({"user_id": [1, 2], "item_id": ["a", "b"], "timestamp": [5, 6]}), folder / "log.parquet")
-    return {"path": str(folder / "log.parquet")}
-
-
-def csv(folder: Path) -> dict[str, object]:
-    (folder / "log.csv").write_text("user_id,item_id,timestamp\nu1,a,2024-01-01\nu2,b,2024-01-02T03:04:05Z\n")
-    (folder / "items.csv").write_text("item_id,title\na,A\n")
-    return {"path": str(folder / "log.csv"), "catalogue": {"path": str(folder / "items.csv")}}
-
-
-def synthetic(folder: Path) -> dict[str, object]:
-    return {"num_users": 30, "num_items": 40}
-
-
-EXAMPLES: dict[str, Callable[[Path], dict[str, object]]] = {
-    f.__name__: f for f in (movielens_small, movielens, sequences, online_retail, parquet, csv, synthetic)
-}
-
-
-@pytest.fixture(params=[kind.model_fields["kind"].default for kind in KINDS])
+@pytest.fixture(params=KINDS.names)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
-    assert request.param in EXAMPLES, f"write an example of source {request.param} in this file"
-    return parse(AnySource, {"kind": request.param, **EXAMPLES[request.param](tmp_path)}, where="test")
+    return sample_of(KINDS.get(request.param), tmp_path)
 
 
 def test_reads_the_same_valid_rows_every_time(source: Source) -> None:
@@ -126,6 +71,6 @@ def test_fingerprint_follows_the_content_not_the_place(source: Source, tmp_path:
 
 
 def test_every_setting_is_described() -> None:
-    for kind in KINDS:
+    for kind in KINDS.classes:
         for name, field in kind.model_fields.items():
             assert name == "kind" or field.description, f"{kind.__name__}.{name} has no description"

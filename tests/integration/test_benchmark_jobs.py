@@ -16,7 +16,7 @@ from jobs import benchmark, tune
 from jobs.benchmark import BenchmarkConfig
 from recsys.config import parse
 from recsys.files import read_json
-from recsys.models import AnyRetriever
+from recsys.models.retrievers import AnyRetriever
 from recsys.models.retrievers.sequences.esasrec import ESASRec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from recsys.data.histories import Histories
 from recsys.files import write_json
 from recsys.models.text.contrastive import PairData, consecutive_pairs, finetune
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
-from recsys.testing.tiny_encoder import tiny_encoder
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.training.runtime import Runtime
 
 WORDS = ["red", "green", "blue", "car", "bike", "boat"]

@@ -21,10 +21,10 @@ import pytest
 import yaml
 
 from recsys.bundle import Bundle
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.pipeline.bundle_config import BundleConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import RecommendRequest
-from recsys.testing.tiny_encoder import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/synthetic.yaml"

@@ -10,7 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from recsys.events import Event, EventStoreConfig, RedisEventStoreConfig, SqliteEventStoreConfig
+from recsys.events import Event, EventStoreConfig
+from recsys.events.redis import RedisEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.testing.redis_server import redis_server
 
 USERS = ("a", "b")

@@ -17,7 +17,9 @@ from recsys import schema
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.prepare import PreparationReport, prepare
-from recsys.data.splits import GlobalTimeSplit, LeaveOneOutSplit, NextBasketSplit
+from recsys.data.splits.global_time import GlobalTimeSplit
+from recsys.data.splits.leave_one_out import LeaveOneOutSplit
+from recsys.data.splits.next_basket import NextBasketSplit
 from recsys.data.validation import timestamps_ms
 from recsys.errors import EmptyDataError
 from recsys.files import read_json

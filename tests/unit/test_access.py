@@ -16,7 +16,7 @@ from starlette.routing import Route
 from typer.testing import CliRunner
 
 from recsys.errors import ConfigError
-from recsys.events import SqliteEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import make_bundle
 from serve.access import keys as keys_module
 from serve.access.keys import SCOPES, ApiKey, KeyFile, Keys, add_key, revoke_keys, rotate_keys

@@ -7,7 +7,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from recsys.bundle import BundleStore
-from recsys.events import SqliteEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import make_bundle
 from serve.access.keys import SCOPES, add_key
 from serve.config import GatewayConfig, KeyAccess, ServeConfig

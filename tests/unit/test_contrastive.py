@@ -27,7 +27,7 @@ from recsys.models.text.contrastive import (
     sample_epoch,
 )
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, TextTrainConfig
-from recsys.testing.tiny_encoder import tiny_encoder
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.training.runtime import Runtime
 
 WORDS = ["red", "green", "blue", "car", "bike", "boat"]

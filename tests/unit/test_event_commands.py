@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.events import app
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.testing.event_store_contract import seed_table
 
 

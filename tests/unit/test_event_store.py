@@ -18,8 +18,9 @@ import pyarrow as pa
 import pytest
 
 from recsys.errors import EventStoreError, RequestError
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
 from recsys.events import sqlite as sqlite_module
+from recsys.events.sqlite import SqliteEventStoreConfig
 
 DAY_MS = 86_400_000
 
@@ -330,7 +331,8 @@ def test_concurrent_appends_share_commits_and_all_count(config, monkeypatch):
 
 WRITER = """
 import sys
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
 store = SqliteEventStoreConfig(path=sys.argv[1]).open()
 for i in range(10**6):
     store.append([Event(f"{sys.argv[2]}-{i}-{j}", "u", str(i), "click", i) for j in range(3)])
@@ -372,7 +374,8 @@ def test_what_was_acknowledged_survives_sigkill_exactly_once(tmp_path):
 FULL = """
 import resource, signal, sqlite3, sys
 from recsys.errors import EventStoreError
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
 path, limit = sys.argv[1:]
 unlimited, connect = resource.getrlimit(resource.RLIMIT_FSIZE), sqlite3.connect
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

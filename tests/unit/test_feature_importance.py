@@ -11,8 +11,8 @@ from recsys.data.features import FEATURE_NAMES, NUM_FEATURES
 from recsys.errors import ConfigError
 from recsys.evaluation.importance import ndcg10, permutation_importance, worthless
 from recsys.models.rankers.attention import AttentionRankerConfig
-from recsys.models.rankers.base import PADDING, RankingBatch
 from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.queries import PADDING, RankingBatch
 
 
 @pytest.fixture

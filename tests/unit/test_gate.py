@@ -6,7 +6,8 @@ import pytest
 from recsys.bundle.store import BundleStore
 from recsys.data.dataset import Split
 from recsys.evaluation.protocol import EvaluationConfig, rank_scores
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.models.base import VectorRetriever
 from recsys.online.config import GateConfig
 from recsys.online.gate import Contestant, judge

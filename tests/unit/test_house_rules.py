@@ -10,13 +10,14 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 import recsys
 from recsys.config import StrictConfig
 from recsys.errors import RecsysError
+from recsys.kinds import parts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("recsys", "jobs", "serve")
@@ -127,9 +128,9 @@ def settings_of(*roots: type[StrictConfig]) -> list[type[StrictConfig]]:
         if isinstance(each, type) and issubclass(each, StrictConfig):
             if each not in found:
                 found.append(each)
-                todo += [field.annotation for field in each.model_fields.values()]
+                todo += each.model_fields.values()
         else:
-            todo += get_args(each)
+            todo += parts_of(each)
     return found
 
 

@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from recsys.errors import EventStoreError
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
 from recsys.events.base import events_of
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.config import PipelineConfig
 from recsys.testing.tiny_bundle import make_bundle
 from serve.config import GatewayConfig, OpenAccess, ServeConfig

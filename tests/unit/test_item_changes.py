@@ -18,12 +18,16 @@ from recsys.data.histories import Histories
 from recsys.errors import BundleCorruptError, ModelError
 from recsys.index.extended import ExtendedIndex
 from recsys.index.flat import FlatIndex
-from recsys.models import ALS, EASE, Blend, ItemKNN
-from recsys.models.stand_in import StandIns, with_new_items
+from recsys.models.extended import with_new_items
+from recsys.models.retrievers.blend import Blend
+from recsys.models.retrievers.matrices.als import ALS
+from recsys.models.retrievers.matrices.ease import EASE
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.stand_in import StandIns
 from recsys.models.text.encoder import TextEncoderConfig
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.pipeline.recommender import Recommender
 from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle
-from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.types import Filters
 
 

@@ -11,9 +11,9 @@ import torch
 
 from recsys import schema
 from recsys.data.histories import Histories
-from recsys.models import load_retriever
 from recsys.models.base import FitData
 from recsys.models.layers.items import ItemVectors
+from recsys.models.retrievers import load_retriever
 from recsys.models.retrievers.sequences.bert4rec import BERT4Rec
 from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.models.retrievers.towers import base as towers

@@ -9,7 +9,7 @@ import torch
 from recsys.errors import EmptyDataError
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, TextPretrainConfig
 from recsys.models.text.masked_lm import MaskedModule, MaskedStep, _hide, pretrain
-from recsys.testing.tiny_encoder import tiny_encoder
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.training.runtime import Runtime
 
 WORDS = ["red", "green", "blue", "car", "bike", "boat"]

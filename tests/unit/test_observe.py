@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from recsys.events import SqliteEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.cache import Cache
 from recsys.testing.tiny_bundle import make_bundle
 from serve.config import GatewayConfig, OpenAccess, ServeConfig

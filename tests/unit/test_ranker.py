@@ -13,16 +13,8 @@ import torch
 from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import FEATURE_NAMES, NO_TIME, ItemFeatures, candidate_features
-from recsys.models import load_ranker
-from recsys.models.rankers.attention import AttentionRankerConfig, RankerNetwork
-from recsys.models.rankers.base import (
-    PADDING,
-    RankingCatalogue,
-    RankingItems,
-    RankingQuery,
-    item_content,
-    ranking_batch,
-)
+from recsys.models.rankers import load_ranker
+from recsys.models.rankers.attention import AttentionRankerConfig
 from recsys.models.rankers.examples import RankingExamples, ranking_examples
 from recsys.models.rankers.export import (
     ExportConfig,
@@ -31,6 +23,14 @@ from recsys.models.rankers.export import (
     choose_export,
     export_ranker,
     openvino_available,
+)
+from recsys.models.rankers.queries import (
+    PADDING,
+    RankingCatalogue,
+    RankingItems,
+    RankingQuery,
+    item_content,
+    ranking_batch,
 )
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.testing.planted import random_numeric
@@ -197,7 +197,7 @@ def test_heads_must_divide_the_dimension() -> None:
     from recsys.errors import ModelError
 
     with pytest.raises(ModelError, match=r"multiple of ranker\.num_heads"):
-        RankerNetwork(AttentionRankerConfig(dim=10, num_heads=4), 5)
+        AttentionRankerConfig(dim=10, num_heads=4).network(5)
 
 
 def dataset_of(rows: list[tuple[int, int, int, float, int]]) -> Dataset:

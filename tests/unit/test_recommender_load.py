@@ -16,10 +16,12 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.index.flat import FlatIndex
-from recsys.models import ESASRec, ItemKNN
 from recsys.models.base import FitData, RetrieverConfig
+from recsys.models.retrievers.neighbours.item_knn import ItemKNN
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.golden import golden_answer
 from recsys.testing.pipeline import items_table

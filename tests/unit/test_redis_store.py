@@ -8,8 +8,8 @@ import pytest
 import redis
 
 from recsys.errors import ConfigError, EventStoreError
-from recsys.events import Event, RedisEventStoreConfig
-from recsys.events.redis import VARIABLE
+from recsys.events import Event
+from recsys.events.redis import VARIABLE, RedisEventStoreConfig
 from recsys.testing.redis_server import redis_server
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from recsys.errors import RequestError
 from recsys.models.text.encoder import TextEncoderConfig
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.pipeline.recommender import Recommender
 from recsys.pipeline.requests import SearchRequest
 from recsys.testing.tiny_bundle import NUM_ITEMS, make_bundle
-from recsys.testing.tiny_encoder import tiny_encoder
 from recsys.types import Filters
 
 WORDS = ["red", "green", "blue", "apple", "train", "river", "night", "ride"]

@@ -19,7 +19,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Response
 from pydantic import BaseModel, Field
 
 from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
-from recsys.events import SqliteEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.testing.tiny_bundle import START_MS, make_bundle
 from serve import run
 from serve.access.middleware import Access

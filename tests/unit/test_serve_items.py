@@ -5,7 +5,7 @@ import pytest
 
 from recsys.bundle.live import live_id
 from recsys.errors import BundleError
-from recsys.events import SqliteEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.requests import RecommendRequest
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
 from serve.http.routes import http_app

@@ -16,8 +16,9 @@ from recsys.bundle.store import BundleStore
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Split
 from recsys.data.features import ItemFeatures, candidate_features
-from recsys.events import Event, SqliteEventStoreConfig
-from recsys.models.rankers.base import RankingItems
+from recsys.events import Event
+from recsys.events.sqlite import SqliteEventStoreConfig
+from recsys.models.rankers.queries import RankingItems
 from recsys.online.log import grow
 from recsys.pipeline.build import Parts
 from recsys.pipeline.offline import OfflinePipeline

@@ -16,20 +16,19 @@ import pytest
 
 from recsys.config import parse
 from recsys.data.prepare import DataConfig, prepare
-from recsys.data.sources import (
-    AnySource,
-    CsvSource,
-    MovielensSmallSource,
-    MovielensSource,
-    OnlineRetailSource,
-    ParquetSource,
-    SequencesSource,
-    SyntheticSource,
-)
+from recsys.data.sources import AnySource
 from recsys.data.sources import synthetic as synthetic_module
+from recsys.data.sources.csv import CsvSource
+from recsys.data.sources.movielens import MovielensSource
+from recsys.data.sources.movielens_small import MovielensSmallSource
+from recsys.data.sources.online_retail import OnlineRetailSource
+from recsys.data.sources.parquet import ParquetSource
+from recsys.data.sources.sequences import SequencesSource
+from recsys.data.sources.synthetic import SyntheticSource
 from recsys.errors import ConfigError, DataError, EmptyDataError, SchemaError
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
 from recsys.events.exported import write_log
+from recsys.events.sqlite import SqliteEventStoreConfig
 
 
 def rows(source: Any) -> list[dict[str, Any]]:

@@ -11,14 +11,10 @@ import pytest
 from recsys import schema
 from recsys.config import parse
 from recsys.data.dataset import Split
-from recsys.data.splits import (
-    AnySplit,
-    GlobalTimeSplit,
-    LeaveOneOutSplit,
-    NextBasketSplit,
-    SplitPolicy,
-    check_not_empty,
-)
+from recsys.data.splits import AnySplit, SplitPolicy, check_not_empty
+from recsys.data.splits.global_time import GlobalTimeSplit
+from recsys.data.splits.leave_one_out import LeaveOneOutSplit
+from recsys.data.splits.next_basket import NextBasketSplit
 from recsys.errors import ConfigError, EmptyDataError, LeakageError, NoTimeError
 
 TRAIN, VALID, TEST = Split

@@ -7,7 +7,7 @@ import weakref
 import pytest
 
 from recsys.errors import BundleError, StageError
-from recsys.events import SqliteEventStoreConfig
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.requests import RecommendRequest
 from serve.config import OpenAccess, ServeConfig
 from serve.live import shelf as shelf_module

@@ -20,7 +20,7 @@ from recsys.models.text.encoder import (
     item_texts,
     pad,
 )
-from recsys.testing.tiny_encoder import tiny_encoder
+from recsys.models.text.tiny_encoder import tiny_encoder
 
 WORDS = ["red", "green", "blue", "car", "bike", "boat", "fast", "slow", "big", "small"]
 

@@ -13,8 +13,8 @@ from jobs.steps.train_retriever import Payload, fit, summary
 from recsys.data.dataset import Split
 from recsys.data.histories import Histories
 from recsys.files import read_json
-from recsys.models import load_retriever
 from recsys.models.base import FitData, RetrieverConfig
+from recsys.models.retrievers import load_retriever
 from recsys.models.retrievers.popularity import Popularity
 from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.testing.planted import planted_clusters

@@ -23,8 +23,9 @@ from recsys.bundle.histories import histories_table
 from recsys.bundle.store import BundleStore
 from recsys.data.dataset import Split
 from recsys.errors import BundleError, EventStoreError
-from recsys.events import Event, SqliteEventStoreConfig
+from recsys.events import Event
 from recsys.events.exported import write_log
+from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.online.config import OnlineConfig
 from recsys.online.learn import lesson_data
 from recsys.online.log import grow, with_unknown

@@ -1,43 +1,24 @@
-"""Sources of interactions and items, one file each; ``AnySource`` is what a configuration may name."""
+"""Sources of interactions and items, one file per kind."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from recsys.config import union
 from recsys.data.sources.base import Source
-from recsys.data.sources.csv import CsvSource
-from recsys.data.sources.movielens import MovielensSource
-from recsys.data.sources.movielens_small import MovielensSmallSource
-from recsys.data.sources.online_retail import OnlineRetailSource
-from recsys.data.sources.parquet import ParquetSource
-from recsys.data.sources.sequences import SequencesSource
-from recsys.data.sources.synthetic import SyntheticSource
+from recsys.kinds import Kinds
 
-KINDS = (
-    MovielensSmallSource,
-    MovielensSource,
-    SequencesSource,
-    OnlineRetailSource,
-    ParquetSource,
-    CsvSource,
-    SyntheticSource,
+KINDS: Kinds[Source] = Kinds(
+    "sources",
+    {
+        "movielens_small": "recsys.data.sources.movielens_small:MovielensSmallSource",
+        "movielens": "recsys.data.sources.movielens:MovielensSource",
+        "sequences": "recsys.data.sources.sequences:SequencesSource",
+        "online_retail": "recsys.data.sources.online_retail:OnlineRetailSource",
+        "parquet": "recsys.data.sources.parquet:ParquetSource",
+        "csv": "recsys.data.sources.csv:CsvSource",
+        "synthetic": "recsys.data.sources.synthetic:SyntheticSource",
+    },
 )
+AnySource = Annotated[Source, KINDS]
 
-if TYPE_CHECKING:
-    AnySource = Source
-else:
-    AnySource = union("sources", KINDS)
-
-__all__ = [
-    "KINDS",
-    "AnySource",
-    "CsvSource",
-    "MovielensSmallSource",
-    "MovielensSource",
-    "OnlineRetailSource",
-    "ParquetSource",
-    "SequencesSource",
-    "Source",
-    "SyntheticSource",
-]
+__all__ = ["KINDS", "AnySource", "Source"]

@@ -1,6 +1,6 @@
 """What every source of interactions is.
 
-A new source is one file with one subclass of :class:`Source` and one name in ``recsys/data/sources/__init__.py``.
+A new source is one file with one subclass of :class:`Source` and one line in ``recsys/data/sources/__init__.py``.
 
 **Raw interactions.** :meth:`Source.read` yields Arrow tables with the columns of the contract and the values as
 they were found; validation converts, and quarantines the rows it cannot convert:
@@ -28,7 +28,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from recsys.config import StrictConfig
+from recsys.kinds import Kind
 
 TimestampEncoding = Literal["s", "ms", "us", "iso"]
 """Numbers since 1970 UTC in seconds, milliseconds or microseconds, or ISO 8601 text (without a zone: UTC).
@@ -41,7 +41,7 @@ REJECTED = "rejected"
 LINE = "line"
 
 
-class Source(StrictConfig, ABC):
+class Source(Kind, ABC):
     """Where interactions and items come from. Subclasses add ``kind: Literal["..."]``."""
 
     kind: str

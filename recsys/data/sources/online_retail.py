@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from recsys import schema
 from recsys.arrow import pc
 from recsys.data.sources.base import REJECTED, Source
 from recsys.data.sources.files import check_columns, existing, fingerprint
+from recsys.files import write_parquet
 
 _MAPPING = {
     "invoice": "InvoiceNo",
@@ -40,6 +42,23 @@ class OnlineRetailSource(Source):
 
     kind: Literal["online_retail"] = "online_retail"
     path: str = Field(description="Path of the Parquet file with the columns of the UCI original.")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        table = pa.table(
+            {
+                "InvoiceNo": ["1", "2"],
+                "StockCode": ["A", "B"],
+                "Description": ["LAMP", "BOX"],
+                "Quantity": [1, 2],
+                "InvoiceDate": pa.array([0, 1], pa.timestamp("ns")),
+                "UnitPrice": [1.0, 2.0],
+                "CustomerID": [1, 2],
+                "Country": ["X", "Y"],
+            }
+        )
+        write_parquet(folder / "log.parquet", table)
+        return cls(path=str(folder / "log.parquet"))
 
     @property
     def has_time(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ from recsys.data.sources.base import Source, TimestampEncoding
 from recsys.data.sources.files import BATCH_ROWS, InteractionColumns, ItemsFile, check_columns, existing, fingerprint
 from recsys.errors import EmptyDataError, SchemaError
 from recsys.events.exported import LOG_ONLY, WATERMARK
+from recsys.files import write_parquet
 
 
 class ParquetSource(Source):
@@ -41,6 +42,12 @@ class ParquetSource(Source):
         default="interaction", min_length=1, description="Event of every row where columns.event is null."
     )
     catalogue: ItemsFile | None = Field(default=None, description="The items' file; null where there is none.")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        path = folder / "log.parquet"
+        write_parquet(path, pa.table({"user_id": [1, 2], "item_id": ["a", "b"], "timestamp": [5, 6]}))
+        return cls(path=str(path))
 
     @property
     def has_time(self) -> bool:

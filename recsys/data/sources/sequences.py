@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,13 @@ class SequencesSource(Source):
     )
     event: str = Field(default="interaction", min_length=1, description="Event of every row.")
     catalogue: ItemsFile | None = Field(default=None, description="The items' file; null where there is none.")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        path, items = folder / "log.txt", folder / "items.csv"
+        path.write_text("u1 a b\nu2 b c\n")
+        items.write_text("item_id,title\na,A\n")
+        return cls(path=str(path), layout="user_items", catalogue=ItemsFile(path=str(items)))
 
     @property
     def has_time(self) -> bool:

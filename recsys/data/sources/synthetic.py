@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -52,6 +53,10 @@ class SyntheticSource(Source):
     )
     days: float = Field(default=365.0, gt=0, le=36500, description="Length of the period in days.")
     seed: int = Field(default=0, ge=0, description="Seed of the random numbers; equal seeds give equal data.")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(num_users=30, num_items=40)
 
     @model_validator(mode="after")
     def _clusters_have_rings(self) -> Self:

@@ -17,40 +17,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Self
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 
-from recsys.data.features import FEATURE_NAMES, NUM_FEATURES, fixed_size_list, matrix
-from recsys.errors import ModelError
-from recsys.files import atomic_path, map_arrow, read_json, write_arrow, write_json
-from recsys.models.rankers.base import (
-    PADDING,
-    Ranker,
-    RankerConfig,
-    RankingBatch,
-    RankingCatalogue,
-    RankingItems,
-    load_ranking_items,
-    save_ranking_items,
-)
+from recsys.data.features import FEATURE_NAMES, NUM_FEATURES, matrix
+from recsys.files import map_arrow, read_json
+from recsys.models.base import UpdateConfig
+from recsys.models.rankers.attention_network import AttentionRanker, RankerNetwork, inputs_of, project
+from recsys.models.rankers.base import Ranker, RankerConfig
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.export import load_exported
+from recsys.models.rankers.loop import listwise_loss, train_ranker
+from recsys.models.rankers.queries import PADDING, RankingBatch, RankingCatalogue, load_ranking_items
 from recsys.training.runtime import Runtime
-
-if TYPE_CHECKING:
-    from recsys.models.base import UpdateConfig
-    from recsys.models.rankers.examples import RankingExamples
-
-NUM_AGE_BUCKETS = 12
-MASKED = -20.0
-"""attention bias of an empty slot: nothing after the softmax, and small enough not to coarsen int8 steps"""
-HOUR_MS = 3_600_000.0
 
 
 class AttentionRankerConfig(RankerConfig):
@@ -65,6 +50,12 @@ class AttentionRankerConfig(RankerConfig):
         default=(), description="features that are not read, by name; `python -m jobs.features` says which"
     )
 
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(
+            dim=16, hidden=32, max_history=2, num_negatives=3, epochs=40, patience=40, batch_queries=4, dropout=0.0
+        )
+
     @field_validator("left_out")
     @classmethod
     def _known_features(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,6 +65,17 @@ class AttentionRankerConfig(RankerConfig):
                 f"{', '.join(strange)}: not a feature that can be left out of {', '.join(FEATURE_NAMES[1:])}"
             )
         return names
+
+    def network(self, content_dim: int) -> RankerNetwork:
+        """A fresh one, its weights drawn from torch's generator."""
+        return RankerNetwork(
+            content_dim,
+            dim=self.dim,
+            num_heads=self.num_heads,
+            hidden=self.hidden,
+            max_history=self.max_history,
+            dropout=self.dropout,
+        )
 
     def fit(
         self,
@@ -87,7 +89,7 @@ class AttentionRankerConfig(RankerConfig):
         content = catalogue.content
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = RankerNetwork(self, content.shape[1])
+            network = self.network(content.shape[1])
         used = examples.batch.candidate_item_idx != PADDING
         values = examples.batch.features[used] if used.any() else np.zeros((1, NUM_FEATURES), np.float32)
         network.feature_mean.copy_(torch.from_numpy(values.mean(axis=0)))
@@ -96,7 +98,6 @@ class AttentionRankerConfig(RankerConfig):
         scale = np.where(spread > 1e-3, 1.0 / np.maximum(spread, 1e-3), 0.0)
         scale[[FEATURE_NAMES.index(name) for name in self.left_out]] = 0.0
         network.feature_scale.copy_(torch.from_numpy(scale))
-
         return self._trained(network, examples, catalogue, runtime, holdout, seed)
 
     def update(
@@ -111,7 +112,7 @@ class AttentionRankerConfig(RankerConfig):
     ) -> AttentionRanker:
         """Train on from the weights of ``fitted``, whose features keep their scale."""
         assert isinstance(fitted, AttentionRanker)
-        network = RankerNetwork(self, catalogue.content.shape[1])
+        network = self.network(catalogue.content.shape[1])
         network.load_state_dict(fitted.network.state_dict())
         train = {"epochs": how.epochs, "learning_rate": self.learning_rate * how.rate}
         done = self.model_copy(update=train)._trained(network, examples, catalogue, runtime, None, seed)
@@ -126,8 +127,6 @@ class AttentionRankerConfig(RankerConfig):
         holdout: RankingExamples | None,
         seed: int,
     ) -> AttentionRanker:
-        from recsys.models.rankers.loop import listwise_loss, train_ranker
-
         content = catalogue.content
 
         def ranker(history: Sequence[Mapping[str, float]] = ()) -> AttentionRanker:
@@ -135,7 +134,7 @@ class AttentionRankerConfig(RankerConfig):
             return AttentionRanker(self, network, catalogue.items, projected, history, uses_time=examples.uses_time)
 
         def loss(model: nn.Module, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
-            return listwise_loss(model(*_inputs(batch, content, runtime.device)), batch, relevant)
+            return listwise_loss(model(*inputs_of(batch, content, runtime.device)), batch, relevant)
 
         history = train_ranker(
             network,
@@ -149,169 +148,13 @@ class AttentionRankerConfig(RankerConfig):
         )
         return ranker(history)
 
-    def load(self, folder: Path) -> AttentionRanker:
-        return AttentionRanker.load(folder, self)
-
-
-class RankerNetwork(nn.Module):
-    """The trained weights. ``content`` is the item's raw content vector, projected by ``item``."""
-
-    feature_mean: Tensor
-    feature_scale: Tensor
-
-    def __init__(self, config: AttentionRankerConfig, content_dim: int) -> None:
-        super().__init__()
-        if config.dim % config.num_heads:
-            raise ModelError(f"ranker.dim {config.dim} must be a multiple of ranker.num_heads {config.num_heads}")
-        dim, heads, hidden = config.dim, config.num_heads, config.hidden
-        self.num_heads = heads
-        self.item = nn.Linear(content_dim, dim)
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.null_key = nn.Parameter(torch.zeros(dim))
-        self.null_value = nn.Parameter(torch.zeros(dim))
-        self.rank_bias = nn.Parameter(torch.zeros(config.max_history, heads))
-        self.age_bias = nn.Parameter(torch.zeros(NUM_AGE_BUCKETS, heads))
-        self.candidate = nn.Linear(dim, hidden, bias=False)
-        self.attended = nn.Linear(dim, hidden, bias=False)
-        self.features = nn.Linear(NUM_FEATURES, hidden)
-        self.middle = nn.Linear(hidden, hidden // 2)
-        self.out = nn.Linear(hidden // 2, 1)
-        self.retrieval_weight = nn.Parameter(torch.ones(()))
-        self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("feature_mean", torch.zeros(NUM_FEATURES))
-        self.register_buffer("feature_scale", torch.ones(NUM_FEATURES))
-        # A fresh ranker keeps the retriever's order; training only has to improve on it.
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def history_bias(self, age_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Additive attention bias [B, L, H]; ``MASKED`` where the slot is empty."""
-        bucket = torch.log2(age_BL / HOUR_MS + 1.0).long().clamp(max=NUM_AGE_BUCKETS - 1)
-        bias_BLH = self.rank_bias + self.age_bias[bucket]
-        return bias_BLH.masked_fill(~mask_BL.unsqueeze(-1), MASKED)
-
-    def forward(
-        self, content_BCE: Tensor, history_BLE: Tensor, age_BL: Tensor, mask_BL: Tensor, features_BCF: Tensor
-    ) -> Tensor:
-        """Scores [B, C] from raw content: the form that is trained."""
-        return self.score(self.item(content_BCE), self.item(history_BLE), age_BL, mask_BL, features_BCF)
-
-    def score(
-        self, candidate_BCD: Tensor, history_BLD: Tensor, age_BL: Tensor, mask_BL: Tensor, features_BCF: Tensor
-    ) -> Tensor:
-        """Scores [B, C] from projected items."""
-        return self.head(
-            self.query(candidate_BCD),
-            self.candidate(candidate_BCD),
-            self.key(history_BLD),
-            self.value(history_BLD),
-            self.history_bias(age_BL, mask_BL),
-            features_BCF,
-        )
-
-    def head(
-        self,
-        query_BCD: Tensor,
-        candidate_BCM: Tensor,
-        key_BLD: Tensor,
-        value_BLD: Tensor,
-        bias_BLH: Tensor,
-        features_BCF: Tensor,
-    ) -> Tensor:
-        """Scores [B, C] from what each item gives by itself; this part runs per request."""
-        heads = self.num_heads
-        null_key, null_value = (vector.expand(key_BLD.shape[0], 1, -1) for vector in (self.null_key, self.null_value))
-        key_BHKD = _split(torch.cat([null_key, key_BLD], 1), heads)
-        value_BHKD = _split(torch.cat([null_value, value_BLD], 1), heads)
-        bias_BHK = functional.pad(bias_BLH.transpose(1, 2), (1, 0))
-        query_BHCD = _split(query_BCD, heads) * (query_BCD.shape[-1] // heads) ** -0.5
-        weights_BHCK = torch.softmax(query_BHCD @ key_BHKD.transpose(-1, -2) + bias_BHK.unsqueeze(2), dim=-1)
-        attended_BCD = (weights_BHCK @ value_BHKD).transpose(1, 2).flatten(2)
-        normalised_BCF = (features_BCF - self.feature_mean) * self.feature_scale
-        hidden_BCM = candidate_BCM + self.attended(self.dropout(attended_BCD)) + self.features(normalised_BCF)
-        hidden_BCM = self.dropout(functional.relu(hidden_BCM))
-        hidden_BCM = self.dropout(functional.relu(self.middle(hidden_BCM)))
-        return self.out(hidden_BCM).squeeze(-1) + self.retrieval_weight * features_BCF[..., 0]
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """[B, S, D] to [B, H, S, D / H]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-class AttentionRanker(Ranker):
-    """A fitted network with the projected content of the items it ranks: the fp32 reference of every export."""
-
-    config: AttentionRankerConfig
-
-    def __init__(
-        self,
-        config: AttentionRankerConfig,
-        network: RankerNetwork,
-        items: RankingItems,
-        projected: NDArray[np.float32],
-        history: Sequence[Mapping[str, float]] = (),
-        *,
-        uses_time: bool,
-    ) -> None:
-        self.config = config
-        self.network = network.eval()
-        self.items = items
-        self.projected = projected
-        """float32 [N, D]: ``network.item`` of every item's content"""
-        self.max_history = config.max_history
-        self.uses_time = uses_time
-        self.history = history
-
-    def with_items(self, catalogue: RankingCatalogue) -> AttentionRanker:
-        projected = project(self.network, catalogue.content)
-        return AttentionRanker(
-            self.config, self.network, catalogue.items, projected, self.history, uses_time=self.uses_time
-        )
-
-    def score(self, batch: RankingBatch) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            return self.network.score(*_inputs(batch, self.projected, self.network.null_key.device)).cpu().numpy()
-
-    def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
-        save_ranking_items(self.items, folder)
-        write_arrow(folder / "projected.arrow", pa.table({"vector": fixed_size_list(self.projected)}))
-        write_json(folder / "fit.json", {"uses_time": self.uses_time, "history": [dict(row) for row in self.history]})
-        write_json(folder / "config.json", self.config.model_dump(mode="json"))
-
-    @classmethod
-    def load(cls, folder: str | Path, config: AttentionRankerConfig) -> AttentionRanker:
-        folder = Path(folder)
-        items = load_ranking_items(folder)
+    def load(self, folder: Path) -> Ranker:
+        """Its compressed form where one was exported and this machine can run it."""
         weights = load_file(folder / "model.safetensors")
-        network = RankerNetwork(config, weights["item.weight"].shape[1])
+        network = self.network(weights["item.weight"].shape[1])
         network.load_state_dict(weights)
         projected = matrix(map_arrow(folder / "projected.arrow")["vector"])
         fit = read_json(folder / "fit.json")
-        return cls(config, network, items, projected, fit["history"], uses_time=fit["uses_time"])
-
-
-@torch.inference_mode()
-def project(network: RankerNetwork, content: NDArray[np.float32], chunk: int = 65536) -> NDArray[np.float32]:
-    """float32 [N, D]: ``network.item`` of every row of ``content``."""
-    device = network.null_key.device
-    parts = [network.item(torch.tensor(content[row : row + chunk]).to(device)) for row in range(0, len(content), chunk)]
-    return torch.cat(parts).cpu().numpy()
-
-
-def _inputs(batch: RankingBatch, table: NDArray[np.float32], device: torch.device) -> tuple[Tensor, ...]:
-    """The network's arguments for a batch, items looked up in ``table`` (which may be memory-mapped)."""
-    tensors = (
-        torch.from_numpy(table[np.maximum(batch.candidate_item_idx, 0)]),
-        torch.from_numpy(table[np.maximum(batch.history_item_idx, 0)]),
-        torch.tensor(batch.history_age_ms),  # a copy: what came through Ray's object store is read-only
-        torch.from_numpy(batch.history_item_idx != PADDING),
-        torch.tensor(batch.features),
-    )
-    return tuple(tensor.to(device) for tensor in tensors)
+        items = load_ranking_items(folder)
+        ranker = AttentionRanker(self, network, items, projected, fit["history"], uses_time=fit["uses_time"])
+        return load_exported(folder, ranker)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from recsys.config import StrictConfig
 from recsys.errors import ModelError
-from recsys.models.rankers.base import PADDING, RankingBatch
+from recsys.models.rankers.loop import listwise_loss
+from recsys.models.rankers.queries import PADDING, RankingBatch
 from recsys.models.rankers.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
 from recsys.models.text.adapters import adapt, is_adapted, places, with_saved_adapter
 from recsys.models.text.encoder import model_folder, pad
@@ -58,6 +59,18 @@ class CausalLMConfig(TextRankerConfig):
         default=0.5, ge=0, description="weight of the language model's own loss beside that of the ranking"
     )
 
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(
+            small=SmallDecoder(num_layers=1, dim=32, vocabulary=320, max_tokens=64),
+            max_history=2,
+            num_negatives=3,
+            epochs=32,
+            patience=40,
+            learning_rate=1e-2,
+            head_learning_rate=0.1,
+        )
+
     def network(self, texts: Sequence[str]) -> tuple[Any, TextRankerNetwork]:
         if self.model is None:
             tokenizer, transformer = _make(self.small, texts)
@@ -79,8 +92,6 @@ class CausalLMConfig(TextRankerConfig):
         return [[*ids, *end] for ids in batch["input_ids"]]
 
     def loss(self, output: Any, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
-        from recsys.models.rankers.loop import listwise_loss
-
         read: _Read = output
         ranking = listwise_loss(read.scores_BC, batch, relevant)
         return ranking + self.language_loss * read.language(torch.from_numpy(relevant))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.errors import ConfigError, ModelError
-from recsys.models.rankers.base import PADDING, RankingBatch
+from recsys.models.rankers.base import SAMPLE_WORDS
+from recsys.models.rankers.queries import PADDING, RankingBatch
 from recsys.models.rankers.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
 from recsys.models.text.adapters import Prefix, adapt, places, with_saved_adapter
 from recsys.models.text.encoder import model_folder, pad
+from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.training.freezing import learn_top_layers
 
 
@@ -41,6 +43,20 @@ class CrossEncoderConfig(TextRankerConfig):
     objective: Literal["bce", "mse"] = Field(
         default="bce", description="binary cross-entropy, or squared error, of what the user chose (1) and did not (0)"
     )
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(
+            model=str(tiny_encoder(folder / "encoder", SAMPLE_WORDS, dim=32)),
+            max_history=2,
+            fields=("title",),
+            num_negatives=3,
+            epochs=30,
+            patience=40,
+            batch_queries=4,
+            learning_rate=2e-3,
+            head_learning_rate=1e-2,
+        )
 
     def network(self, texts: Sequence[str]) -> tuple[Any, TextRankerNetwork]:
         tokenizer, transformer = _read(model_folder(self.model, "cross_encoder.model"))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.data.dataset import Targets
-from recsys.models.rankers.base import PADDING, RankingBatch, RankingItems, RankingQuery, ranking_batch
+from recsys.models.rankers.queries import PADDING, RankingBatch, RankingItems, RankingQuery, ranking_batch
 from recsys.ndcg import ndcg
 from recsys.types import Candidates
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +30,10 @@ from recsys.config import StrictConfig
 from recsys.data.features import NUM_FEATURES, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import map_arrow, read_json, write_arrow, write_json
-from recsys.models.rankers.attention import HOUR_MS, MASKED, NUM_AGE_BUCKETS, AttentionRanker
-from recsys.models.rankers.base import PADDING, Ranker, RankingBatch, RankingCatalogue
-
-if TYPE_CHECKING:
-    from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.attention_network import HOUR_MS, MASKED, NUM_AGE_BUCKETS, AttentionRanker
+from recsys.models.rankers.base import Ranker
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.queries import PADDING, RankingBatch, RankingCatalogue
 
 Precision = Literal["f32", "bf16", "int8"]
 
@@ -133,8 +132,8 @@ class ExportedRanker(Ranker):
         self.reference = reference
         self._candidate_rows = candidate_rows
         self._history_rows = history_rows
-        self._dim = reference.config.dim
         network = reference.network
+        self._dim = network.dim
         self._rank_bias = network.rank_bias.detach().numpy()
         self._age_bias = network.age_bias.detach().numpy()
         self._null = np.concatenate([network.null_key.detach().numpy(), network.null_value.detach().numpy()])
@@ -340,8 +339,8 @@ def _graph(ranker: AttentionRanker) -> Any:
     import openvino as ov
     from openvino import opset13 as ops
 
-    config, network = ranker.config, ranker.network
-    dim, heads, length = config.dim, config.num_heads, ranker.max_history + 1
+    network = ranker.network
+    dim, heads, length = network.dim, network.num_heads, ranker.max_history + 1
     weight = {name: value.detach().double().numpy() for name, value in network.named_parameters()}
     scale, mean = network.feature_scale.double().numpy(), network.feature_mean.double().numpy()
     features = weight["features.weight"] * scale
@@ -356,7 +355,7 @@ def _graph(ranker: AttentionRanker) -> Any:
         split_BSHD = ops.reshape(x, ops.constant(np.array([0, 0, heads, dim // heads])), True)
         return ops.transpose(split_BSHD, ops.constant(np.array([0, 2, 1, 3])))
 
-    shapes = [[-1, -1, dim], [-1, -1, config.hidden], [-1, length, dim], [-1, length, dim]]
+    shapes = [[-1, -1, dim], [-1, -1, network.hidden], [-1, length, dim], [-1, length, dim]]
     shapes += [[-1, length, heads], [-1, -1, NUM_FEATURES]]
     inputs = [ops.parameter(ov.PartialShape(shape), np.float32) for shape in shapes]
     query, candidate, key, value, bias, x = inputs

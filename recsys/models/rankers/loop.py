@@ -10,20 +10,17 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recsys.models.rankers.base import PADDING, RankingBatch
+from recsys.models.rankers.base import RankerConfig
 from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.queries import PADDING, RankingBatch
 from recsys.training.freezing import freeze_unreached
 from recsys.training.runtime import Runtime
-
-if TYPE_CHECKING:
-    from recsys.models.rankers.base import RankerConfig
 
 logger = logging.getLogger(__name__)
 _QUERIES_AT_ONCE = 128

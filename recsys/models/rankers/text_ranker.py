@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from recsys.errors import ConfigError, ModelError
 from recsys.files import atomic_path, map_arrow, read_json, write_arrow, write_json
-from recsys.models.rankers.base import (
+from recsys.models.rankers.base import Ranker, RankerConfig
+from recsys.models.rankers.examples import RankingExamples
+from recsys.models.rankers.loop import train_ranker
+from recsys.models.rankers.queries import (
     PADDING,
-    Ranker,
-    RankerConfig,
     RankingBatch,
     RankingCatalogue,
     RankingItems,
@@ -37,9 +38,6 @@ from recsys.models.rankers.base import (
 from recsys.models.text.adapters import Adapter, merged, save_transformer
 from recsys.models.text.encoder import TextEncoderConfig, TextField, item_texts
 from recsys.training.runtime import Runtime
-
-if TYPE_CHECKING:
-    from recsys.models.rankers.examples import RankingExamples
 
 _TRANSFORMER = "transformer"
 
@@ -107,8 +105,6 @@ class TextRankerConfig(RankerConfig, ABC):
         holdout: RankingExamples | None,
         seed: int,
     ) -> TextRanker:
-        from recsys.models.rankers.loop import train_ranker
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tokenizer, network = self.network(self._texts(catalogue.table))

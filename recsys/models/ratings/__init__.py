@@ -1,24 +1,26 @@
-"""Models that foretell the rating itself: one file per family, its configuration's name in ``RATING_KINDS``."""
+"""Models that foretell the rating itself, one file per family."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from recsys.config import parse, union
 from recsys.errors import ModelError
 from recsys.files import read_json
+from recsys.kinds import Kinds
 from recsys.models.ratings.base import RatingConfig, RatingModel
-from recsys.models.ratings.biases import Biases
-from recsys.models.ratings.factors import Factors
-from recsys.models.ratings.neighbours import Neighbours
 
-RATING_KINDS: tuple[type[RatingConfig], ...] = (Biases, Neighbours, Factors)
+KINDS: Kinds[RatingConfig] = Kinds(
+    "ratings",
+    {
+        "biases": "recsys.models.ratings.biases:Biases",
+        "neighbours": "recsys.models.ratings.neighbours:Neighbours",
+        "factors": "recsys.models.ratings.factors:Factors",
+    },
+)
+AnyRatingModel = Annotated[RatingConfig, KINDS]
 
-if TYPE_CHECKING:
-    AnyRatingModel = RatingConfig
-else:
-    AnyRatingModel = union("ratings", RATING_KINDS)
+__all__ = ["KINDS", "AnyRatingModel", "RatingConfig", "RatingModel", "load_rating_model"]
 
 
 def load_rating_model(folder: str | Path) -> RatingModel:
@@ -26,5 +28,4 @@ def load_rating_model(folder: str | Path) -> RatingModel:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ModelError(f"{folder}: no saved rating model here (config.json is missing)", path=str(folder))
-    config: RatingConfig = parse(AnyRatingModel, read_json(path), where=str(path))
-    return config.load(Path(folder))
+    return KINDS.parse(read_json(path), where=str(path)).load(Path(folder))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from recsys import schema
-from recsys.config import StrictConfig
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.data.leaks import check_blind
 from recsys.errors import DataError, EmptyDataError, ModelError
 from recsys.files import write_json
+from recsys.kinds import Kind
 from recsys.models.retrievers.matrices.base import Sparse
 from recsys.training.checkpoint import load_tensors, save_tensors
 
@@ -95,10 +95,12 @@ class RatingQuestions:
         return cls(rated, log.item_idx[rows], values[rows], log.user_idx[rows])
 
 
-class RatingConfig(StrictConfig, ABC):
+class RatingConfig(Kind, ABC):
     """Hyper-parameters of one family. Subclasses add ``kind: Literal["..."]``."""
 
     kind: str
+    max_rmse: ClassVar[float] = 0.95
+    """RMSE that the sample stays below on planted ratings: the mean alone has 1.1, users and items by themselves 0.9"""
 
     @abstractmethod
     def fit(self, data: Rated, seed: int = 0) -> RatingModel:

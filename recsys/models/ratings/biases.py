@@ -9,7 +9,7 @@ Shape legend: N items, B histories, Q questions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ class Biases(RatingConfig):
     kind: Literal["biases"] = "biases"
     item_shrinkage: float = Field(default=5.0, ge=0, description="an item's deviation is that of so many more ratings")
     user_shrinkage: float = Field(default=5.0, ge=0, description="a user's deviation is that of so many more ratings")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls()
 
     def fit(self, data: Rated, seed: int = 0) -> BiasModel:
         matrix_UN = some_ratings(data)

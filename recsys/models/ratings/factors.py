@@ -9,7 +9,7 @@ Shape legend: U users, N items, D factors, B histories, Q questions, n items rat
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,12 @@ class Factors(RatingConfig):
     regularization: float = Field(default=6.0, gt=0, description="squared length of factors counts so much")
     iterations: int = Field(default=15, ge=1, le=10_000, description="alternations")
     biases: Biases = Field(default=Biases(), description="what is taken out before")
+
+    max_rmse: ClassVar[float] = 0.35
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=4, regularization=2)
 
     def fit(self, data: Rated, seed: int = 0) -> FactorModel:
         biases = self.biases.fit(data, seed)

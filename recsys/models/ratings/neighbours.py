@@ -10,7 +10,7 @@ Shape legend: N items, B histories, Q questions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -32,6 +32,12 @@ class Neighbours(RatingConfig):
     shrinkage: float = Field(default=20.0, ge=0, description="a similarity counts as if so many users disagreed on it")
     confidence: float = Field(default=1.0, ge=0, description="added to the summed similarity: distrusts few neighbours")
     biases: Biases = Field(default=Biases(), description="what is taken out before")
+
+    max_rmse: ClassVar[float] = 0.6
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(num_neighbours=20, shrinkage=5)
 
     def fit(self, data: Rated, seed: int = 0) -> NeighbourModel:
         biases = self.biases.fit(data, seed)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SerializeAsAny, StringConstraints, field_validator
 
-from recsys.config import StrictConfig, parse
+from recsys.config import StrictConfig
 from recsys.data.histories import Histories
 from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig
+from recsys.models.retrievers import KINDS, load_retriever
 from recsys.models.retrievers.phases import Phase
 from recsys.training.runtime import Runtime
 
@@ -37,11 +38,7 @@ class SourceConfig(StrictConfig):
     @field_validator("retriever", mode="before")
     @classmethod
     def _of_any_kind(cls, value: Any) -> RetrieverConfig:
-        from recsys.models import AnyRetriever
-
-        config: RetrieverConfig = (
-            value if isinstance(value, RetrieverConfig) else parse(AnyRetriever, value, where="retriever")
-        )
+        config = value if isinstance(value, RetrieverConfig) else KINDS.parse(value, where="retriever")
         if config.kind == "blend":
             raise ValueError("a source is no blend itself: name all sources in one")
         return config
@@ -57,6 +54,18 @@ class Blend(RetrieverConfig):
     sources: dict[SourceName, SourceConfig] = Field(
         ..., min_length=2, max_length=32, description="sources by their names: letters, digits, - and _"
     )
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls.parse(
+            {
+                "sources": {
+                    "knn": {"retriever": KINDS.get("item_knn").sample(folder), "share": 2},
+                    "sequence": {"retriever": KINDS.get("esasrec").sample(folder)},
+                }
+            },
+            where="sample",
+        )
 
     @property
     def shares(self) -> dict[str, float]:
@@ -87,8 +96,6 @@ class Blend(RetrieverConfig):
 
     def load(self, folder: Path) -> BlendRetriever:
         """Read the sources from folders of their names."""
-        from recsys.models import load_retriever
-
         return BlendRetriever(self, {name: load_retriever(folder / name) for name in self.sources})
 
     def refit(self, fitted: Retriever) -> Blend:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from recsys.models.base import Retriever
+from recsys.models.retrievers import load_retriever
 from recsys.training.runtime import ModuleT, Runtime
-
-if TYPE_CHECKING:
-    from recsys.models.base import Retriever
-
 
 _RUNNING, _DONE = "running", "done"
 """folders of a checkpoint: of the phase that is being trained, and of the results of those before it"""
@@ -59,8 +56,6 @@ class Phase(Runtime):
 
     def finished(self) -> Retriever | None:
         """What this phase left, where the newest checkpoint is of a later one."""
-        from recsys.models import load_retriever
-
         folder = self._runtime.restore()
         if folder is None or not (folder / _DONE / self._name).exists():
             return None

@@ -7,7 +7,7 @@ Systems", SIGIR 2020.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ class Popularity(RetrieverConfig):
     window_days: float | None = Field(
         default=None, gt=0, description="days counted, up to the last interaction; null is all time"
     )
+
+    reads_history: ClassVar[bool] = False
+    min_ndcg: ClassVar[float] = 0.4
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls()
 
     def fit(self, data: FitData, runtime: Runtime) -> PopularityRetriever:
         """Count. Items equal within the window are ordered by their count of all time."""

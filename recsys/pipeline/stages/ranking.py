@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recsys.models.rankers.base import Ranker, RankingQuery
+from recsys.models.rankers.base import Ranker
+from recsys.models.rankers.queries import RankingQuery
 from recsys.pipeline.stage import RANKING
 from recsys.types import Candidates, Query
 

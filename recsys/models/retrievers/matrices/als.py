@@ -7,7 +7,7 @@ solved for from the history, by the very equation that training alternates over.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -26,6 +26,10 @@ class ALS(RetrieverConfig):
     alpha: float = Field(default=1.0, ge=0, description="confidence that a weight of 1 adds to an interaction's 1")
     regularization: float = Field(default=0.01, gt=0, description="squared length of factors counts so much")
     iterations: int = Field(default=15, ge=1, le=10_000, description="alternations")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=8, iterations=5, regularization=0.1)
 
     def fit(self, data: FitData, runtime: Runtime) -> FactorRetriever:
         """Alternate; the same seed gives the same factors."""

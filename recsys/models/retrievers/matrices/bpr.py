@@ -7,7 +7,7 @@ factors are solved for from the history (:class:`.base.FactorRetriever`), and th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -28,6 +28,10 @@ class BPR(RetrieverConfig):
     iterations: int = Field(default=100, ge=1, le=10_000, description="passes over the interactions")
     fold_in_alpha: float = Field(default=10.0, gt=0, description="confidence in an item of the history over others")
     fold_in_regularization: float = Field(default=1.0, gt=0, description="squared length of a user's factors counts so")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=8, iterations=30)
 
     def fit(self, data: FitData, runtime: Runtime) -> FactorRetriever:
         """Stochastic gradient on one thread, so that the same seed gives the same factors."""

@@ -6,7 +6,7 @@ Shape legend: U users, N items, B histories.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class EASE(RetrieverConfig):
     kind: Literal["ease"] = "ease"
     regularization: float = Field(default=250.0, gt=0, description="squared weights count so much")
     binary: bool = Field(default=True, description="an item taken often counts like one taken once, as in the paper")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(regularization=10.0)
 
     def fit(self, data: FitData, runtime: Runtime) -> EASERetriever:
         """Invert the regularised Gram matrix of the items (the paper's equation 8)."""

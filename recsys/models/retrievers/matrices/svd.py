@@ -8,7 +8,7 @@ Shape legend: U users, N items, B histories, D factors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import scipy.sparse.linalg
@@ -32,6 +32,10 @@ class SVD(RetrieverConfig):
 
     kind: Literal["svd"] = "svd"
     dim: int = Field(default=64, ge=1, le=4096, description="singular values kept, where the matrix has so many")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=8)
 
     def fit(self, data: FitData, runtime: Runtime) -> SVDRetriever:
         """Lanczos iterations from a seeded start."""

@@ -10,7 +10,7 @@ Shape legend: U users, B histories, N items.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -47,6 +47,10 @@ class ItemKNN(RetrieverConfig):
         gt=0,
         description="an interaction this many places back counts half; null counts the whole history alike",
     )
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(num_neighbours=11, shrinkage=1.0)
 
     def fit(self, data: FitData, runtime: Runtime) -> ItemKNNRetriever:
         """Exact, in blocks of items."""

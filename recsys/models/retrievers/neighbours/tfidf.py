@@ -9,7 +9,7 @@ Shape legend: N items, B histories, W words.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,7 +20,7 @@ from pydantic import Field
 from recsys.data.histories import Histories
 from recsys.errors import ConfigError
 from recsys.libraries import library
-from recsys.models.base import FitData, Retriever, RetrieverConfig
+from recsys.models.base import FitData, Retriever, RetrieverConfig, SampleReads
 from recsys.models.retrievers.matrices.base import (
     Sparse,
     history_matrix,
@@ -50,6 +50,12 @@ class TfIdf(RetrieverConfig):
         gt=0,
         description="an interaction this many places back counts half; null counts the whole history alike",
     )
+
+    sample_reads: ClassVar[SampleReads] = "words"
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls()
 
     def fit(self, data: FitData, runtime: Runtime) -> TfIdfRetriever:
         """Read the catalogue; interactions give the order of what the words leave equal.

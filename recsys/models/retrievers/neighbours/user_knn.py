@@ -9,7 +9,7 @@ Shape legend: U users, N items, B histories.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -40,6 +40,10 @@ class UserKNN(RetrieverConfig):
     similarity: Literal["cosine", "pearson"] = Field(default="cosine", description="how alike two users are")
     num_neighbours: int = Field(default=100, ge=1, le=100_000, description="most similar users that are asked")
     shrinkage: float = Field(default=10.0, ge=0, description="added to the denominator: distrusts short histories")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(num_neighbours=20, shrinkage=1.0)
 
     def fit(self, data: FitData, runtime: Runtime) -> UserKNNRetriever:
         """Keep the interactions; neighbours are found when a history comes."""

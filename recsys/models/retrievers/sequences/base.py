@@ -86,6 +86,8 @@ class SequenceConfig(TowerConfig, ABC):
     """positions also see what comes after them: then what is asked for must be blank, not read"""
     reads_time: ClassVar[bool] = False
     """the encoder uses the times of the layout, where the data has them"""
+    sample_epochs: ClassVar[int] = 6
+    """in which the sample learns that an item follows from the one before it alone"""
 
     @abstractmethod
     def encoder(self) -> Encoder:

@@ -9,7 +9,8 @@ Shape legend: T tokens, D dim, H heads, E dim per head.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout, packed_attention
 from recsys.models.retrievers.sequences.base import SequenceConfig
+from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
 from recsys.training.sampling import PackedWindows
 
 
@@ -33,6 +35,20 @@ class BERT4Rec(SequenceConfig):
     num_heads: int = Field(default=2, ge=1, le=64, description="attention heads; divides dim")
     blank_share: float = Field(default=0.2, gt=0, lt=1, description="share of a history's items hidden in a step")
     reads_both_ways: ClassVar[bool] = True
+
+    sample_epochs: ClassVar[int] = 60
+    """slow to find out what "the one before" is: by absolute positions, from a fifth of the targets"""
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(
+            dim=16,
+            num_blocks=1,
+            max_length=10,
+            dropout=0.0,
+            num_negatives=0,
+            train=SAMPLE_TRAIN.model_copy(update={"epochs": 20}),
+        )
 
     @model_validator(mode="after")
     def _possible(self) -> BERT4Rec:

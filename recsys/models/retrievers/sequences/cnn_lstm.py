@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import pyarrow as pa
 import torch
@@ -21,12 +22,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.errors import ConfigError
-from recsys.models.base import FitData
+from recsys.models.base import FitData, SampleReads
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.items import ItemTower
 from recsys.models.layers.recurrent import RecurrentEncoder
 from recsys.models.retrievers.sequences.base import SequenceConfig
-from recsys.models.retrievers.towers.base import has_interactions
+from recsys.models.retrievers.towers.base import SAMPLE_TRAIN, has_interactions
 from recsys.models.text.encoder import TextEncoderConfig, TextField, item_texts
 
 _WORD = re.compile(r"\w+")
@@ -52,6 +53,12 @@ class CNNLSTM(SequenceConfig):
     num_filters: int = Field(default=48, ge=1, le=4096, description="filters of each width")
     hidden_dim: int = Field(default=128, ge=4, le=65536, description="size of the recurrent state")
     num_layers: int = Field(default=1, ge=1, le=16, description="recurrent layers")
+
+    sample_reads: ClassVar[SampleReads] = "words"
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=16, hidden_dim=16, word_dim=8, num_filters=8, max_length=10, num_negatives=0, train=SAMPLE_TRAIN)
 
     def items(self, data: FitData) -> ItemTower:
         word_NW = self.words(data.items)

@@ -7,7 +7,8 @@ Shape legend: T tokens, D dim, E dim per head.
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.rotary import rotation
 from recsys.models.retrievers.sequences.base import SequenceConfig
+from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
 
 
 class ESASRec(SequenceConfig):
@@ -27,6 +29,10 @@ class ESASRec(SequenceConfig):
     num_blocks: int = Field(default=2, ge=1, le=64, description="transformer blocks")
     num_heads: int = Field(default=2, ge=1, le=64, description="attention heads; divides dim")
     hidden_dim: int = Field(default=128, ge=4, le=65536, description="hidden size of the feed-forward part")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=16, num_blocks=1, hidden_dim=16, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> ESASRec:

@@ -10,7 +10,8 @@ Shape legend: T tokens, D dim, H heads, E dim per head, B sequences of one bucke
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.items import ItemTower
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.retrievers.sequences.base import SequenceConfig, SequenceNetwork, SequencePlan
-from recsys.models.retrievers.towers.base import Plan
+from recsys.models.retrievers.towers.base import SAMPLE_TRAIN, Plan
 
 _TIME_BUCKETS = 64
 _BUCKETS_PER_E = 1 / 0.301
@@ -36,6 +37,10 @@ class HSTU(SequenceConfig):
     num_blocks: int = Field(default=2, ge=1, le=64, description="blocks")
     num_heads: int = Field(default=2, ge=1, le=64, description="attention heads; divides dim")
     reads_time: ClassVar[bool] = True
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=16, num_blocks=1, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> HSTU:

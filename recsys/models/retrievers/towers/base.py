@@ -33,6 +33,8 @@ from recsys.training.loop import Step, TrainConfig, best_epoch, sample_targets, 
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import NegativeSampler, recency_weight
 
+SAMPLE_TRAIN = TrainConfig(epochs=6, batch_tokens=64, learning_rate=1e-2, warmup_steps=5, patience=6)
+"""how samples are trained"""
 _VERSION = 2
 """raised when what is trained changes, so that a checkpoint of before is not gone on from"""
 

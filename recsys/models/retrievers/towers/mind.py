@@ -12,7 +12,8 @@ Shape legend: B histories, L items read of each (padded at the end, newest first
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from recsys.errors import ModelError
 from recsys.models.base import FitData
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.items import ItemTower
-from recsys.models.retrievers.towers.base import Plan, TowerConfig, TowerNetwork, TowerRetriever
+from recsys.models.retrievers.towers.base import SAMPLE_TRAIN, Plan, TowerConfig, TowerNetwork, TowerRetriever
 from recsys.models.retrievers.towers.drawn_targets import PADDING, START, DrawnTargets, Part, newest_first
 from recsys.training.losses import interests_softmax_loss
 
@@ -42,6 +43,10 @@ class MIND(TowerConfig):
     targets_per_user: int = Field(
         default=8, ge=1, le=65536, description="targets drawn from each history per epoch; each is routed anew"
     )
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=16, num_interests=3, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
 
     def plan(self, data: FitData) -> Plan:
         return DrawnTargets(self, data, self.targets_per_user)

@@ -12,7 +12,8 @@ Shape legend: B histories, L items read of each, N items, C candidates, D dim of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from recsys.models.base import FitData
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.items import ItemTower, ItemVectors
 from recsys.models.retrievers.towers.base import (
+    SAMPLE_TRAIN,
     NetworkRetriever,
     Plan,
     TowerConfig,
@@ -50,6 +52,10 @@ class NeuMF(TowerConfig):
     hidden_dims: tuple[int, ...] = Field(default=(32, 16), min_length=1, description="layers of the perceptron")
     negatives_per_positive: float = Field(default=4.0, gt=0, description="weight of all negatives of a positive")
     targets_per_user: int = Field(default=16, ge=1, le=65536, description="targets drawn from each history per epoch")
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=8, hidden_dims=(16, 8), num_negatives=16, max_length=10, dropout=0.0, train=SAMPLE_TRAIN)
 
     def items(self, data: FitData) -> ItemTower:
         return ItemVectors(has_interactions(data), text_of(data), 2 * self.dim, self.text_hidden_dim)

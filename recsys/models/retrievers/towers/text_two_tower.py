@@ -12,7 +12,8 @@ Shape legend: N items, n items asked for, X text dim, D dim, T tokens, B sequenc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import pyarrow as pa
 import torch
@@ -21,13 +22,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.errors import ModelError
-from recsys.models.base import FitData
+from recsys.models.base import FitData, SampleReads
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.items import ItemTower, whiten
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.retrievers.sequences.base import SequenceConfig
-from recsys.models.retrievers.towers.base import has_interactions, text_of
+from recsys.models.retrievers.towers.base import SAMPLE_TRAIN, has_interactions, text_of
 
 
 class TextTwoTower(SequenceConfig):
@@ -38,6 +39,12 @@ class TextTwoTower(SequenceConfig):
     id_dropout: float = Field(default=0.0, ge=0, le=0, description="there are no IDs to hide")
     hidden_dim: int = Field(default=256, ge=4, le=65536, description="hidden size of the user tower")
     temperature: float = Field(default=0.07, gt=0, le=10, description="cosines are divided by it")
+
+    sample_reads: ClassVar[SampleReads] = "text_vectors"
+
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(dim=16, hidden_dim=32, text_hidden_dim=16, max_length=10, num_negatives=0, train=SAMPLE_TRAIN)
 
     def items(self, data: FitData) -> ItemTower:
         text = text_of(data)

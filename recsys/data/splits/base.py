@@ -2,6 +2,8 @@
 
 Every kind labels the interactions of a prepared log (sorted by user, time and position) so that within a user the
 labels never go back, and checks the labelled log before anybody learns from it.
+
+A new kind is one file with one subclass of :class:`SplitPolicy` and one line in ``recsys/data/splits/__init__.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +19,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from recsys import schema
-from recsys.config import StrictConfig, union
 from recsys.data.dataset import Split
 from recsys.data.validation import equal_pairs, milliseconds
 from recsys.errors import EmptyDataError, LeakageError, NoTimeError
+from recsys.kinds import Kind
 
 Borders = tuple[int, int]
 
@@ -35,7 +37,7 @@ class Labels:
     """first millisecond of validation and of test, for a split in time"""
 
 
-class SplitPolicy(StrictConfig, ABC):
+class SplitPolicy(Kind, ABC):
     """Cuts a log. Subclasses add ``kind: Literal["..."]``."""
 
     kind: str
@@ -53,18 +55,18 @@ class SplitPolicy(StrictConfig, ABC):
 
     def check(self, interactions: pa.Table, borders_ms: Borders | None) -> None:
         """Raise :class:`~recsys.errors.LeakageError` if the labelled log (``PREPARED_INTERACTIONS``) leaks."""
-        log = _Columns.of(interactions)
+        log = LogColumns.of(interactions)
         check_order(log)
         check_duplicates(log)
         check_labels_advance(log)
         self.check_cut(log, borders_ms)
 
     @abstractmethod
-    def check_cut(self, log: _Columns, borders_ms: Borders | None) -> None:
+    def check_cut(self, log: LogColumns, borders_ms: Borders | None) -> None:
         """The part of :meth:`check` that differs from kind to kind."""
 
 
-class _TimeSplit(SplitPolicy):
+class TimeSplit(SplitPolicy, ABC):
     """One moment for all users cuts train from validation, another one validation from test.
 
     A border is a timestamp, and an interaction at exactly that time belongs to the later part, so equal times are never
@@ -113,86 +115,18 @@ class _TimeSplit(SplitPolicy):
         rank = min(int(len(timestamp_ms) * share), len(timestamp_ms) - 1)
         return int(np.partition(timestamp_ms, rank)[rank])
 
-    def check_cut(self, log: _Columns, borders_ms: Borders | None) -> None:
+    def check_cut(self, log: LogColumns, borders_ms: Borders | None) -> None:
         if log.time is None or borders_ms is None:
             raise LeakageError(f"split {self.kind}: a split in time without timestamps or borders proves nothing")
         valid_from, test_from = borders_ms
         low = np.array([np.iinfo(np.int64).min, valid_from, test_from])
         high = np.array([valid_from, test_from, np.iinfo(np.int64).max])
         wrong = (log.time < low[log.split]) | (log.time >= high[log.split])
-        _refuse(wrong, log, "lies on the wrong side of a border in time")
-
-
-class GlobalTimeSplit(_TimeSplit):
-    """A global split in time, evaluated as rolling next item: every positive is a target, given all before it."""
-
-    kind: Literal["global_time"] = "global_time"
-    protocol: ClassVar[str] = "rolling_next_item"
-
-
-class NextBasketSplit(_TimeSplit):
-    """A global split in time, evaluated as next basket: what a user took at one time is one target."""
-
-    kind: Literal["next_basket"] = "next_basket"
-    protocol: ClassVar[str] = "next_basket"
-
-    def check_cut(self, log: _Columns, borders_ms: Borders | None) -> None:
-        super().check_cut(log, borders_ms)
-        assert log.time is not None
-        torn = np.zeros(len(log.user), bool)
-        torn[1:] = (log.user[1:] == log.user[:-1]) & (log.time[1:] == log.time[:-1]) & (log.split[1:] != log.split[:-1])
-        _refuse(torn, log, "is in another part than the rest of its basket")
-
-
-class LeaveOneOutSplit(SplitPolicy):
-    """The last positive of each user is test, the one before it validation.
-
-    From a user's validation positive on an interaction is validation, from the test positive on it is test, so what
-    is not a positive never goes back behind a target. Users with fewer positives than ``min_positives`` are train
-    only. Needs order, not time.
-    """
-
-    kind: Literal["leave_one_out"] = "leave_one_out"
-    protocol: ClassVar[str] = "leave_one_out"
-    min_positives: int = Field(
-        default=3, ge=3, description="Positives a user needs to be evaluated (3 or more: one stays for training)."
-    )
-
-    def assign(
-        self, user_idx: NDArray[np.int32], timestamp_ms: NDArray[np.int64] | None, positive: NDArray[np.bool_]
-    ) -> Labels:
-        counts = np.bincount(user_idx[positive], minlength=int(user_idx.max(initial=-1)) + 1)
-        done = np.cumsum(positive) - (np.cumsum(counts) - counts)[user_idx]
-        """positives of the user up to and with each row"""
-        left = counts[user_idx] - done
-        split = (left <= 1).astype(np.int8) + (left <= 0)
-        return Labels(np.where(counts[user_idx] >= self.min_positives, split, Split.TRAIN).astype(np.int8))
-
-    def check_cut(self, log: _Columns, borders_ms: Borders | None) -> None:
-        num_users = int(log.user.max(initial=-1)) + 1
-        by_split = [np.bincount(log.user[log.positive & (log.split == s)], minlength=num_users) for s in Split]
-        train, valid, test = by_split
-        evaluated = np.bincount(log.user[log.split != Split.TRAIN], minlength=num_users) > 0
-        wrong = evaluated & ((valid != 1) | (test != 1) | (train < self.min_positives - 2))
-        if wrong.any():
-            user = int(np.flatnonzero(wrong)[0])
-            raise LeakageError(
-                f"leave-one-out: user_idx {user} has {train[user]} training, {valid[user]} validation and {test[user]} "
-                f"test positives; it must be at least {self.min_positives - 2}, one and one",
-                user_idx=user,
-            )
-
-
-KINDS = (GlobalTimeSplit, LeaveOneOutSplit, NextBasketSplit)
-
-if TYPE_CHECKING:
-    AnySplit = SplitPolicy
-else:
-    AnySplit = union("splits", KINDS)
+        refuse(wrong, log, "lies on the wrong side of a border in time")
 
 
 @dataclass(frozen=True)
-class _Columns:
+class LogColumns:
     """The columns of a prepared log as arrays of R rows."""
 
     user: NDArray[np.int32]
@@ -205,7 +139,7 @@ class _Columns:
     split: NDArray[np.int8]
 
     @classmethod
-    def of(cls, interactions: pa.Table) -> _Columns:
+    def of(cls, interactions: pa.Table) -> LogColumns:
         def column(name: str) -> NDArray[Any]:
             return interactions[name].to_numpy()
 
@@ -225,35 +159,35 @@ class _Columns:
         )
 
 
-def check_order(log: _Columns) -> None:
+def check_order(log: LogColumns) -> None:
     """Sorted by user and time, each user's positions 0, 1, 2 and so on: any other order is not the prepared one."""
     same_user = log.user[1:] == log.user[:-1]
     wrong = np.zeros(len(log.user), bool)
     wrong[1:] = log.user[1:] < log.user[:-1]
-    _refuse(wrong, log, "comes after a higher user_idx: the log is not sorted by user")
+    refuse(wrong, log, "comes after a higher user_idx: the log is not sorted by user")
     if log.time is not None:
         wrong[1:] = same_user & (log.time[1:] < log.time[:-1])
-        _refuse(wrong, log, "is older than the one before it: the user's log is not sorted by time")
+        refuse(wrong, log, "is older than the one before it: the user's log is not sorted by time")
     wrong[1:] = log.position[1:] != np.where(same_user, log.position[:-1] + 1, 0)
     wrong[:1] = log.position[:1] != 0
-    _refuse(wrong, log, "has a position that does not follow the one before it: the order is not the stable one")
+    refuse(wrong, log, "has a position that does not follow the one before it: the order is not the stable one")
 
 
-def check_duplicates(log: _Columns) -> None:
+def check_duplicates(log: LogColumns) -> None:
     """No interaction of known time is there on both sides of a border."""
     if log.time is None:
         return
     earlier, later = equal_pairs(log.user, log.item, log.time, log.event, log.value)
     wrong = np.zeros(len(log.user), bool)
     wrong[later[log.split[earlier] != log.split[later]]] = True
-    _refuse(wrong, log, "is a duplicate of one in another part")
+    refuse(wrong, log, "is a duplicate of one in another part")
 
 
-def check_labels_advance(log: _Columns) -> None:
+def check_labels_advance(log: LogColumns) -> None:
     """Within a user the labels never go back from test to validation to train."""
     wrong = np.zeros(len(log.user), bool)
     wrong[1:] = (log.user[1:] == log.user[:-1]) & (log.split[1:] < log.split[:-1])
-    _refuse(wrong, log, "belongs to an earlier part than the one before it: the future would be in the past")
+    refuse(wrong, log, "belongs to an earlier part than the one before it: the future would be in the past")
 
 
 def check_not_empty(split: NDArray[np.int8], positive: NDArray[np.bool_]) -> None:
@@ -267,7 +201,7 @@ def check_not_empty(split: NDArray[np.int8], positive: NDArray[np.bool_]) -> Non
             )
 
 
-def _refuse(wrong: NDArray[np.bool_], log: _Columns, what: str) -> None:
+def refuse(wrong: NDArray[np.bool_], log: LogColumns, what: str) -> None:
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         user, item = int(log.user[row]), int(log.item[row])

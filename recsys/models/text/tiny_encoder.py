@@ -1,4 +1,4 @@
-"""A Hugging Face encoder of random weights, small enough for tests."""
+"""A Hugging Face encoder of random weights, small enough for samples and tests."""
 
 from __future__ import annotations
 
