@@ -68,18 +68,23 @@ def map_arrow(path: str | Path) -> pa.Table:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Let the file ``source``, or every file of the folder ``source``, be at ``target`` as well, in place of what was.
-
-    They are hard links, or copies on another file system: for files that nobody changes in place.
+    """A second name for the file ``source``, or for every file of the folder ``source``, in place of what ``target`` was;
+    copies where file systems do not share files. It costs no space, and each name can be removed without the other. Only
+    for files that are never changed in place.
     """
-    if Path(source).is_dir():
+    source, target = Path(source).resolve(), Path(target)
+    if source.is_dir():
         shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
         return
-    Path(target).unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def fingerprint(tree: Any) -> str:
