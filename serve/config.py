@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.events import AnyEventStore, SqliteEventStoreConfig
-from serve.live.canary import CanaryConfig
+from serve.live.canary import CanaryLimits
 from serve.observe.logs import LogLevel
 
 STAGES = ("retrieval", "ranking", "reranking")
@@ -128,8 +128,8 @@ class ServeConfig(StrictConfig):
         le=3600,
         description="how often a gateway looks what the store of Bundles points to, where bundle_uri is one (seconds)",
     )
-    canary: CanaryConfig = Field(
-        default=CanaryConfig(), description="when a Bundle that some of the users get is taken back"
+    canary: CanaryLimits = Field(
+        default=CanaryLimits(), description="when a Bundle that some of the users get is taken back"
     )
     topology: Literal["graph", "fused"] = Field(
         default="graph",
