@@ -54,8 +54,8 @@ def rollback(store: Store) -> None:
         _tell(BundleStore(store).rollback())
 
 
-@app.command("try-out")
-def try_out(
+@app.command()
+def canary(
     which: Which,
     store: Store,
     share: Annotated[float, typer.Option(help="percent of the users who get it", min=0, max=100)] = 5,
@@ -64,19 +64,19 @@ def try_out(
     """Some of the users get this Bundle; gateways take it back when it fails, degrades or is slow."""
     with _errors():
         held = BundleStore(store)
-        _tell(held.try_out(_bundle_id(held, which), share / 100, reason=reason or None))
+        _tell(held.start_canary(_bundle_id(held, which), share / 100, reason=reason or None))
 
 
 @app.command()
 def promote(store: Store, reason: Reason = "") -> None:
-    """The Bundle on trial becomes the current one."""
+    """The canary becomes the current Bundle."""
     with _errors():
         _tell(BundleStore(store).promote(reason=reason or None))
 
 
 @app.command()
 def withdraw(store: Store, reason: Reason = "") -> None:
-    """End the trial: all users get the current Bundle."""
+    """End the canary: all users get the current Bundle."""
     with _errors():
         _tell(BundleStore(store).withdraw(reason=reason or None))
 
@@ -103,13 +103,14 @@ def _role(bundle_id: str, pointer: Pointer | None) -> str:
     if bundle_id == pointer.bundle_id:
         return "current"
     if pointer.canary is not None and bundle_id == pointer.canary.bundle_id:
-        return f"on trial, {pointer.canary.share:.1%}"
+        return f"canary, {pointer.canary.share:.1%}"
     return "previous" if bundle_id == pointer.previous else ""
 
 
 def _tell(pointer: Pointer) -> None:
-    trial = "" if pointer.canary is None else f", {pointer.canary.bundle_id} on trial with {pointer.canary.share:.1%}"
-    typer.echo(f"current is {pointer.bundle_id}{trial}")
+    chosen = pointer.canary
+    more = "" if chosen is None else f", {chosen.share:.1%} of the users get the canary {chosen.bundle_id}"
+    typer.echo(f"current is {pointer.bundle_id}{more}")
 
 
 @contextmanager

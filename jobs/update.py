@@ -2,8 +2,8 @@
 
 Reads the log from the Bundle's watermark; teaches retriever and ranker what is new; judges the result, beside the
 parent, on the newest events before it learns them too; and where it passes the gate, publishes a child Bundle, which
-takes over through a trial. Where it does not, the parent stays, and it is said why. Killed at any moment, it leaves the
-Bundle that answers as it is; what it may leave besides (scratch files, a trial that nobody ends) the next run removes.
+takes over as a canary. Where it does not, the parent stays, and it is said why. Killed at any moment, it leaves the
+Bundle that answers as it is; what it may leave besides (scratch files, a canary that nobody ends) the next run removes.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ console = Console(stderr=True)
 _SCRATCH = "updating"
 _REASON = "updated from the event log"
 _PATIENCE_S = 60.0
-"""beyond the time of a trial, before it is taken for one that nobody ends"""
+"""beyond the time of a canary, before it is taken for one that nobody ends"""
 
 
-class TrialConfig(StrictConfig):
+class CanaryConfig(StrictConfig):
     """How a child takes over."""
 
     share: float = Field(default=0.1, ge=0, le=1, description="of the users who get it first; 0: all at once")
@@ -89,7 +89,7 @@ class UpdateJobConfig(StrictConfig):
     store: str = Field(min_length=1, description="folder or fsspec URI of the store of Bundles")
     events: AnyEventLog = Field(description="the event store of the gateways, or an export of its log")
     online: OnlineConfig = Field(default=OnlineConfig(), description="what is learned, and the gate")
-    trial: TrialConfig = Field(default=TrialConfig(), description="how a child takes over")
+    canary: CanaryConfig = Field(default=CanaryConfig(), description="how a child takes over")
     compute: ComputeConfig = Field(
         default=ComputeConfig(num_workers=0), description="where the training runs; by default in this process"
     )
@@ -136,7 +136,7 @@ def run(config: UpdateJobConfig, events: EventLog) -> Outcome:
 def _run(config: UpdateJobConfig, events: EventLog) -> Outcome:
     started = time.perf_counter()
     store = BundleStore(config.store)
-    _end_orphan(store, config.trial)
+    _end_orphan(store, config.canary)
     parent = store.open()
     settings = parent.section(BundleConfig)
     # In this order: what is done with an item comes after the item.
@@ -180,7 +180,7 @@ def _run(config: UpdateJobConfig, events: EventLog) -> Outcome:
         store.add(child)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    why = _take_over(store, parent.bundle_id, child.bundle_id, config.trial)
+    why = _take_over(store, parent.bundle_id, child.bundle_id, config.canary)
     store.collect(config.keep)
     record["taken_back"] = why
     return done("kept" if why else "published", child.bundle_id, verdict)
@@ -343,28 +343,28 @@ def _published(
     return assemble(scratch / "bundle", parts, answer=golden_answer)
 
 
-def _take_over(store: BundleStore, parent: str, child: str, trial: TrialConfig) -> str | None:
-    """Through a trial to all users; None, or why the parent stays: gateways took the child back, or somebody else has
-    moved the pointer meanwhile.
+def _take_over(store: BundleStore, parent: str, child: str, how: CanaryConfig) -> str | None:
+    """First as a canary, then to all users; None, or why the parent stays: gateways took the child back, or somebody
+    else has moved the pointer meanwhile.
     """
     if child == parent:
         return None
     try:
-        if not trial.share:
+        if not how.share:
             store.activate(child, parent)
             return None
-        canary = store.try_out(child, trial.share, expected=parent, reason=_REASON).canary
+        canary = store.start_canary(child, how.share, expected=parent, reason=_REASON).canary
     except PointerConflictError as error:
         return str(error)
     assert canary is not None
-    console.print(f"on trial with {trial.share:.0%} of the users for {trial.seconds:g} s", highlight=False)
-    end = time.monotonic() + trial.seconds
+    console.print(f"{how.share:.0%} of the users get the canary for {how.seconds:g} s", highlight=False)
+    end = time.monotonic() + how.seconds
     try:
         while (pointer := store.current()) and pointer.canary is not None and pointer.canary.token == canary.token:
             if time.monotonic() >= end:
-                store.promote(token=canary.token, reason="the trial went well")
+                store.promote(token=canary.token, reason="the canary did well")
                 return None
-            time.sleep(min(1.0, trial.seconds))
+            time.sleep(min(1.0, how.seconds))
     except PointerConflictError as error:
         return str(error)
     except BaseException:
@@ -373,16 +373,16 @@ def _take_over(store: BundleStore, parent: str, child: str, trial: TrialConfig) 
         raise
     if pointer and pointer.bundle_id == child:
         return None  # somebody was content with it before the time was over
-    return (pointer and pointer.reason) or "the trial was ended"
+    return (pointer and pointer.reason) or "the canary was ended"
 
 
-def _end_orphan(store: BundleStore, trial: TrialConfig) -> None:
-    """A trial of ours that an update has begun and did not live to end."""
+def _end_orphan(store: BundleStore, how: CanaryConfig) -> None:
+    """A canary that an update has started and did not live to end."""
     pointer = store.current()
     if pointer is None or pointer.canary is None or pointer.reason != _REASON:
         return
-    if (datetime.now(UTC) - pointer.moved_at).total_seconds() > trial.seconds + _PATIENCE_S:
-        store.withdraw(pointer.canary.bundle_id, reason="the update that began this trial is gone")
+    if (datetime.now(UTC) - pointer.moved_at).total_seconds() > how.seconds + _PATIENCE_S:
+        store.withdraw(pointer.canary.bundle_id, reason="the update that started this canary is gone")
 
 
 @contextmanager

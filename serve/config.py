@@ -10,7 +10,7 @@ from recsys.config import StrictConfig
 from recsys.events import AnyEventStore
 from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.stage import RERANKING, StageName
-from serve.live.canary import CanaryConfig
+from serve.live.canary import CanaryLimits
 from serve.observe.logs import LogLevel
 
 IMPRESSION = "impression"
@@ -129,8 +129,8 @@ class ServeConfig(StrictConfig):
         le=3600,
         description="how often a gateway looks what the store of Bundles points to, where bundle_uri is one (seconds)",
     )
-    canary: CanaryConfig = Field(
-        default=CanaryConfig(), description="when a Bundle that some of the users get is taken back"
+    canary: CanaryLimits = Field(
+        default=CanaryLimits(), description="when a Bundle that some of the users get is taken back"
     )
     topology: Literal["graph", "fused"] = Field(
         default="graph",

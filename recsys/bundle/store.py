@@ -99,8 +99,8 @@ class BundleStore:
         (target / MANIFEST).create(bundle.manifest.to_bytes())
 
     def activate(self, bundle_id: str, expected: str | None) -> Pointer:
-        """Make ``bundle_id``, which is in the store, the current one; ``expected`` must be current until then. A trial
-        ends with it.
+        """Make ``bundle_id``, which is in the store, the current one; ``expected`` must be current until then. It
+        ends a canary.
 
         :raises BundleNotFoundError: when the store does not hold it.
         :raises BundleMismatchError: when this library cannot read it.
@@ -111,7 +111,7 @@ class BundleStore:
         self._expect(pointer, expected)
         reason = None
         if pointer is not None and pointer.canary is not None and pointer.canary.bundle_id != bundle_id:
-            reason = f"the trial of {pointer.canary.bundle_id} ended when {bundle_id} was activated"
+            reason = f"the canary {pointer.canary.bundle_id} ended when {bundle_id} was activated"
         # What is current already is asked for once more; a rollback still returns to what was before it.
         if pointer is not None and pointer.bundle_id == bundle_id:
             expected = pointer.previous
@@ -134,12 +134,12 @@ class BundleStore:
         before = next((move.previous for move in log if move.bundle_id == target), None)
         return self._move(pointer, target, previous=before)
 
-    def try_out(
+    def start_canary(
         self, bundle_id: str, share: float, *, expected: str | None = None, reason: str | None = None
     ) -> Pointer:
         """Give ``bundle_id``, which is in the store, to ``share`` (above 0, up to 1) of the users.
 
-        Where ``expected`` is given, it must be current and no other trial may be going on; else one ends with it.
+        Where ``expected`` is given, it must be current and there must be no other canary; else that one ends.
 
         :raises BundleNotFoundError: when the store does not hold it, or nothing is current.
         :raises BundleMismatchError: when this library cannot read it.
@@ -151,32 +151,32 @@ class BundleStore:
         if expected is not None:
             self._expect(pointer, expected)
             if pointer.canary is not None:
-                raise PointerConflictError(f"{self.root}: Bundle {pointer.canary.bundle_id} is on trial already")
+                raise PointerConflictError(f"{self.root}: Bundle {pointer.canary.bundle_id} is the canary already")
         if pointer.bundle_id == bundle_id:
-            raise BundleError(f"{self.root}: Bundle {bundle_id} is current already, there is nothing to try out")
+            raise BundleError(f"{self.root}: Bundle {bundle_id} is current already, it cannot be its own canary")
         canary = Canary.parse({"bundle_id": bundle_id, "share": share, "token": uuid.uuid4().hex}, where="canary")
         return self._move(pointer, pointer.bundle_id, previous=pointer.previous, canary=canary, reason=reason)
 
     def promote(self, *, token: str | None = None, reason: str | None = None) -> Pointer:
-        """Make the Bundle on trial the current one; with a ``token`` only if it is that trial.
+        """Make the canary the current Bundle; with a ``token`` only if it is the one that was started with it.
 
-        :raises BundleError: when none is.
-        :raises PointerConflictError: when it is another trial, or somebody moves the pointer at the same time.
+        :raises BundleError: when there is none.
+        :raises PointerConflictError: when it is another one, or somebody moves the pointer at the same time.
         """
-        pointer, canary = self._on_trial()
+        pointer, canary = self._canary()
         if token is not None and canary.token != token:
-            raise PointerConflictError(f"{self.root}: another trial is going on, of Bundle {canary.bundle_id}")
+            raise PointerConflictError(f"{self.root}: another canary was started, Bundle {canary.bundle_id}")
         return self._move(pointer, canary.bundle_id, previous=pointer.bundle_id, reason=reason)
 
     def withdraw(self, bundle_id: str | None = None, *, reason: str | None = None) -> Pointer:
-        """End the trial; all users get the current Bundle again. ``bundle_id`` says which one must be on trial.
+        """End the canary; all users get the current Bundle again. ``bundle_id`` says which one it must be.
 
-        :raises BundleError: when none, or another one, is on trial.
+        :raises BundleError: when there is none, or another one.
         :raises PointerConflictError: when somebody moves the pointer at the same time.
         """
-        pointer, canary = self._on_trial()
+        pointer, canary = self._canary()
         if bundle_id not in {None, canary.bundle_id}:
-            raise BundleError(f"{self.root}: Bundle {canary.bundle_id} is on trial, not {bundle_id}")
+            raise BundleError(f"{self.root}: Bundle {canary.bundle_id} is the canary, not {bundle_id}")
         return self._move(pointer, pointer.bundle_id, previous=pointer.previous, reason=reason)
 
     def past(self) -> list[str]:
@@ -190,7 +190,7 @@ class BundleStore:
         return sorted(found, key=lambda manifest: (manifest.created_at, manifest.bundle_id), reverse=True)
 
     def collect(self, keep: int) -> tuple[str, ...]:
-        """Remove all but the ``keep`` newest Bundles, the one on trial, the one a rollback returns to, and the ``keep``
+        """Remove all but the ``keep`` newest Bundles, the canary, the one a rollback returns to, and the ``keep``
         that were current last: where the newest of them are no good, gateways still answer from one before.
 
         Returns the ids of those removed. Readers that have a remote Bundle open are not disturbed (they hold a copy),
@@ -233,10 +233,10 @@ class BundleStore:
             raise BundleNotFoundError(f"{self.root}: no Bundle is current yet", path=str(self.root))
         return pointer
 
-    def _on_trial(self) -> tuple[Pointer, Canary]:
+    def _canary(self) -> tuple[Pointer, Canary]:
         pointer = self._pointer()
         if pointer.canary is None:
-            raise BundleError(f"{self.root}: no Bundle is on trial")
+            raise BundleError(f"{self.root}: there is no canary")
         return pointer, pointer.canary
 
     def _move(

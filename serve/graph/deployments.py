@@ -84,7 +84,7 @@ class StageDeployment:
     def _run_batch(self, calls: list[Frame]) -> list[Frame]:
         asked = [unpack_call(call) for call in calls]
         answers: dict[int, Frame] = {}
-        # Several Bundles at once while one takes over from another, or is on trial.
+        # Several Bundles at once while one takes over from another, or is a canary.
         for bundle_id in dict.fromkeys(query.bundle_id for query, _ in asked):
             rows = [row for row, (query, _) in enumerate(asked) if query.bundle_id == bundle_id]
             started = time.perf_counter()

@@ -342,12 +342,12 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
     )
     async def bundle() -> Response:
         """Id and manifest, without the list of files."""
-        current, trial = service.current, service.trial
+        current, canary = service.current, service.canary
         return _json(
             {
                 "bundle_id": current.bundle_id,
                 "manifest": current.manifest,
-                "trial": None if trial is None else {"bundle_id": trial.generation.bundle_id, "share": trial.share},
+                "canary": None if canary is None else {"bundle_id": canary.generation.bundle_id, "share": canary.share},
                 "refused": service.refused,
             }
         )

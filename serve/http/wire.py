@@ -305,7 +305,7 @@ class CatalogueItemAnswer(BaseModel):
     image: str | None
 
 
-class TrialAnswer(BaseModel):
+class CanaryAnswer(BaseModel):
     bundle_id: str
     share: float = Field(description="of the users who get it")
 
@@ -313,7 +313,7 @@ class TrialAnswer(BaseModel):
 class BundleAnswer(BaseModel):
     bundle_id: str
     manifest: dict[str, Any] = Field(description="what the Bundle says of itself")
-    trial: TrialAnswer | None = Field(None, description="the Bundle that some of the users get")
+    canary: CanaryAnswer | None = Field(None, description="the Bundle that some of the users get")
     refused: dict[str, str] = Field(description="Bundles that the store points to and that are not served, and why")
 
 

@@ -1,4 +1,4 @@
-"""When a Bundle on trial is worse than the one that all others get."""
+"""When a canary is worse than the Bundle that all others get."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import Field
 from recsys.config import StrictConfig
 
 
-class CanaryConfig(StrictConfig):
-    """What a Bundle on trial may do worse than the current one before the trial is ended. Judged by every gateway."""
+class CanaryLimits(StrictConfig):
+    """What a canary may do worse than the current Bundle before it is ended. Judged by every gateway."""
 
     min_answers: int = Field(default=200, ge=1, le=1_000_000, description="answers of it before it is judged")
     max_failed_share: float = Field(default=0.005, ge=0, le=1, description="share that fails beyond the current one's")
@@ -56,21 +56,21 @@ class Tally:
         return float(np.percentile(took_ms, 95)) if took_ms else 0.0
 
 
-def worse(trial: Tally, current: Tally, limits: CanaryConfig) -> str | None:
-    """Why ``trial`` is worse than ``current``, in words; None where it is not, or too little is known yet."""
-    if len(trial) < limits.min_answers:
+def worse(canary: Tally, current: Tally, limits: CanaryLimits) -> str | None:
+    """Why ``canary`` is worse than ``current``, in words; None where it is not, or too little is known yet."""
+    if len(canary) < limits.min_answers:
         return None
     for column, allowed, words in (
         (0, limits.max_failed_share, "fail"),
         (1, limits.max_degraded_share, "are degraded"),
     ):
-        mine, others = trial.share(column), current.share(column)
-        pooled = (mine * len(trial) + others * len(current)) / (len(trial) + len(current))
-        error = math.sqrt(pooled * (1 - pooled) * (1 / len(trial) + 1 / max(1, len(current))))
+        mine, others = canary.share(column), current.share(column)
+        pooled = (mine * len(canary) + others * len(current)) / (len(canary) + len(current))
+        error = math.sqrt(pooled * (1 - pooled) * (1 / len(canary) + 1 / max(1, len(current))))
         if mine > others + max(allowed, _STANDARD_ERRORS * error):
             return f"{mine:.1%} of its answers {words}, {others:.1%} otherwise"
     if len(current) >= limits.min_answers:
         allowed_ms = max(limits.min_latency_ms, limits.max_latency_ratio * current.p95_ms)
-        if trial.p95_ms > allowed_ms:
-            return f"its p95 is {trial.p95_ms:.1f} ms, {current.p95_ms:.1f} ms otherwise"
+        if canary.p95_ms > allowed_ms:
+            return f"its p95 is {canary.p95_ms:.1f} ms, {current.p95_ms:.1f} ms otherwise"
     return None

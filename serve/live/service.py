@@ -141,14 +141,14 @@ class Generation:
 
 
 @dataclass(eq=False)
-class Trial:
+class CanaryGeneration:
     """A Bundle that some of the users get."""
 
     generation: Generation
     share: float
     """of the users, above 0, up to 1"""
     token: str
-    """of the trial in the store"""
+    """of the canary in the store"""
 
     def concerns(self, user_id: str | None) -> bool:
         """Whether this user is one of them; always the same ones for one Bundle. A stranger is not."""
@@ -166,7 +166,7 @@ class Service:
     current: Generation
     items: ItemLog | None = None
     """where changes of the catalogue go; None where one Bundle is served and no store"""
-    trial: Trial | None = field(default=None, init=False)
+    canary: CanaryGeneration | None = field(default=None, init=False)
     retired: list[Generation] = field(default_factory=list, init=False)
     """those that answered before, until their last request is answered"""
     refused: dict[str, str] = field(default_factory=dict, init=False)
@@ -194,30 +194,30 @@ class Service:
     @property
     def generations(self) -> list[Generation]:
         """All that are open, the one that answers first."""
-        trial = self.trial
-        return [self.current, *([] if trial is None else [trial.generation]), *self.retired]
+        canary = self.canary
+        return [self.current, *([] if canary is None else [canary.generation]), *self.retired]
 
     def knowing(self, item_id: str) -> Generation:
-        """The one that answers, or where only the one on trial has the item, that one."""
-        trial = self.trial
-        if trial is not None and self.current.recommender.item(item_id) is None:
-            return trial.generation
+        """The one that answers, or where only the canary has the item, that one."""
+        canary = self.canary
+        if canary is not None and self.current.recommender.item(item_id) is None:
+            return canary.generation
         return self.current
 
     async def recommend(self, request: RecommendRequest) -> tuple[Recommendation, Generation]:
-        """Answer from one Bundle. Where the one on trial cannot, the current one does.
+        """Answer from one Bundle. Where the canary cannot, the current one does.
 
         :raises RequestError: when the request cannot be answered as it is.
         """
-        trial = self.trial
-        if trial is not None and trial.concerns(request.user_id):
+        canary = self.canary
+        if canary is not None and canary.concerns(request.user_id):
             try:
-                return await self._answer(trial.generation, request), trial.generation
+                return await self._answer(canary.generation, request), canary.generation
             except RequestError:
                 raise
             except Exception:  # noqa: BLE001 the tally has it; this user gets what all others get
                 about = {"request_id": request.request_id}
-                _log.exception("request %s: the Bundle on trial failed", request.request_id, extra=about)
+                _log.exception("request %s: the canary failed", request.request_id, extra=about)
         current = self.current
         return await self._answer(current, request), current
 
@@ -231,7 +231,7 @@ class Service:
             except Exception:
                 generation.tally.failed()
                 raise
-        # Strangers are never on trial, and a deadline of the caller's own is the caller's own fault.
+        # Strangers never get a canary, and a deadline of the caller's own is the caller's own fault.
         if request.user_id is not None and request.deadline_ms is None:
             degraded = bool(set(answer.degraded) - {STATE})
             generation.tally.answered((time.perf_counter() - started) * 1e3, degraded=degraded)

@@ -21,7 +21,7 @@ from recsys.events import EventStore
 from recsys.pipeline.stage import AsyncStage
 from serve.config import ServeConfig
 from serve.live.canary import Tally, worse
-from serve.live.service import Generation, Service, Trial
+from serve.live.service import CanaryGeneration, Generation, Service
 from serve.live.shelf import StageInfo, fallbacks, is_store, open_bundle, wanted
 
 _PAUSE_S = 0.2
@@ -115,10 +115,10 @@ class Switch:
             self._problems.clear()
             self._number = pointer.number
         version = await asyncio.to_thread(BundleStore(self._config.bundle_uri).items.version)
-        self._end_trial(service, pointer)
+        self._end_canary(service, pointer)
         try:
             await self._turn_to(service, pointer, version)
-            await self._try_out(service, pointer, version)
+            await self._start_canary(service, pointer, version)
         finally:
             self._in_hand.clear()
         bases = {pointer.bundle_id, pointer.canary and pointer.canary.bundle_id} - {None}
@@ -126,17 +126,17 @@ class Switch:
         service.refused = {each: why for each, why in self._problems.items() if each in asked}
 
     async def tidy(self, service: Service) -> None:
-        """End a trial that goes badly, and let go of what answers no more."""
+        """End a canary that does badly, and let go of what answers no more."""
         self._let_go(service)
-        trial = service.trial
-        reason = trial and worse(trial.generation.tally, service.current.tally, self._config.canary)
-        if trial is None or reason is None:
+        canary = service.canary
+        reason = canary and worse(canary.generation.tally, service.current.tally, self._config.canary)
+        if canary is None or reason is None:
             return
-        bundle_id = trial.generation.base_id
+        bundle_id = canary.generation.base_id
         _log.error("Bundle %s is taken back: %s", bundle_id, reason)
-        self._retire(service, trial)
+        self._retire(service, canary)
         self._refuse(bundle_id, BundleError(reason), log=False)
-        wished = Canary(bundle_id=bundle_id, share=trial.share, token=trial.token)
+        wished = Canary(bundle_id=bundle_id, share=canary.share, token=canary.token)
         await asyncio.to_thread(self._withdraw, wished, reason)
 
     async def hold(self, service: Service) -> None:
@@ -166,26 +166,26 @@ class Switch:
         before, service.current = service.current, generation
         self._bring_back(service, generation)
         service.retired.append(before)
-        trial = service.trial
-        if trial is not None and trial.generation.base_id == generation.base_id:
-            service.trial = None
-            self._put_aside(service, trial.generation)
+        canary = service.canary
+        if canary is not None and canary.generation.base_id == generation.base_id:
+            service.canary = None
+            self._put_aside(service, canary.generation)
         _log.info("Bundle %s answers, after %s", generation.bundle_id, before.bundle_id)
 
-    def _end_trial(self, service: Service, pointer: Pointer) -> None:
-        trial, wished = service.trial, pointer.canary
-        if trial is None or trial.generation.base_id == pointer.bundle_id:
+    def _end_canary(self, service: Service, pointer: Pointer) -> None:
+        canary, wished = service.canary, pointer.canary
+        if canary is None or canary.generation.base_id == pointer.bundle_id:
             return  # none, or the one that becomes the current one
-        if wished is None or wished.token != trial.token:
-            self._retire(service, trial)
-            _log.info("Bundle %s is on trial no more: %s", trial.generation.bundle_id, pointer.reason)
+        if wished is None or wished.token != canary.token:
+            self._retire(service, canary)
+            _log.info("Bundle %s is the canary no more: %s", canary.generation.bundle_id, pointer.reason)
 
-    async def _try_out(self, service: Service, pointer: Pointer, version: int) -> None:
-        wished, trial = pointer.canary, service.trial
+    async def _start_canary(self, service: Service, pointer: Pointer, version: int) -> None:
+        wished, canary = pointer.canary, service.canary
         if wished is None or wished.bundle_id == service.current.base_id:
             return
         target = live_id(wished.bundle_id, version)
-        if trial is not None and trial.generation.bundle_id == target:
+        if canary is not None and canary.generation.bundle_id == target:
             return
         generation = await self._made(service, target)
         if generation is None:
@@ -196,14 +196,14 @@ class Switch:
         if not await self._still(service, generation, pointer):
             return
         self._bring_back(service, generation)
-        if trial is None:
+        if canary is None:
             generation.tally, service.current.tally = Tally(), Tally()
         else:  # the same Bundle with another catalogue: what is known of it stays
-            generation.tally = trial.generation.tally
-        service.trial = Trial(generation, wished.share, wished.token)
-        if trial is not None:
-            self._put_aside(service, trial.generation)
-        _log.info("Bundle %s is on trial with %g of the users", wished.bundle_id, wished.share)
+            generation.tally = canary.generation.tally
+        service.canary = CanaryGeneration(generation, wished.share, wished.token)
+        if canary is not None:
+            self._put_aside(service, canary.generation)
+        _log.info("Bundle %s is the canary for %g of the users", wished.bundle_id, wished.share)
 
     async def _still(self, service: Service, generation: Generation, pointer: Pointer) -> bool:
         """Whether the pointer is as it was before the Bundle was opened, which takes a while; else it is put aside."""
@@ -213,12 +213,12 @@ class Switch:
         self._put_aside(service, generation)
         return False
 
-    def _withdraw(self, trial: Canary, reason: str) -> None:
-        """End the trial in the store, unless somebody has done so."""
+    def _withdraw(self, canary: Canary, reason: str) -> None:
+        """End the canary in the store, unless somebody has done so."""
         store = BundleStore(self._config.bundle_uri)
-        while (pointer := store.current()) and pointer.canary is not None and pointer.canary.token == trial.token:
+        while (pointer := store.current()) and pointer.canary is not None and pointer.canary.token == canary.token:
             try:
-                store.withdraw(trial.bundle_id, reason=reason)
+                store.withdraw(canary.bundle_id, reason=reason)
             except PointerConflictError:
                 continue  # somebody moved it at the same time, perhaps for another reason
             except BundleError:
@@ -248,9 +248,9 @@ class Switch:
         if log:
             _log.error("Bundle %s is refused: %s", bundle_id, error, exc_info=error)
 
-    def _retire(self, service: Service, trial: Trial) -> None:
-        service.trial = None
-        self._put_aside(service, trial.generation)
+    def _retire(self, service: Service, canary: CanaryGeneration) -> None:
+        service.canary = None
+        self._put_aside(service, canary.generation)
 
     def _put_aside(self, service: Service, generation: Generation) -> None:
         if generation not in service.generations:

@@ -315,7 +315,7 @@ def learn(workdir: Path) -> None:
             "--events",
             f"{name}/events.sqlite",
         ]
-        command += ["--set", f"workdir={name}/updates", "--set", "trial.share=0"]
+        command += ["--set", f"workdir={name}/updates", "--set", "canary.share=0"]
         started = time.perf_counter()
         subprocess.run(command, check=True)
         whole_s = time.perf_counter() - started

@@ -109,7 +109,7 @@ def test_a_store_with_bundles_of_an_older_schema(
         store.open()
     new = store.publish(make(tmp_path, 1).path, old).bundle_id
     assert [manifest.bundle_id for manifest in store.list()] == [new, old]
-    for move in (store.rollback, lambda: store.activate(old, new), lambda: store.try_out(old, 0.5)):
+    for move in (store.rollback, lambda: store.activate(old, new), lambda: store.start_canary(old, 0.5)):
         with pytest.raises(BundleMismatchError, match="train and publish again"):
             move()
     newest = store.publish(make(tmp_path, 2).path, new).bundle_id

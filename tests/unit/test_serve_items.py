@@ -10,7 +10,7 @@ from recsys.pipeline.requests import RecommendRequest
 from serve.config import GatewayConfig, OpenAccess, ServeConfig
 from serve.http.routes import http_app
 from serve.live import switch as switch_module
-from serve.live.canary import CanaryConfig
+from serve.live.canary import CanaryLimits
 from serve.live.shelf import Shelf, open_bundle
 from serve.live.switch import Switch
 
@@ -28,7 +28,7 @@ def config(store, tmp_path):
         topology="fused",
         event_store=SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")),
         gateway=GatewayConfig(max_items=3),
-        canary=CanaryConfig(min_answers=20),
+        canary=CanaryLimits(min_answers=20),
     )
 
 
@@ -162,25 +162,27 @@ async def test_another_bundle_has_the_changes_too(client, opened, store, bundles
     assert (await client.get("/v1/items/new")).status_code == 200
 
 
-async def test_a_trial_goes_on_through_a_change(client, opened, store, bundles):
+async def test_a_canary_goes_on_through_a_change(client, opened, store, bundles):
     switch, service = opened
     first, second = bundles[0].bundle_id, bundles[1].bundle_id
-    store.try_out(second, 0.5)
+    store.start_canary(second, 0.5)
     await switch.step(service)
-    trial, current = service.trial, service.current
-    concerned = [f"u{n}" for n in range(50) if trial.concerns(f"u{n}")]
+    canary, current = service.canary, service.current
+    concerned = [f"u{n}" for n in range(50) if canary.concerns(f"u{n}")]
     await put(client, item("new"))
     await switch.step(service)
-    assert service.trial.generation.bundle_id == live_id(second, 1)
+    assert service.canary.generation.bundle_id == live_id(second, 1)
+    told = (await client.get("/v1/bundle")).json()
+    assert told["canary"] == {"bundle_id": live_id(second, 1), "share": 0.5}
     assert service.current.bundle_id == live_id(first, 1)
-    assert service.trial.generation.tally is trial.generation.tally
+    assert service.canary.generation.tally is canary.generation.tally
     assert service.current.tally is current.tally
-    assert [f"u{n}" for n in range(50) if service.trial.concerns(f"u{n}")] == concerned
+    assert [f"u{n}" for n in range(50) if service.canary.concerns(f"u{n}")] == concerned
     answer, generation = await service.recommend(RecommendRequest(user_id=concerned[0]))
     assert answer.bundle_id == generation.bundle_id == live_id(second, 1)
     store.promote()
     await switch.step(service)
-    assert service.trial is None
+    assert service.canary is None
     assert service.current.bundle_id == live_id(second, 1)
     await switch.tidy(service)
     await switch.tidy(service)

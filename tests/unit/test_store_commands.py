@@ -1,4 +1,4 @@
-"""Trials in the pointer of a store, and the commands that move it."""
+"""Canaries in the pointer of a store, and the commands that move it."""
 
 import pytest
 from typer.testing import CliRunner
@@ -10,17 +10,17 @@ from recsys.config import to_yaml
 from recsys.errors import BundleError
 
 
-def test_trials_in_the_pointer(store, bundles):
+def test_canaries_in_the_pointer(store, bundles):
     first, second, third = (bundle.bundle_id for bundle in bundles)
     with pytest.raises(BundleError, match="current already"):
-        store.try_out(first, 0.5)
-    with pytest.raises(BundleError, match="no Bundle is on trial"):
+        store.start_canary(first, 0.5)
+    with pytest.raises(BundleError, match="there is no canary"):
         store.promote()
-    with pytest.raises(BundleError, match="no Bundle is on trial"):
+    with pytest.raises(BundleError, match="there is no canary"):
         store.withdraw()
-    pointer = store.try_out(second, 0.5)
+    pointer = store.start_canary(second, 0.5)
     assert pointer.wanted == (first, second)
-    with pytest.raises(BundleError, match="is on trial, not"):
+    with pytest.raises(BundleError, match="is the canary, not"):
         store.withdraw(third)
     assert set(store.collect(keep=1)) <= {third}  # whichever is newest stays, and never one that is pointed to
     pointer = store.promote(reason="better")
@@ -35,12 +35,12 @@ def test_what_is_activated_again_keeps_what_was_before_it(store, bundles):
     assert store.rollback().bundle_id == first
 
 
-def test_activating_ends_a_trial_and_says_so(store, bundles):
+def test_activating_ends_a_canary_and_says_so(store, bundles):
     first, second, third = (bundle.bundle_id for bundle in bundles)
-    store.try_out(second, 0.1)
+    store.start_canary(second, 0.1)
     pointer = store.activate(third, first)
     assert pointer.canary is None
-    assert pointer.reason == f"the trial of {second} ended when {third} was activated"
+    assert pointer.reason == f"the canary {second} ended when {third} was activated"
 
 
 def test_store_commands(store, bundles):
@@ -55,10 +55,10 @@ def test_store_commands(store, bundles):
     assert listed.count("current") == 1
     assert f"current is {second}" in run("activate", second[:12]).stdout
     assert f"current is {first}" in run("rollback").stdout
-    assert f"{third} on trial with 20.0%" in run("try-out", third, "--share", "20").stdout
-    assert "on trial, 20.0%" in run("list").stdout
+    assert f"20.0% of the users get the canary {third}" in run("canary", third, "--share", "20").stdout
+    assert "canary, 20.0%" in run("list").stdout
     assert f"current is {first}\n" in run("withdraw", "--reason", "no").stdout
-    run("try-out", third)
+    run("canary", third)
     assert f"current is {third}\n" in run("promote").stdout
     failed = run("activate", "no such id")
     assert failed.exit_code == 2

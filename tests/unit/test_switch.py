@@ -12,7 +12,7 @@ from recsys.pipeline.requests import RecommendRequest
 from serve.config import OpenAccess, ServeConfig
 from serve.live import shelf as shelf_module
 from serve.live import switch as switch_module
-from serve.live.canary import CanaryConfig, Tally, worse
+from serve.live.canary import CanaryLimits, Tally, worse
 from serve.live.shelf import Shelf, StageInfo
 from serve.live.switch import Switch
 
@@ -31,7 +31,7 @@ async def opened(store, tmp_path):
         access=OpenAccess(),
         topology="fused",
         event_store=SqliteEventStoreConfig(path=str(tmp_path / "events.sqlite")),
-        canary=CanaryConfig(min_answers=20),
+        canary=CanaryLimits(min_answers=20),
     )
     switch = Switch(config, config.event_store.open(), {})
     service = await switch.start()
@@ -223,7 +223,7 @@ async def test_following_survives_a_store_that_cannot_be_read(opened, store, bun
     assert service.current.bundle_id == bundles[1].bundle_id
 
 
-# --- trials -----------------------------------------------------------------------------------------------------------
+# --- canaries ---------------------------------------------------------------------------------------------------------
 
 
 async def ask_everybody(service, num_users=400):
@@ -232,10 +232,10 @@ async def ask_everybody(service, num_users=400):
     return {user: answer.bundle_id for user, (answer, _) in answers.items()}
 
 
-async def test_a_share_of_the_users_gets_the_bundle_on_trial(opened, store, bundles):
+async def test_a_share_of_the_users_gets_the_canary(opened, store, bundles):
     switch, service = opened
     first, second, _ = (bundle.bundle_id for bundle in bundles)
-    store.try_out(second, 0.25)
+    store.start_canary(second, 0.25)
     await switch.step(service)
     by_user = await ask_everybody(service)
     assert set(by_user.values()) == {first, second}
@@ -245,12 +245,12 @@ async def test_a_share_of_the_users_gets_the_bundle_on_trial(opened, store, bund
     store.promote()
     await switch.step(service)
     assert set((await ask_everybody(service, 20)).values()) == {second}
-    assert service.trial is None
+    assert service.canary is None
 
 
-async def test_a_trial_can_be_ended(opened, store, bundles):
+async def test_a_canary_can_be_ended(opened, store, bundles):
     switch, service = opened
-    store.try_out(bundles[1].bundle_id, 1.0)
+    store.start_canary(bundles[1].bundle_id, 1.0)
     await switch.step(service)
     assert set((await ask_everybody(service, 20)).values()) == {bundles[1].bundle_id}
     store.withdraw(reason="changed my mind")
@@ -259,29 +259,29 @@ async def test_a_trial_can_be_ended(opened, store, bundles):
 
 
 @pytest.mark.parametrize("how", ["raises", "is degraded"])
-async def test_a_bundle_on_trial_that_does_worse_is_taken_back(opened, store, bundles, monkeypatch, how):
+async def test_a_canary_that_does_worse_is_taken_back(opened, store, bundles, monkeypatch, how):
     switch, service = opened
     first, second, _ = (bundle.bundle_id for bundle in bundles)
-    store.try_out(second, 0.5)
+    store.start_canary(second, 0.5)
     await switch.step(service)
 
     def broken(queries, candidates):
         raise StageError("broken", stage="ranking")
 
     if how == "raises":
-        monkeypatch.setattr(service.trial.generation.recommender, "arecommend", None)
+        monkeypatch.setattr(service.canary.generation.recommender, "arecommend", None)
     else:
-        monkeypatch.setattr(service.trial.generation.recommender.runner.stages[1].stage, "run_batch", broken)
+        monkeypatch.setattr(service.canary.generation.recommender.runner.stages[1].stage, "run_batch", broken)
     by_user = await ask_everybody(service, 100)
     assert set(by_user.values()) == ({first} if how == "raises" else {first, second})  # nobody goes without
     await switch.tidy(service)
-    assert service.trial is None
+    assert service.canary is None
     pointer = store.current()
     assert pointer.canary is None
     assert pointer.bundle_id == first
     assert "of its answers" in pointer.reason
     await switch.step(service)
-    assert service.trial is None
+    assert service.canary is None
 
 
 def tally(num_answers, *, failed=0, degraded=0, took_ms=10.0):
@@ -294,8 +294,8 @@ def tally(num_answers, *, failed=0, degraded=0, took_ms=10.0):
     return made
 
 
-def test_when_a_trial_is_worse():
-    limits = CanaryConfig(min_answers=100)
+def test_when_a_canary_is_worse():
+    limits = CanaryLimits(min_answers=100)
     good = tally(1000)
     assert worse(tally(99, failed=99), good, limits) is None  # too few to tell
     assert worse(tally(100), good, limits) is None
@@ -314,37 +314,37 @@ def test_when_a_trial_is_worse():
 
 async def test_what_says_nothing_of_a_bundle_does_not_count(opened, store, bundles):
     switch, service = opened
-    store.try_out(bundles[1].bundle_id, 1.0)
+    store.start_canary(bundles[1].bundle_id, 1.0)
     await switch.step(service)
     for _ in range(30):
         await service.recommend(RecommendRequest())  # a stranger
         answer, _ = await service.recommend(RecommendRequest(user_id="u1", deadline_ms=1.0))  # too little time
         assert answer.bundle_id == bundles[1].bundle_id
-    assert len(service.current.tally) == len(service.trial.generation.tally) == 0
+    assert len(service.current.tally) == len(service.canary.generation.tally) == 0
 
 
-async def test_a_trial_that_is_begun_anew_is_judged_anew(opened, store, bundles):
+async def test_a_canary_that_is_started_anew_is_judged_anew(opened, store, bundles):
     switch, service = opened
-    store.try_out(bundles[1].bundle_id, 0.5)
+    store.start_canary(bundles[1].bundle_id, 0.5)
     await switch.step(service)
-    before = service.trial
+    before = service.canary
     for _ in range(100):
         before.generation.tally.failed()
     store.withdraw()
-    store.try_out(bundles[1].bundle_id, 0.5)
+    store.start_canary(bundles[1].bundle_id, 0.5)
     await switch.step(service)
-    assert service.trial is not before
+    assert service.canary is not before
     await switch.tidy(service)
-    assert service.trial is not None
+    assert service.canary is not None
 
 
-async def test_an_item_that_only_the_bundle_on_trial_has_is_found(opened, store, bundles, monkeypatch):
+async def test_an_item_that_only_the_canary_has_is_found(opened, store, bundles, monkeypatch):
     switch, service = opened
-    store.try_out(bundles[1].bundle_id, 0.5)
+    store.start_canary(bundles[1].bundle_id, 0.5)
     await switch.step(service)
     assert service.knowing("i1") is service.current
     monkeypatch.setattr(service.current.recommender, "item", lambda item_id: None)
-    assert service.knowing("i1") is service.trial.generation
+    assert service.knowing("i1") is service.canary.generation
 
 
 # --- the order of things ----------------------------------------------------------------------------------------------
@@ -361,9 +361,9 @@ async def test_user_states_start_from_a_bundle_only_once_it_answers(opened, stor
         await switch.step(service)
     assert seeded == []
     store.rollback()
-    store.try_out(third, 0.5)
+    store.start_canary(third, 0.5)
     await switch.step(service)
-    assert service.trial is not None
+    assert service.canary is not None
     assert seeded == []
     store.promote()
     await switch.step(service)

@@ -70,7 +70,7 @@ def config_of(store, events, **online):
         "store": str(store),
         "events": {"kind": "sqlite", "path": str(events)},
         "online": {"learning": {"epochs": 4, "rate": 1.0}} | online,
-        "trial": {"share": 0},
+        "canary": {"share": 0},
         "workdir": f"{Path(str(store)).parent}/updates",
     }
     return update.UpdateJobConfig.parse(tree, where="test")
@@ -155,14 +155,14 @@ def test_new_items_enter(store, events, tmp_path):
         assert recommender.recommend(user_id="new-3", top_k=5).degraded == ()
 
 
-def test_a_child_goes_through_its_trial(store, events, tmp_path, monkeypatch):
+def test_a_child_is_a_canary_first(store, events, tmp_path, monkeypatch):
     events.append(walk(60, 12, step=-1))
     config = config_of(store, tmp_path / "events.sqlite")
-    on_trial = config.model_copy(update={"trial": update.TrialConfig(share=0.2, seconds=0)})
+    as_canary = config.model_copy(update={"canary": update.CanaryConfig(share=0.2, seconds=0)})
     parent = store.current().bundle_id
     moves = []
-    monkeypatch.setattr(BundleStore, "try_out", spied(BundleStore.try_out, moves))
-    outcome = update.run(on_trial, events)
+    monkeypatch.setattr(BundleStore, "start_canary", spied(BundleStore.start_canary, moves))
+    outcome = update.run(as_canary, events)
     assert (outcome.state, moves) == ("published", [(outcome.child, 0.2)])
     assert store.current().previous == parent
 
@@ -171,15 +171,15 @@ def test_a_child_that_is_taken_back_leaves_the_parent(store, events, tmp_path, m
     events.append(walk(60, 12, step=-1))
     config = config_of(store, tmp_path / "events.sqlite")
     parent = store.current().bundle_id
-    real = BundleStore.try_out
+    real = BundleStore.start_canary
 
     def taken_back(self, bundle_id, share, **how):
         pointer = real(self, bundle_id, share, **how)
         self.withdraw(bundle_id, reason="too slow")
         return pointer
 
-    monkeypatch.setattr(BundleStore, "try_out", taken_back)
-    outcome = update.run(config.model_copy(update={"trial": update.TrialConfig(share=0.2, seconds=5)}), events)
+    monkeypatch.setattr(BundleStore, "start_canary", taken_back)
+    outcome = update.run(config.model_copy(update={"canary": update.CanaryConfig(share=0.2, seconds=5)}), events)
     assert outcome.state == "kept"
     assert "taken back: too slow" in update.tell(outcome)
     assert store.current().bundle_id == parent
@@ -220,8 +220,8 @@ PLACES: dict[str, tuple[str, int]] = {
     "taught": ("update, 'judge'", 0),
     "half written": ("writer_module.BundleWriter, 'finish'", 0),
     "half copied into the store": ("store_module, 'move_into_place'", 0),
-    "in the store": ("update.BundleStore, 'try_out'", 1),
-    "on trial": ("update.BundleStore, 'promote'", 1),  # the same child: it was learned from the same events
+    "in the store": ("update.BundleStore, 'start_canary'", 1),
+    "the canary": ("update.BundleStore, 'promote'", 1),  # the same child: it was learned from the same events
 }
 
 
@@ -230,7 +230,7 @@ def test_killed_at_any_stage_it_leaves_all_as_it_was(store, events, tmp_path):
     before, parent = snapshot(tmp_path / "bundles"), store.current()
     command = ["--store", str(store), "--events", str(tmp_path / "events.sqlite")]
     for setting in (
-        "trial.seconds=0",
+        "canary.seconds=0",
         f"workdir={tmp_path}/updates",
         "online.learning.epochs=4",
         "online.learning.rate=1",
@@ -352,7 +352,7 @@ def test_a_parent_that_was_replaced_meanwhile_stays_replaced(store, bundles, eve
     monkeypatch.setattr(update, "_learned", meanwhile)
     parent = store.current().bundle_id
     for share in (0, 0.5):
-        outcome = update.run(config.model_copy(update={"trial": update.TrialConfig(share=share, seconds=0)}), events)
+        outcome = update.run(config.model_copy(update={"canary": update.CanaryConfig(share=share, seconds=0)}), events)
         assert outcome.state == "kept"
         assert "expected" in outcome.record["taken_back"]
         assert store.current().bundle_id == bundles[0].bundle_id
@@ -360,13 +360,13 @@ def test_a_parent_that_was_replaced_meanwhile_stays_replaced(store, bundles, eve
         store.activate(parent, bundles[0].bundle_id)
 
 
-def test_a_trial_that_nobody_ends_is_ended_by_the_next_update(store, bundles, events, tmp_path, monkeypatch):
+def test_a_canary_that_nobody_ends_is_ended_by_the_next_update(store, bundles, events, tmp_path, monkeypatch):
     store.add(bundles[0])
-    store.try_out(bundles[0].bundle_id, 0.1, reason=update._REASON)
+    store.start_canary(bundles[0].bundle_id, 0.1, reason=update._REASON)
     monkeypatch.setattr(update, "_PATIENCE_S", -1000.0)
     assert update.run(config_of(store, tmp_path / "events.sqlite"), events).state == "waiting"
     assert store.current().canary is None
-    store.try_out(bundles[0].bundle_id, 0.1, reason="somebody's own")
+    store.start_canary(bundles[0].bundle_id, 0.1, reason="somebody's own")
     update.run(config_of(store, tmp_path / "events.sqlite"), events)
     assert store.current().canary is not None
 
