@@ -68,7 +68,7 @@ def map_arrow(path: str | Path) -> pa.Table:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A second name for the file ``source``, or for each file of the folder ``source``, in place of what ``target`` was.
+    """A second name for the file ``source``, or each file of the folder ``source``, in place of what ``target`` was.
 
     It costs no space, and each name can be removed without the other: for files that are never changed in place. File
     systems that do not share files get copies.

@@ -17,9 +17,10 @@ from recsys.pipeline.hard_rules import HardRules
 from recsys.pipeline.popular import PopularItems
 from recsys.pipeline.rules import KINDS, RuleConfig
 from recsys.pipeline.runner import LocalStage, Runner
+from recsys.pipeline.selection import Selection
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.testing.pipeline import items_table, make_query, retrieves
-from recsys.types import Candidates, Filters, Query, Removal
+from recsys.types import Candidates, Filters, History, Query, Removal
 
 NUM_ITEMS = 20
 UNAVAILABLE, EXCLUDED, FILTERED = (1, 11), (3, 12), (5, 13)
@@ -117,8 +118,8 @@ def test_what_must_not_be_shown_stays_out(catalogue: Catalogue, rule: RuleConfig
     # Nor where retrieval forgets itself.
     stages = [retrieves(*range(NUM_ITEMS)), RerankingStage("bundle", catalogue, [rule])]
     popular = PopularItems(NUM_ITEMS, np.arange(NUM_ITEMS, dtype=np.int32), np.ones(NUM_ITEMS, np.float32))
-    runner = Runner([LocalStage(stage, inline=True) for stage in stages], HardRules(catalogue), popular)
-    served = asyncio.run(runner.run(replace(query, history_item_idx=np.array([3], np.int32))))
+    runner = Runner([LocalStage(stage, inline=True) for stage in stages], Selection(HardRules(catalogue), popular))
+    served = asyncio.run(runner.run(replace(query, history=History(np.array([3], np.int32), np.zeros(1, np.int64)))))
     assert served.degraded == ()
     assert sorted(served.selected.item_idx.tolist()) == allowed
 

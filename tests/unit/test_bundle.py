@@ -319,7 +319,7 @@ def test_a_retriever_of_another_dimension_is_refused(tmp_path: Path, monkeypatch
 
         def save_weights(self, folder: Path) -> None: ...
 
-    monkeypatch.setattr("recsys.models.load_retriever", lambda folder: Vectors())
+    monkeypatch.setattr("recsys.models.retrievers.load_retriever", lambda folder: Vectors())
     with pytest.raises(BundleMismatchError, match=r"retriever: dimensions 7.*says 4"):
         write(tmp_path, change=lambda writer: writer.part("retriever").mkdir())
 
@@ -331,7 +331,7 @@ def test_a_ranker_of_other_items_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], message: str
 ) -> None:
     fake = SimpleNamespace(items=SimpleNamespace(unit_vectors=np.zeros(shape, np.float32)))
-    monkeypatch.setattr("recsys.models.load_ranker", lambda folder: fake)
+    monkeypatch.setattr("recsys.models.rankers.load_ranker", lambda folder: fake)
     with pytest.raises(BundleMismatchError, match=message):
         write(tmp_path, change=lambda writer: writer.part("ranker").mkdir())
 
