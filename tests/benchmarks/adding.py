@@ -6,11 +6,11 @@ A toy is a kind named ``toy``, whose source stands in ``toys/``; the contract te
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
@@ -31,26 +31,15 @@ MEASURED = (
 """the rooms that the figure is about: one that ``ROOMS`` lacks keeps it from passing"""
 
 
-class Change(NamedTuple):
-    """In ``file`` the text ``old``, which stands there once, becomes ``new``."""
-
-    file: str
-    old: str
-    new: str
-
-
 class Room(NamedTuple):
-    """How a member is added to a room."""
+    """How a member is added to a room: ``toy.py`` in its folder, and a line in the table of its ``__init__.py``."""
 
     room: str
-    file: str
-    """where its one new file goes"""
+    folder: str
     toy: str
-    """the file of ``toys/`` that goes there"""
-    changes: Sequence[Change]
-    """all that must be said elsewhere"""
-    tests: Sequence[str]
-    """the room's contract tests, for pytest"""
+    """the file of ``toys/`` that becomes ``toy.py``"""
+    tests: str
+    """the room's contract tests"""
     limit: int = 1
     """lines that may change beside the new file"""
 
@@ -65,89 +54,21 @@ class Added(NamedTuple):
     skipped: int
 
 
-def after(file: str, old: str, line: str) -> Change:
-    """``line`` is put after ``old``, which ends a line."""
-    return Change(file, f"{old}\n", f"{old}\n{line}\n")
-
-
-INDEX, MODELS, RATINGS = "recsys/index/__init__.py", "recsys/models/__init__.py", "recsys/models/ratings/__init__.py"
-EVENTS, SOURCES = "recsys/events/__init__.py", "recsys/data/sources/__init__.py"
-INDEX_TESTS, SOURCE_TESTS = "tests/contract/test_index_contract.py", "tests/contract/test_source_contract.py"
-RETRIEVER_TESTS, RANKER_TESTS = "tests/contract/test_retrievers.py", "tests/contract/test_rankers.py"
-RATING_TESTS, EVENT_TESTS = "tests/contract/test_rating_models.py", "tests/contract/test_event_stores.py"
+CONTRACT = "tests/contract"
+STEP = Room("job step", "jobs/steps", "step", "", limit=2)
+"""Nothing lists the steps, and to run it is the test; what it needs beside its file is an entry, ``jobs/toy.py``."""
 ROOMS = (
-    Room(
-        "index", "recsys/index/toy.py", "index.py.txt",
-        [
-            after(INDEX, "import IvfIndex", "from recsys.index.toy import Toy"),
-            Change(INDEX, "IvfIndex, HnswIndex)", "IvfIndex, HnswIndex, Toy)"),
-        ],
-        [INDEX_TESTS],
-    ),
-    Room(
-        "source", "recsys/data/sources/toy.py", "source.py.txt",
-        [
-            after(SOURCES, "import SyntheticSource", "from recsys.data.sources.toy import Toy"),
-            after(SOURCES, "    CsvSource,\n    SyntheticSource,", "    Toy,"),
-            after(SOURCE_TESTS, "    return {}\n", "\ndef toy(folder: Path) -> dict[str, object]:\n    return {}\n"),
-            Change(SOURCE_TESTS, "csv, synthetic)", "csv, synthetic, toy)"),
-        ],
-        [SOURCE_TESTS],
-    ),
-    Room(
-        "retriever", "recsys/models/toy.py", "retriever.py.txt",
-        [
-            after(MODELS, "import TfIdf", "from recsys.models.toy import Toy"),
-            after(MODELS, "    Blend,", "    Toy,"),
-            after(RETRIEVER_TESTS, "import TfIdf", "from recsys.models.toy import Toy"),
-            after(
-                RETRIEVER_TESTS,
-                "    config = EASE(regularization=10.0)\n    min_ndcg = 0.35\n",
-                "\nclass TestToy(RetrieverContract):\n    config = Toy()\n    min_ndcg = 0.35\n",
-            ),
-        ],
-        [RETRIEVER_TESTS],
-    ),
-    Room(
-        "ranker", "recsys/models/toy.py", "ranker.py.txt",
-        [
-            after(MODELS, "import TfIdf", "from recsys.models.toy import Toy"),
-            Change(MODELS, "CrossEncoderConfig, CausalLMConfig)", "CrossEncoderConfig, CausalLMConfig, Toy)"),
-            after(RANKER_TESTS, "import TextRanker, TextRankerConfig", "from recsys.models.toy import Toy"),
-            after(
-                RANKER_TESTS,
-                "batch_queries=4, dropout=0.0\n    )\n",
-                "\nclass TestToy(PlantedContract):\n    config = Toy(epochs=40, learning_rate=0.1)\n",
-            ),
-        ],
-        [RANKER_TESTS],
-    ),
-    Room(
-        "rating model", "recsys/models/ratings/toy.py", "rating_model.py.txt",
-        [
-            after(RATINGS, "import Neighbours", "from recsys.models.ratings.toy import Toy"),
-            Change(RATINGS, "(Biases, Neighbours, Factors)", "(Biases, Neighbours, Factors, Toy)"),
-            after(RATING_TESTS, "import Neighbours", "from recsys.models.ratings.toy import Toy"),
-            Change(RATING_TESTS, "regularization=2)]", "regularization=2), Toy()]"),
-        ],
-        [RATING_TESTS],
-    ),
-    Room(
-        "event store", "recsys/events/toy.py", "event_store.py.txt",
-        [
-            after(EVENTS, "import SqliteEventStoreConfig", "from recsys.events.toy import Toy"),
-            Change(EVENTS, "KINDS = (SqliteEventStoreConfig,", "KINDS = (SqliteEventStoreConfig, Toy,"),
-            after(EVENT_TESTS, "RedisEventStoreConfig, SqliteEventStoreConfig", "from recsys.events.toy import Toy"),
-            after(
-                EVENT_TESTS,
-                'folder / "events.sqlite"))\n',
-                "\nclass TestToy(EventStoreContract):\n    def config(self, folder: Path) -> Toy:\n"
-                "        return Toy(folder=str(folder))\n",
-            ),
-        ],
-        [EVENT_TESTS],
-    ),
-)  # fmt: skip
+    Room("index", "recsys/index", "index", "test_index_contract.py"),
+    Room("source", "recsys/data/sources", "source", "test_source_contract.py"),
+    Room("retriever", "recsys/models/retrievers", "retriever", "test_retrievers.py"),
+    Room("ranker", "recsys/models/rankers", "ranker", "test_rankers.py"),
+    Room("rating model", "recsys/models/ratings", "rating_model", "test_rating_models.py"),
+    Room("reranking rule", "recsys/pipeline/rules", "rule", "test_rules.py"),
+    Room("event store", "recsys/events", "event_store", "test_event_stores.py"),
+    STEP,
+)
+ENTRY = 'from jobs.pipeline import main\n\nmain("toy", __name__)\n'
+STEP_SETTINGS = ("data.source.num_users=40", "data.source.num_items=60", "compute.num_workers=0")
 
 
 def add(room: Room) -> Added:
@@ -158,21 +79,31 @@ def add(room: Room) -> Added:
     with tempfile.TemporaryDirectory(prefix="house-") as folder:
         tree = Path(folder) / "tree"
         copy_tree(tree)
-        target = tree / room.file
+        target = tree / room.folder / f"{KIND}.py"
         if target.exists():
-            raise SystemExit(f"{room.room}: {room.file} is there already")
-        target.write_text((TOYS / room.toy).read_text())
-        for change in room.changes:
-            text = (tree / change.file).read_text()
-            if text.count(change.old) != 1:
-                raise SystemExit(
-                    f"{room.room}: {change.file} has {change.old!r} {text.count(change.old)} times, not once"
-                )
-            (tree / change.file).write_text(text.replace(change.old, change.new))
-        lines = changed_lines(tree)
-        passed, skipped = run_tests(room, tree)
-    print(f"{room.room}: {lines} lines beside {room.file}; {passed} tests passed, {skipped} skipped", flush=True)
+            raise SystemExit(f"{room.room}: {target} is there already")
+        target.write_text((TOYS / f"{room.toy}.py.txt").read_text())
+        if room is STEP:
+            (tree / "jobs" / target.name).write_text(ENTRY)
+            lines = sum(1 for line in ENTRY.splitlines() if line)
+            passed, skipped = run_step(tree)
+        else:
+            list_toy(tree / room.folder / "__init__.py", f"{room.folder}/{KIND}".replace("/", "."))
+            lines = changed_lines(tree)
+            passed, skipped = run_tests(room, tree)
+    print(
+        f"{room.room}: {lines} lines beside {room.folder}/{KIND}.py; {passed} tests passed, {skipped} skipped",
+        flush=True,
+    )
     return Added(lines, passed, skipped)
+
+
+def list_toy(table: Path, module: str) -> None:
+    """One line more, after the last one that names a member (``"kind": "module:Class",``)."""
+    lines = table.read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if re.match(r' +"\w+": "[\w.]+:\w+",$', line))
+    indent = " " * (len(lines[last]) - len(lines[last].lstrip()))
+    table.write_text("".join([*lines[: last + 1], f'{indent}"{KIND}": "{module}:Toy",\n', *lines[last + 1 :]]))
 
 
 def copy_tree(tree: Path) -> None:
@@ -195,7 +126,7 @@ def changed_lines(tree: Path) -> int:
 def run_tests(room: Room, tree: Path) -> tuple[int, int]:
     """Contract tests of the toy that passed and were skipped; SystemExit unless some passed and none failed."""
     report = tree.parent / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-k", KIND, f"--junit-xml={report}", *room.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", KIND, f"--junit-xml={report}", f"{CONTRACT}/{room.tests}"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     suite = ET.parse(report).find("testsuite") if report.exists() else None
     counts = {} if suite is None else {name: int(suite.attrib[name]) for name in ("tests", "skipped")}
@@ -203,6 +134,17 @@ def run_tests(room: Room, tree: Path) -> tuple[int, int]:
     if done.returncode or passed < 1:
         raise SystemExit(f"{room.room}: the toy does not keep the contract\n{done.stdout}{done.stderr}")
     return passed, counts["skipped"]
+
+
+def run_step(tree: Path) -> tuple[int, int]:
+    """The step by its own name, with what it reads; SystemExit unless it ends well and leaves its figures."""
+    command = [sys.executable, "-m", "jobs.toy", "--config", "configs/synthetic.yaml", "--set", "workdir=toy-runs"]
+    for setting in STEP_SETTINGS:
+        command += ["--set", setting]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    if done.returncode or len(list(tree.glob("toy-runs/toy/*/artifact.json"))) != 1:
+        raise SystemExit(f"job step: the toy does not run\n{done.stdout}{done.stderr}")
+    return 1, 0
 
 
 def git(folder: Path, *arguments: str) -> str:
