@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeAlias
 import numpy as np
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, model_validator
 
-from recsys.config import StrictConfig
+from recsys.kinds import Kind
 from recsys.pipeline.rules.draft import Draft, Float64Array, ItemSet
 from recsys.types import FloatArray, Int32Array, Query
 
@@ -94,7 +94,7 @@ def _as_utc(value: datetime) -> datetime:
 Moment = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_as_utc)]
 
 
-class RuleConfig(StrictConfig, ABC):
+class RuleConfig(Kind, ABC):
     """A rule and the time in which it holds. Subclasses add ``kind: Literal["..."]`` and :meth:`resolve`."""
 
     alone: ClassVar[bool] = False
