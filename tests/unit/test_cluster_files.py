@@ -261,7 +261,8 @@ def unknown_keys(tree: dict[str, Any]) -> set[str]:
 def test_serve_config_is_valid(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from serve.config import STAGES, ServeConfig
+    from recsys.pipeline.stage import STAGES
+    from serve.config import ServeConfig
 
     tree = serve_configs()[name]
     ServeDeploySchema.model_validate(tree)
