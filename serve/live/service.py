@@ -16,12 +16,14 @@ import numpy as np
 
 from recsys.bundle import Bundle
 from recsys.bundle.changes import ItemLog
-from recsys.bundle.live import split_id
+from recsys.bundle.live import RuledBundle, split_id
+from recsys.bundle.rule_log import RuleLog
 from recsys.data.catalogue import Catalogue
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
 from recsys.pipeline.recommender import STATE, Recommender, golden_request, warm_up
 from recsys.pipeline.requests import HistoryItem, Recommendation, RecommendRequest
+from recsys.pipeline.rules import RuleConfig
 from recsys.pipeline.runner import LocalStage
 from recsys.pipeline.stage import AsyncStage, Stage
 from recsys.pipeline.stages import STAGES, build_stage
@@ -77,13 +79,19 @@ class Generation:
 
     @property
     def bundle_id(self) -> str:
-        """Of the Bundle and the version of its catalogue, see :mod:`recsys.bundle.live`."""
+        """Of the Bundle and the versions of its catalogue and its rules, see :mod:`recsys.bundle.live`."""
         return self.bundle.bundle_id
 
     @property
     def base_id(self) -> str:
         """Of the Bundle alone."""
         return split_id(self.bundle_id)[0]
+
+    @property
+    def own_rules(self) -> tuple[RuleConfig, ...]:
+        """Those of the Bundle, whatever was changed since."""
+        bundle = self.bundle.base if isinstance(self.bundle, RuledBundle) else self.bundle
+        return bundle.pipeline_config.rules
 
     @property
     def catalogue(self) -> Catalogue:
@@ -171,6 +179,8 @@ class Service:
     current: Generation
     items: ItemLog | None = None
     """where changes of the catalogue go; None where one Bundle is served and no store"""
+    rules: RuleLog | None = None
+    """where changes of the rules go; None likewise"""
     trial: Trial | None = field(default=None, init=False)
     retired: list[Generation] = field(default_factory=list, init=False)
     """those that answered before, until their last request is answered"""
