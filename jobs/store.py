@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from recsys.bundle.live import live_id
 from recsys.bundle.pointer import Pointer
+from recsys.bundle.rule_log import RuleChange
 from recsys.bundle.store import BundleStore
-from recsys.errors import BundleError, RecsysError
+from recsys.config import parse
+from recsys.errors import BundleError, ConfigError, RecsysError
+from recsys.pipeline.rules import AnyRules
+from recsys.pipeline.rules.changes import plain, rule_history, unknown_names
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+rules = typer.Typer(help="By which rules the Bundles of a store answer, whichever is current.", no_args_is_help=True)
+app.add_typer(rules, name="rules")
 Store = Annotated[str, typer.Option("--store", help="folder or fsspec URI of the store, such as runs/NAME/bundles")]
 Which = Annotated[str, typer.Argument(help="bundle_id, or as much of its beginning as tells it from the others")]
 Reason = Annotated[str, typer.Option(help="why; kept in the store")]
+
+Note = Annotated[str, typer.Option(help="why; kept with the change")]
+After = Annotated[int | None, typer.Option(help="refuse where another version is the last one", min=0)]
 
 
 @app.command("list")
@@ -87,6 +100,71 @@ def collect(store: Store, keep: Annotated[int, typer.Option(help="newest Bundles
     with _errors():
         for bundle_id in BundleStore(store).collect(keep):
             typer.echo(f"removed {bundle_id}")
+
+
+@rules.command("show")
+def show_rules(
+    store: Store, version: Annotated[int | None, typer.Option(help="of an earlier change", min=0)] = None
+) -> None:
+    """The rules, as `set` takes them, and who changed them when."""
+    with _errors():
+        held = BundleStore(store)
+        found = rule_history(held.rules, held.open().pipeline_config.rules, time.time_ns() // 1_000_000, version)
+        if found is None:
+            raise BundleError(f"{held}: no version {version} of the rules is kept")
+    typer.echo(yaml.safe_dump([dict(rule) for rule in found.rules], sort_keys=False, allow_unicode=True), nl=False)
+    states = ", ".join(f"{rule['kind']} {state}" for rule, state in zip(found.rules, found.states, strict=True))
+    typer.echo(f"version {found.version}: {states or 'no rules'}", err=True)
+    for change in found.changes:
+        typer.echo(_told(change), err=True)
+
+
+@rules.command("set")
+def set_rules(
+    file: Annotated[Path, typer.Argument(help="YAML list of rules", exists=True, dir_okay=False)],
+    store: Store,
+    note: Note = "",
+    after: After = None,
+) -> None:
+    """Replace all rules by those of a file."""
+    with _errors():
+        held = BundleStore(store)
+        try:
+            tree = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not valid YAML: {error}", path=str(file)) from error
+        if not isinstance(tree, list):
+            raise ConfigError(f"{file}: must hold a list of rules, not {type(tree).__name__}", path=str(file))
+        wanted = parse(AnyRules, tree, where=str(file))
+        pointer = held.current()
+        if pointer is not None:
+            catalogue = held.open_live(live_id(pointer.bundle_id, held.version().items)).catalogue()
+            for what, names in zip(("items", "categories"), unknown_names(wanted, catalogue), strict=True):
+                if names:
+                    typer.echo(f"{what} that the catalogue lacks, and that are ignored: {', '.join(names)}", err=True)
+        _change_rules(held, plain(wanted), after, note)
+
+
+@rules.command("reset")
+def reset_rules(store: Store, note: Note = "", after: After = None) -> None:
+    """Return to the Bundle's own rules."""
+    with _errors():
+        _change_rules(BundleStore(store), None, after, note)
+
+
+def _change_rules(store: BundleStore, trees: list[dict[str, Any]] | None, after: int | None, note: str) -> None:
+    log = store.rules
+    last = log.version() if after is None else after
+    change = log.append(trees, after=last, by="command", note=note or None)
+    typer.echo(_told(change))
+    if last:
+        typer.echo(f"after {_told(log.read(last))}")
+
+
+def _told(change: RuleChange) -> str:
+    what = "the Bundle's own rules" if change.rules is None else f"{len(change.rules)} rules"
+    why = "" if change.note is None else f": {change.note}"
+    return f"version {change.version}, {change.at.isoformat(' ', 'seconds')}, by {change.by}: {what}{why}"
 
 
 def _bundle_id(store: BundleStore, which: str) -> str:

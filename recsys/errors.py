@@ -15,7 +15,8 @@
     │   ├── BundleNotFoundError
     │   ├── BundleCorruptError  a file is missing or its hash differs
     │   ├── BundleMismatchError parts that must agree do not
-    │   └── PointerConflictError somebody else moved the pointer first
+    │   ├── PointerConflictError somebody else moved the pointer first
+    │   └── ChangeConflictError somebody else changed it first
     ├── EventStoreError         the event store refuses or cannot answer
     ├── RequestError            the caller of the pipeline sent something unusable
     └── StageError              a stage of the pipeline failed
@@ -100,6 +101,10 @@ class BundleMismatchError(BundleError):
 
 class PointerConflictError(BundleError):
     """The pointer to the current Bundle was moved by somebody else first."""
+
+
+class ChangeConflictError(BundleError):
+    """What beside the Bundles was to be changed was changed by somebody else first."""
 
 
 class EventStoreError(RecsysError):

@@ -1,12 +1,14 @@
-"""A Bundle and what was changed in the catalogue since: the same parts, grown by the new items, none fitted anew.
+"""A Bundle and what was changed since: in the catalogue, and in the rules by which it answers.
 
-Its id is that of the Bundle, ``+``, and the version of the changes, so that whatever pins one Bundle per request pins
-the catalogue with it.
+The parts are the same, grown by the new items, none fitted anew. Its id is that of the Bundle, ``+``, the version of
+the catalogue and, where rules were changed, ``.`` and that of the rules, so that whatever pins one Bundle per request
+pins the changes with it: ``ID+7``, ``ID+7.2``, ``ID+0.2``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from recsys.bundle.golden import GoldenQuery
+    from recsys.bundle.rule_log import RuleChange
+    from recsys.bundle.slates import Slates
     from recsys.data.catalogue import Catalogue
     from recsys.data.changed_catalogue import ChangedCatalogue
     from recsys.index import VectorIndex
@@ -28,18 +32,38 @@ if TYPE_CHECKING:
     from recsys.models.text.words import Words
 
 NUM_STAND_INS = 10
-_PLUS = "+"
+_PLUS, _DOT = "+", "."
 
 
-def live_id(bundle_id: str, version: int) -> str:
-    """The id of a Bundle with the changes up to ``version``; 0 for none."""
-    return f"{bundle_id}{_PLUS}{version}" if version else bundle_id
+class Version(NamedTuple):
+    """Of what was changed since a Bundle was made; 0 for nothing."""
+
+    items: int = 0
+    rules: int = 0
 
 
-def split_id(bundle_id: str) -> tuple[str, int]:
-    """The Bundle and the version of the changes that an id names."""
-    base, _, version = bundle_id.partition(_PLUS)
-    return base, int(version or 0)
+def live_id(bundle_id: str, items: int, rules: int = 0) -> str:
+    """The id of a Bundle with the changes up to these versions."""
+    if rules:
+        return f"{bundle_id}{_PLUS}{items}{_DOT}{rules}"
+    return f"{bundle_id}{_PLUS}{items}" if items else bundle_id
+
+
+def split_id(bundle_id: str) -> tuple[str, Version]:
+    """The Bundle and the versions of the changes that an id names."""
+    base, _, versions = bundle_id.partition(_PLUS)
+    items, _, rules = versions.partition(_DOT)
+    return base, Version(int(items or 0), int(rules or 0))
+
+
+def beneath(bundle_id: str) -> str | None:
+    """The id of what one with changes lies on: the same without its rules, then without its items; None for a Bundle
+    itself.
+    """
+    base, version = split_id(bundle_id)
+    if version.rules:
+        return live_id(base, version.items)
+    return base if version.items else None
 
 
 class LiveBundle(Bundle):
@@ -167,6 +191,66 @@ class LiveBundle(Bundle):
         if len(others):
             vectors_CE[others] = words.encode(item_texts(self._changes.take(pa.array(others)), words.config))
         return vectors_CE
+
+
+class RuledBundle(Bundle):
+    """A Bundle, with changes of its catalogue or without, that answers by other rules than its own."""
+
+    def __init__(self, base: Bundle, change: RuleChange) -> None:
+        """All parts are those of ``base``."""
+        super().__init__(base.path, base.manifest)
+        self.base = base
+        self._change = change
+        self.remembered = base.remembered
+
+    @property
+    def bundle_id(self) -> str:
+        base_id, version = split_id(self.base.bundle_id)
+        return live_id(base_id, version.items, self._change.version)
+
+    @property
+    def golden(self) -> GoldenQuery | None:
+        """None: other rules are another answer. The Bundle itself was proven."""
+        return None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """See :attr:`Bundle.config`."""
+        if self._change.rules is None:
+            return self.base.config
+        return self.base.config | {"pipeline": self.base.config["pipeline"] | {"rules": list(self._change.rules)}}
+
+    def catalogue(self) -> Catalogue:
+        """See :meth:`Bundle.catalogue`."""
+        return self.base.catalogue()
+
+    def retriever(self) -> Retriever:
+        """See :meth:`Bundle.retriever`."""
+        return self.base.retriever()
+
+    def index(self) -> VectorIndex:
+        """See :meth:`Bundle.index`."""
+        return self.base.index()
+
+    def text_index(self) -> VectorIndex:
+        """See :meth:`Bundle.text_index`."""
+        return self.base.text_index()
+
+    def words(self) -> Words:
+        """See :meth:`Bundle.words`."""
+        return self.base.words()
+
+    def ranker(self) -> Ranker:
+        """See :meth:`Bundle.ranker`."""
+        return self.base.ranker()
+
+    def popular(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """See :meth:`Bundle.popular`."""
+        return self.base.popular()
+
+    def slates(self) -> Slates:
+        """See :meth:`Bundle.slates`."""
+        return self.base.slates()
 
 
 def _by_categories(

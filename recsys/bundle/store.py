@@ -5,6 +5,7 @@
     bundles/<bundle_id>/       immutable, complete once manifest.json is in it
     current/00000001.json      the pointer is a log: the entry with the highest number holds
     items/00000001.arrow       what was changed in the catalogue since, see recsys.bundle.changes
+    rules/00000001.json        by which rules they answer since, see recsys.bundle.rule_log
 
 Moving the pointer is creating the next number, which only one writer can do: compare-and-swap without a lock service.
 """
@@ -17,11 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from recsys.bundle.changes import ItemLog
-from recsys.bundle.live import LiveBundle, split_id
+from recsys.bundle.live import LiveBundle, RuledBundle, Version, beneath, split_id
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest
 from recsys.bundle.pointer import Canary, Pointer, entry, folder_of, read_pointers
 from recsys.bundle.reader import Bundle, read_manifest
+from recsys.bundle.rule_log import RuleLog
 from recsys.bundle.writer import move_into_place
 from recsys.errors import BundleError, BundleNotFoundError, PointerConflictError
 from recsys.files import link_or_copy
@@ -49,14 +51,28 @@ class BundleStore:
         """What was changed in the catalogue since the Bundles were published."""
         return ItemLog(self.root / "items")
 
-    def open_live(self, bundle_id: str, base: Bundle | None = None, *, cache: str | Path | None = None) -> Bundle:
-        """The Bundle and the changes of the catalogue that an id names, see :mod:`recsys.bundle.live`.
+    @property
+    def rules(self) -> RuleLog:
+        """The rules by which Bundles answer, where they were changed since."""
+        return RuleLog(self.root / "rules")
 
-        ``base`` is that Bundle, where it is open already.
+    def version(self) -> Version:
+        """Of what was changed up to now."""
+        return Version(self.items.version(), self.rules.version())
+
+    def open_live(self, bundle_id: str, base: Bundle | None = None, *, cache: str | Path | None = None) -> Bundle:
+        """The Bundle and the changes that an id names, see :mod:`recsys.bundle.live`.
+
+        ``base`` is what it lies on (:func:`~recsys.bundle.live.beneath`), where that is open already.
         """
-        base_id, version = split_id(bundle_id)
-        base = base or self.open(base_id, cache=cache)
-        return LiveBundle(base, self.items.read(version), version) if version else base
+        under = beneath(bundle_id)
+        if under is None:
+            return self.open(bundle_id, cache=cache)
+        base = base or self.open_live(under, cache=cache)
+        _, version = split_id(bundle_id)
+        if version.rules:
+            return RuledBundle(base, self.rules.read(version.rules))
+        return LiveBundle(base, self.items.read(version.items), version.items)
 
     def publish(self, folder: str | Path, expected_parent: str | None) -> Pointer:
         """Add the Bundle in the local ``folder`` and make it the current one.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
-from recsys.pipeline.rules import MAX_RULES, AnyRule
+from recsys.pipeline.rules import AnyRules
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle
@@ -84,10 +84,8 @@ class PipelineConfig(StrictConfig):
     encoding_cache: int = Field(
         default=10_000, ge=0, description="histories whose encoded vectors retrieval keeps in memory (histories)"
     )
-    rules: tuple[AnyRule, ...] = Field(
-        default=(),
-        max_length=MAX_RULES,
-        description="reranking rules, in the order in which they take turns (up to 200)",
+    rules: AnyRules = Field(
+        default=(), description="reranking rules, in the order in which they take turns (up to 200)"
     )
 
     @model_validator(mode="after")

@@ -29,6 +29,9 @@ from serve.http.middleware import PROBES, problem
 
 SCOPES_OF_CALLER = "recsys.scopes"
 """where the ASGI scope says what the caller may do"""
+CALLER = "recsys.caller"
+"""where it says who that is: the name of the API key, or :data:`ANYBODY`"""
+ANYBODY = "open access"
 _CHALLENGE = 'Bearer realm="recsys", Basic realm="recsys"'
 _MAX_KEY_LENGTH = 512
 _MAX_OPEN = 256
@@ -55,7 +58,7 @@ class Access:
             await send({"type": "websocket.close", "code": 1008})
             return
         if self._keys is None or self._rates is None or scope["path"] in self._open_paths:
-            scope[SCOPES_OF_CALLER] = frozenset(SCOPES)
+            scope[SCOPES_OF_CALLER], scope[CALLER] = frozenset(SCOPES), ANYBODY
             await self._app(scope, receive, send)
             return
         request_id: str = scope["request_id"]
@@ -70,7 +73,7 @@ class Access:
             detail = f"more than {key.requests_per_s:g} requests/s with this key"
             answer = problem(429, detail, request_id, headers={"retry-after": str(math.ceil(wait_s))})
         else:
-            scope[SCOPES_OF_CALLER] = frozenset(key.scopes)
+            scope[SCOPES_OF_CALLER], scope[CALLER] = frozenset(key.scopes), key.name
             await self._app(scope, receive, send)
             return
         name = "nobody" if key is None else f"{key.name} ({key.key_id})"

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-import orjson
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
@@ -22,13 +21,23 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from recsys.errors import BundleError, ConfigError, EventStoreError, RecsysError, RequestError, StageOverloadedError
+from recsys.errors import (
+    BundleError,
+    ChangeConflictError,
+    ConfigError,
+    EventStoreError,
+    RecsysError,
+    RequestError,
+    StageOverloadedError,
+)
 from recsys.events import AppendResult, Event, UserState
 from serve.access.keys import Scope as KeyScope
 from serve.access.middleware import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
 from serve.http import wire
-from serve.http.middleware import PROBLEM_JSON, Limits, printable, problem
+from serve.http.answers import BODY_PROBLEMS, KEY, SCOPE, as_json, id_of, missing, needs, ok, problems
+from serve.http.middleware import Limits, printable, problem
+from serve.http.rules import add_rules
 from serve.live.items import ItemChanges
 from serve.live.service import Service
 from serve.observe.impressions import Impressions
@@ -40,17 +49,7 @@ _DESCRIPTION = """Real-time recommendations.
 Errors are `application/problem+json` (RFC 9457) and carry the `request_id` under which the log knows them.
 What a user did (`POST /v1/events`) is in the very next recommendation."""
 
-Answers = dict[int | str, dict[str, Any]]
-_KEY = "key"
-_SCOPE = "x-scope"
-
-
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
-
-def needs(scope: KeyScope) -> dict[str, Any]:
-    """What a route says of the scope that a caller must have."""
-    return {"openapi_extra": {_SCOPE: scope, "security": [{_KEY: []}]}}
 
 
 class Guarded(APIRoute):
@@ -60,7 +59,7 @@ class Guarded(APIRoute):
     def needed(self) -> KeyScope:
         """The scope."""
         try:
-            return (self.openapi_extra or {})[_SCOPE]
+            return (self.openapi_extra or {})[SCOPE]
         except KeyError:
             raise ConfigError(f"route {self.path} does not say which scope it needs") from None
 
@@ -70,7 +69,7 @@ class Guarded(APIRoute):
         async def guarded(request: Request) -> Response:
             # Without the middleware that notes the scopes this is a KeyError, and nobody comes in.
             if needed not in request.scope[SCOPES_OF_CALLER]:
-                return problem(403, f"this API key has no scope {needed!r}", _request_id(request))
+                return problem(403, f"this API key has no scope {needed!r}", id_of(request))
             return await handle(request)
 
         return guarded
@@ -171,7 +170,7 @@ def http_app(
         redoc_url=None,
         openapi_url=None,
         strict_content_type=False,
-        responses=_problems(401, 403, 422, 429, 503),
+        responses=problems(401, 403, 422, 429, 503),
     )
     app.router.route_class = QuickBody
     retry_after = {"retry-after": str(config.retry_after_s)}
@@ -183,8 +182,9 @@ def http_app(
     _add_events(app, service, observer, config, executor)
     _add_look_ups(app, service)
     _add_items(app, service, config.max_items, encoding)
+    add_rules(app, service)
     _add_operation(app, service, observer, find_trace, retry_after)
-    app.openapi()["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+    app.openapi()["components"]["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
     app.add_middleware(Access, config=access)
     app.add_middleware(Limits, config=config, observer=observer)  # the outermost: it numbers requests
     return app
@@ -197,7 +197,7 @@ def _add_recommendations(
         "/v1/recommend",
         tags=["recommendations"],
         summary="Recommend items to a user",
-        responses=_ok(wire.RecommendAnswer) | _BODY_PROBLEMS,
+        responses=ok(wire.RecommendAnswer) | BODY_PROBLEMS,
         **needs("read"),
     )
     async def recommend(body: wire.RecommendBody, request: Request) -> Response:
@@ -205,18 +205,18 @@ def _add_recommendations(
 
         Stages that are slow or down are skipped and named in `degraded`; availability and filters never are.
         """
-        asked = wire.recommend_request(body, _request_id(request))
+        asked = wire.recommend_request(body, id_of(request))
         answer, generation = await service.recommend(asked)
         observer.answered(answer, generation)
         if impressions is not None:
             impressions.shown(answer, time.time_ns() // 1_000_000, asked.context.get("surface"))
-        return _json(wire.recommend_answer(answer, explain=body.explain))
+        return as_json(wire.recommend_answer(answer, explain=body.explain))
 
     @app.post(
         "/v1/similar",
         tags=["recommendations"],
         summary="Items like one item",
-        responses=_ok(wire.RecommendAnswer) | _problems(404) | _BODY_PROBLEMS,
+        responses=ok(wire.RecommendAnswer) | problems(404) | BODY_PROBLEMS,
         **needs("read"),
     )
     async def similar(body: wire.SimilarBody, request: Request) -> Response:
@@ -224,9 +224,9 @@ def _add_recommendations(
         with service.knowing(body.item_id).pinned() as generation:
             recommender = generation.recommender
             if recommender.item(body.item_id) is None:
-                return _missing(request, f"no item {body.item_id!r} in the catalogue")
-            answer = await asyncio.to_thread(recommender.similar, wire.similar_request(body, _request_id(request)))
-        return _json(wire.recommend_answer(answer))
+                return missing(request, f"no item {body.item_id!r} in the catalogue")
+            answer = await asyncio.to_thread(recommender.similar, wire.similar_request(body, id_of(request)))
+        return as_json(wire.recommend_answer(answer))
 
     num_searches = 0
 
@@ -234,7 +234,7 @@ def _add_recommendations(
         "/v1/search",
         tags=["recommendations"],
         summary="Items by words",
-        responses=_ok(wire.RecommendAnswer) | _BODY_PROBLEMS,
+        responses=ok(wire.RecommendAnswer) | BODY_PROBLEMS,
         **needs("read"),
     )
     async def search(body: wire.SearchBody, request: Request) -> Response:
@@ -245,11 +245,11 @@ def _add_recommendations(
         num_searches += 1
         try:
             with service.current.pinned() as generation:
-                find = functools.partial(generation.recommender.search, wire.search_request(body, _request_id(request)))
+                find = functools.partial(generation.recommender.search, wire.search_request(body, id_of(request)))
                 answer = await asyncio.get_running_loop().run_in_executor(encoding, find)
         finally:
             num_searches -= 1
-        return _json(wire.recommend_answer(answer))
+        return as_json(wire.recommend_answer(answer))
 
 
 def _add_events(
@@ -273,7 +273,7 @@ def _add_events(
         "/v1/events",
         tags=["events"],
         summary="Record what users did",
-        responses=_ok(wire.EventsAnswer) | _BODY_PROBLEMS,
+        responses=ok(wire.EventsAnswer) | BODY_PROBLEMS,
         **needs("write"),
     )
     async def events(body: wire.EventsBody) -> Response:
@@ -283,13 +283,13 @@ def _add_events(
         batch = [_event(event) for event in body.events]
         result = await written(functools.partial(service.store.append, batch))
         observer.recorded(batch, result.duplicates)
-        return _json({"accepted": result.accepted, "duplicates": result.duplicates})
+        return as_json({"accepted": result.accepted, "duplicates": result.duplicates})
 
     @app.post(
         "/v1/users/{user_id}/merge",
         tags=["events"],
         summary="Count what was done under another id",
-        responses=_ok(wire.EventsAnswer) | _BODY_PROBLEMS,
+        responses=ok(wire.EventsAnswer) | BODY_PROBLEMS,
         **needs("write"),
     )
     async def merge(user_id: Annotated[wire.Id, Path()], body: wire.MergeBody) -> Response:
@@ -301,7 +301,7 @@ def _add_events(
         result = await written(functools.partial(service.store.merge, body.from_user_id, user_id))
         observer.meters.count("recsys_events_total", "accepted", amount=result.accepted)
         observer.meters.count("recsys_events_total", "duplicate", amount=result.duplicates)
-        return _json({"accepted": result.accepted, "duplicates": result.duplicates})
+        return as_json({"accepted": result.accepted, "duplicates": result.duplicates})
 
 
 def _add_look_ups(app: FastAPI, service: Service) -> None:
@@ -309,41 +309,41 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
         "/v1/users/{user_id}",
         tags=["look-ups"],
         summary="What is known of a user",
-        responses=_ok(wire.UserAnswer) | _problems(404),
+        responses=ok(wire.UserAnswer) | problems(404),
         **needs("read"),
     )
     async def user(user_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """The newest interactions, those of the Bundle and those that came as events, oldest first."""
         state = await asyncio.to_thread(service.store.user, user_id)
         return (
-            _missing(request, f"nothing is known of user {user_id!r}")
+            missing(request, f"nothing is known of user {user_id!r}")
             if state is None
-            else _json(_user(service, state))
+            else as_json(_user(service, state))
         )
 
     @app.get(
         "/v1/items/{item_id}",
         tags=["look-ups"],
         summary="One item of the catalogue",
-        responses=_ok(wire.CatalogueItemAnswer) | _problems(404),
+        responses=ok(wire.CatalogueItemAnswer) | problems(404),
         **needs("read"),
     )
     async def item(item_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """The item as it is now."""
         row = service.knowing(item_id).recommender.item(item_id)
-        return _missing(request, f"no item {item_id!r} in the catalogue") if row is None else _json(row)
+        return missing(request, f"no item {item_id!r} in the catalogue") if row is None else as_json(row)
 
     @app.get(
         "/v1/bundle",
         tags=["look-ups"],
         summary="The Bundle that answers",
-        responses=_ok(wire.BundleAnswer),
+        responses=ok(wire.BundleAnswer),
         **needs("read"),
     )
     async def bundle() -> Response:
         """Id and manifest, without the list of files."""
         current, canary = service.current, service.canary
-        return _json(
+        return as_json(
             {
                 "bundle_id": current.bundle_id,
                 "manifest": current.manifest,
@@ -361,14 +361,14 @@ def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadP
         if service.items is not None:
             return None
         return problem(
-            409, "this server answers from one Bundle; for changes of its items serve a store", _request_id(request)
+            409, "this server answers from one Bundle; for changes of its items serve a store", id_of(request)
         )
 
     @app.put(
         "/v1/items",
         tags=["items"],
         summary="Add items, or change them",
-        responses=_ok(wire.ItemsAnswer) | _problems(409) | _BODY_PROBLEMS,
+        responses=ok(wire.ItemsAnswer) | problems(409) | BODY_PROBLEMS,
         **needs("admin"),
     )
     async def put(body: wire.ItemsBody, request: Request) -> Response:
@@ -377,13 +377,13 @@ def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadP
         """
         if len(body.items) > max_items:
             raise RequestError(f"{len(body.items)} items in one call, at most {max_items} are taken", field="items")
-        return fixed(request) or _json({"version": await changes.put(body.items)})
+        return fixed(request) or as_json({"version": await changes.put(body.items)})
 
     @app.delete(
         "/v1/items/{item_id}",
         tags=["items"],
         summary="Take an item out of the catalogue",
-        responses=_ok(wire.ItemsAnswer) | _problems(404, 409),
+        responses=ok(wire.ItemsAnswer) | problems(404, 409),
         **needs("admin"),
     )
     async def remove(item_id: Annotated[wire.Id, Path()], request: Request) -> Response:
@@ -392,8 +392,8 @@ def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadP
             return refused
         version = await changes.remove(item_id)
         if version is None:
-            return _missing(request, f"no item {item_id!r} in the catalogue")
-        return _json({"version": version})
+            return missing(request, f"no item {item_id!r} in the catalogue")
+        return as_json({"version": version})
 
 
 def _add_operation(
@@ -403,7 +403,7 @@ def _add_operation(
         "/v1/traces/{request_id}",
         tags=["operation"],
         summary="How an answer came about",
-        responses=_ok(wire.TraceAnswer) | _problems(404),
+        responses=ok(wire.TraceAnswer) | problems(404),
         **needs("admin"),
     )
     async def trace(request_id: Annotated[str, Path(max_length=64)], request: Request) -> Response:
@@ -411,31 +411,31 @@ def _add_operation(
         answers only.
         """
         found = observer.trace(request_id) or await find_trace(request_id)
-        return _missing(request, f"no trace of {request_id!r} is kept") if found is None else _json(found)
+        return missing(request, f"no trace of {request_id!r} is kept") if found is None else as_json(found)
 
     @app.get(
-        "/healthz", tags=["probes"], summary="Is the process alive?", responses=_ok(wire.HealthAnswer), **needs("read")
+        "/healthz", tags=["probes"], summary="Is the process alive?", responses=ok(wire.HealthAnswer), **needs("read")
     )
     async def healthz() -> Response:
         """Answered whatever the load."""
-        return _json({"status": "ok"})
+        return as_json({"status": "ok"})
 
     @app.get(
-        "/readyz", tags=["probes"], summary="May it get traffic?", responses=_ok(wire.HealthAnswer), **needs("read")
+        "/readyz", tags=["probes"], summary="May it get traffic?", responses=ok(wire.HealthAnswer), **needs("read")
     )
     async def readyz(request: Request) -> Response:
         """Yes once the golden query of the Bundle was answered as it must be and the event store can be read. One on
         another machine is no condition: without it users are answered like strangers.
         """
         if not service.current.proven:
-            return problem(503, "the golden query has not been answered yet", _request_id(request), headers=retry_after)
+            return problem(503, "the golden query has not been answered yet", id_of(request), headers=retry_after)
         if not service.store.is_remote:
             service.store.watermark()
-        return _json({"status": "ready"})
+        return as_json({"status": "ready"})
 
     @app.get("/openapi.json", include_in_schema=False, **needs("read"))
     async def openapi() -> Response:
-        return _json(app.openapi())
+        return as_json(app.openapi())
 
     @app.get("/docs", include_in_schema=False, **needs("read"))
     async def docs() -> Response:
@@ -451,17 +451,17 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
         if any(each["type"] == "json_invalid" for each in found):
             where = found[0]["ctx"].get("error", "") if found[0].get("ctx") else ""
             return problem(
-                400, f"the body is not valid JSON: {where} at character {found[0]['loc'][-1]}", _request_id(request)
+                400, f"the body is not valid JSON: {where} at character {found[0]['loc'][-1]}", id_of(request)
             )
         content_type = request.headers.get("content-type", "application/json")
         if not _is_json(content_type) and any(each["loc"] == ("body",) for each in found):
-            return problem(415, f"send the body as application/json, not {content_type}", _request_id(request))
+            return problem(415, f"send the body as application/json, not {content_type}", id_of(request))
         fields = [
             {"field": ".".join(printable(str(key)) for key in each["loc"]), "message": printable(each["msg"])}
             for each in found[:20]
         ]
         detail = "; ".join(f"{each['field']}: {each['message']}" for each in fields[:3])
-        return problem(422, detail, _request_id(request), errors=fields)
+        return problem(422, detail, id_of(request), errors=fields)
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
@@ -469,59 +469,26 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
         if "row" in error.details:
             name = f"events.{error.details['row']}.{_WIRE_NAMES.get(str(name), name)}"
         errors = None if name is None else [{"field": f"body.{name}", "message": printable(error.message)}]
-        return problem(422, error.message, _request_id(request), errors=errors)
+        return problem(422, error.message, id_of(request), errors=errors)
+
+    @app.exception_handler(ChangeConflictError)
+    async def outrun(request: Request, error: ChangeConflictError) -> Response:
+        return problem(409, error.message, id_of(request))
 
     @app.exception_handler(EventStoreError)
     @app.exception_handler(StageOverloadedError)
     @app.exception_handler(BundleError)
     async def unavailable(request: Request, error: RecsysError) -> Response:
-        return problem(503, error.message, _request_id(request), headers=dict(retry_after))
+        return problem(503, error.message, id_of(request), headers=dict(retry_after))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         headers = None if error.headers is None else dict(error.headers)
-        return problem(error.status_code, str(error.detail), _request_id(request), headers=headers)
+        return problem(error.status_code, str(error.detail), id_of(request), headers=headers)
 
 
 _WIRE_NAMES = {"timestamp_ms": "timestamp", "slate_position": "position"}
 """fields that callers know by another name than the event store"""
-
-
-def _request_id(request: Request) -> str:
-    return request.scope["request_id"]
-
-
-def _json(value: Any) -> Response:
-    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
-
-
-def _missing(request: Request, detail: str) -> Response:
-    return problem(404, detail, _request_id(request))
-
-
-def _ok(model: type) -> Answers:
-    # Named for the documentation only: answers are made from our own data and are not validated once more.
-    return {200: {"model": model, "description": "The answer"}}
-
-
-def _problems(*statuses: int) -> Answers:
-    texts = {
-        400: "The body is not JSON",
-        401: "No valid API key; `Authorization: Bearer KEY`",
-        403: "The API key lacks the scope",
-        404: "Nothing of that name",
-        409: "There is no store of Bundles to write to",
-        413: "The body is too large",
-        415: "The body is not announced as JSON",
-        422: "The request is well-formed but not usable",
-        429: "Too many requests with this API key; `Retry-After` says when to come again",
-        503: "Too much load or not ready; `Retry-After` says when to come again",
-    }
-    schema = {PROBLEM_JSON: {"schema": wire.Problem.model_json_schema()}}
-    return {status: {"description": texts[status], "content": schema} for status in statuses}
-
-
-_BODY_PROBLEMS = _problems(400, 413, 415)
 
 
 def _event(body: wire.EventBody) -> Event:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
+from recsys.bundle.rule_log import MAX_NOTE_LENGTH
 from recsys.ids import MAX_ID_LENGTH, id_problem
 from recsys.pipeline.requests import (
     MAX_QUERY_LENGTH,
@@ -20,6 +21,9 @@ from recsys.pipeline.requests import (
     SearchRequest,
     SimilarRequest,
 )
+from recsys.pipeline.rules import AnyRule, AnyRules
+from recsys.pipeline.rules.base import Text
+from recsys.pipeline.rules.changes import RuleHistory, RuleState
 from recsys.types import NO_FILTERS, Filters, HistoryItem
 
 
@@ -48,6 +52,7 @@ def _of_our_time(value: datetime) -> datetime:
 
 
 Timestamp = Annotated[AwareDatetime, BeforeValidator(_only_text)]
+Note = Annotated[Text, Field(max_length=MAX_NOTE_LENGTH)]
 
 
 class _Body(BaseModel):
@@ -198,6 +203,35 @@ class ItemsBody(_Body):
     )
 
 
+class RulesBody(_Body):
+    """All rules, in the order in which they take turns."""
+
+    rules: AnyRules = Field(description="they take the place of those before; one may hold for a time only")
+    after: int = Field(
+        ge=0,
+        lt=10**8,
+        strict=True,
+        description="`version` of the rules that the caller has seen; 409 where somebody has changed them since",
+    )
+    note: Note | None = Field(None, description="why; kept with the change")
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "rules": [
+                        {"kind": "pin", "item_ids": ["50"], "ends_at": "2026-12-24T18:00:00Z"},
+                        {"kind": "bury", "categories": ["Horror"]},
+                        {"kind": "diversity", "strength": 0.3},
+                    ],
+                    "after": 0,
+                    "note": "Advent",
+                }
+            ]
+        }
+    )
+
+
 class ItemAnswer(BaseModel):
     item_id: str
     title: str
@@ -216,7 +250,9 @@ class RemovedAnswer(BaseModel):
 
 class RecommendAnswer(BaseModel):
     request_id: str = Field(description="quote it in events that follow from this slate")
-    bundle_id: str = Field(description="the Bundle that answered, with `+` and the number of changes to its catalogue")
+    bundle_id: str = Field(
+        description="the Bundle that answered; `+N` changes of its catalogue, `+N.R` and R of the rules"
+    )
     user_id: str | None = None
     items: list[ItemAnswer]
     degraded: list[str] = Field(description="parts that were skipped to answer in time; empty when all is well")
@@ -277,6 +313,34 @@ class ItemsAnswer(BaseModel):
     """Given only once the change is durable."""
 
     version: int = Field(description="of the catalogue: `+N` at the end of a `bundle_id` that has the change")
+
+
+class RuleAnswer(BaseModel):
+    rule: AnyRule
+    state: RuleState = Field(description="whether it holds now; one that this server does not know is unusable")
+
+
+class RuleChangeAnswer(BaseModel):
+    version: int
+    at: str = Field(description="when it was made, ISO 8601")
+    by: str = Field(description="name of the API key that made it, or what else did")
+    note: str | None = Field(description="why")
+    num_rules: int | None = Field(description="rules from then on; null: those of the Bundle")
+
+
+class RulesAnswer(BaseModel):
+    version: int = Field(description="of these rules; 0: those of the Bundle, never changed")
+    answering: int = Field(description="version by which this server answers: it follows within seconds")
+    rules: list[RuleAnswer] = Field(description="in the order in which they take turns")
+    changes: list[RuleChangeAnswer] = Field(description="the newest of all, the last one first")
+
+
+class RulesChangedAnswer(BaseModel):
+    """Given only once the change is durable."""
+
+    version: int = Field(description="of the rules: `.R` at the end of a `bundle_id` that goes by them")
+    unknown_items: list[str] = Field(description="items of the rules that the catalogue lacks; they are ignored")
+    unknown_categories: list[str] = Field(description="categories likewise")
 
 
 class HistoryAnswer(BaseModel):
@@ -387,6 +451,25 @@ def recommend_answer(answer: Recommendation, *, explain: bool = False) -> dict[s
             for each in answer.slate.removals()
         ]
     return values
+
+
+def rules_answer(history: RuleHistory, answering: int) -> dict[str, Any]:
+    """The answer as plain values, in the form of :class:`RulesAnswer`."""
+    return {
+        "version": history.version,
+        "answering": answering,
+        "rules": [{"rule": rule, "state": state} for rule, state in zip(history.rules, history.states, strict=True)],
+        "changes": [
+            {
+                "version": change.version,
+                "at": change.at.isoformat(),
+                "by": change.by,
+                "note": change.note,
+                "num_rules": None if change.rules is None else len(change.rules),
+            }
+            for change in history.changes
+        ],
+    }
 
 
 def _item(item: RecommendedItem) -> dict[str, Any]:

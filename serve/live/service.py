@@ -16,7 +16,8 @@ import numpy as np
 
 from recsys.bundle import Bundle
 from recsys.bundle.changes import ItemLog
-from recsys.bundle.live import split_id
+from recsys.bundle.live import RuledBundle, split_id
+from recsys.bundle.rule_log import RuleLog
 from recsys.data.catalogue import Catalogue
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
@@ -24,6 +25,7 @@ from recsys.pipeline.build import Parts, build_stages, local, warm_up
 from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.recommender import STATE, Recommender, golden_request
 from recsys.pipeline.requests import HistoryItem, Recommendation, RecommendRequest
+from recsys.pipeline.rules import RuleConfig
 from recsys.pipeline.stage import STAGES, AsyncStage
 from serve.config import ServeConfig
 from serve.live.canary import Tally
@@ -72,13 +74,19 @@ class Generation:
 
     @property
     def bundle_id(self) -> str:
-        """Of the Bundle and the version of its catalogue, see :mod:`recsys.bundle.live`."""
+        """Of the Bundle and the versions of its catalogue and its rules, see :mod:`recsys.bundle.live`."""
         return self.bundle.bundle_id
 
     @property
     def base_id(self) -> str:
         """Of the Bundle alone."""
         return split_id(self.bundle_id)[0]
+
+    @property
+    def own_rules(self) -> tuple[RuleConfig, ...]:
+        """Those of the Bundle, whatever was changed since."""
+        bundle = self.bundle.base if isinstance(self.bundle, RuledBundle) else self.bundle
+        return pipeline_config(bundle).rules
 
     @property
     def catalogue(self) -> Catalogue:
@@ -166,6 +174,8 @@ class Service:
     current: Generation
     items: ItemLog | None = None
     """where changes of the catalogue go; None where one Bundle is served and no store"""
+    rules: RuleLog | None = None
+    """where changes of the rules go; None likewise"""
     canary: CanaryGeneration | None = field(default=None, init=False)
     retired: list[Generation] = field(default_factory=list, init=False)
     """those that answered before, until their last request is answered"""

@@ -14,7 +14,7 @@ from typing import Literal
 from weakref import WeakValueDictionary
 
 from recsys.bundle import Bundle
-from recsys.bundle.live import live_id, split_id
+from recsys.bundle.live import beneath, live_id, split_id
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST
 from recsys.bundle.pointer import locate
@@ -24,14 +24,14 @@ from recsys.pipeline.stage import Stage
 
 FORGET_S = 60.0
 FORGET_VERSION_S = 45.0
-"""the same for a version of the catalogue: there may be a new one every few seconds"""
+"""the same for a version of catalogue and rules: there may be a new one every few seconds"""
 RETRY_S = 30.0
 """how long after a failure a Bundle that is still asked for is loaded once more"""
 _log = logging.getLogger(__name__)
 
 
 def _forget_s(bundle_id: str) -> float:
-    return FORGET_VERSION_S if split_id(bundle_id)[1] else FORGET_S
+    return FORGET_S if beneath(bundle_id) is None else FORGET_VERSION_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,8 @@ class Shelf:
 
 
 _open: WeakValueDictionary[tuple[str, str], Bundle] = WeakValueDictionary()
-"""Bundles of this process that somebody has open: every version of the catalogue shares the parts of one"""
-_opening = threading.Lock()
+"""Bundles of this process that somebody has open: every version of catalogue and rules shares the parts of one"""
+_opening = threading.RLock()
 
 
 def is_store(uri: str) -> bool:
@@ -155,8 +155,8 @@ def wanted(uri: str) -> tuple[str, ...]:
     pointer = store.current()
     locate(uri)  # raises where the pointer was never set
     assert pointer is not None
-    version = store.items.version()
-    return tuple(live_id(bundle_id, version) for bundle_id in pointer.wanted)
+    version = store.version()
+    return tuple(live_id(bundle_id, *version) for bundle_id in pointer.wanted)
 
 
 def fallbacks(uri: str) -> list[str]:
@@ -169,17 +169,17 @@ def fallbacks(uri: str) -> list[str]:
 
 
 def open_bundle(uri: str, bundle_id: str) -> Bundle:
-    """This Bundle of ``uri``, with the changes of its catalogue that the id names.
+    """This Bundle of ``uri``, with the changes that the id names.
 
     :raises BundleError: when it cannot be opened, or ``uri`` is another Bundle.
     """
     if is_store(uri):
-        store, (base_id, version) = BundleStore(uri), split_id(bundle_id)
         with _opening:
-            base = _open.get((uri, base_id)) if version else None  # the Bundle itself is checked whenever it is opened
-            if base is None:
-                base = _open[uri, base_id] = store.open(base_id)
-        return store.open_live(bundle_id, base)
+            # The Bundle itself is checked whenever it is opened; what lies on it is not.
+            under = beneath(bundle_id)
+            base = None if under is None else _open.get((uri, under)) or open_bundle(uri, under)
+            bundle = _open[uri, bundle_id] = BundleStore(uri).open_live(bundle_id, base)
+            return bundle
     bundle = Bundle.open(uri)
     if bundle.bundle_id != bundle_id:
         raise BundleError(f"{uri} is Bundle {bundle.bundle_id}, not {bundle_id}")

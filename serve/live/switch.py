@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
-from recsys.bundle.live import live_id, split_id
+from recsys.bundle.live import Version, live_id, split_id
 from recsys.bundle.pointer import Canary, Pointer
 from recsys.bundle.store import BundleStore
 from recsys.errors import BundleError, PointerConflictError
@@ -63,10 +63,12 @@ class Switch:
         """
         first: Exception | None = None
         uri = self._config.bundle_uri
-        bundle_ids = [*await asyncio.to_thread(wanted, uri), *await asyncio.to_thread(fallbacks, uri)]
-        version = await asyncio.to_thread(BundleStore(uri).items.version) if self._follows else 0
-        bundle_ids += [live_id(each, version) for each in bundle_ids if not split_id(each)[1]]
-        bundle_ids.sort(key=lambda each: split_id(each)[1] != version)  # with the changes first, else in this order
+        found = [*await asyncio.to_thread(wanted, uri), *await asyncio.to_thread(fallbacks, uri)]
+        base_ids = dict.fromkeys(split_id(each)[0] for each in found)
+        version = await asyncio.to_thread(BundleStore(uri).version) if self._follows else Version()
+        # With all changes first, then without those of the rules, then as they were made.
+        tiers = (version, Version(version.items), Version())
+        bundle_ids = [live_id(base_id, *tier) for tier in tiers for base_id in base_ids]
         if self._follows and (pointer := await asyncio.to_thread(BundleStore(uri).current)) is not None:
             self._number = pointer.number
         for bundle_id in dict.fromkeys(bundle_ids):
@@ -77,8 +79,9 @@ class Switch:
                 self._refuse(bundle_id, error)
                 first = first or error
             else:
-                items = BundleStore(uri).items if self._follows else None
-                service = Service(self._store, generation, items)
+                service = Service(self._store, generation)
+                if self._follows:
+                    service.items, service.rules = BundleStore(uri).items, BundleStore(uri).rules
                 service.refused = dict(self._problems)
                 return service
         assert first is not None, "a store points to something"
@@ -114,7 +117,7 @@ class Switch:
             self._refused_at.clear()
             self._problems.clear()
             self._number = pointer.number
-        version = await asyncio.to_thread(BundleStore(self._config.bundle_uri).items.version)
+        version = await asyncio.to_thread(BundleStore(self._config.bundle_uri).version)
         self._end_canary(service, pointer)
         try:
             await self._turn_to(service, pointer, version)
@@ -122,7 +125,7 @@ class Switch:
         finally:
             self._in_hand.clear()
         bases = {pointer.bundle_id, pointer.canary and pointer.canary.bundle_id} - {None}
-        asked = bases | {live_id(each, version) for each in bases if each}
+        asked = bases | {live_id(each, *version) for each in bases if each}
         service.refused = {each: why for each, why in self._problems.items() if each in asked}
 
     async def tidy(self, service: Service) -> None:
@@ -144,10 +147,14 @@ class Switch:
         bundle_ids = [each.bundle_id for each in service.generations]
         await asyncio.gather(*(stage.hold(bundle_ids) for stage in self._remote.values()))
 
-    async def _turn_to(self, service: Service, pointer: Pointer, version: int) -> None:
+    async def _turn_to(self, service: Service, pointer: Pointer, version: Version) -> None:
         generation: Generation | None = None
-        # Where the Bundle is no good, the one that answers goes on, with the catalogue as it is now.
-        for target in (live_id(pointer.bundle_id, version), live_id(service.current.base_id, version)):
+        # Where the Bundle is no good, the one that answers goes on, with the catalogue as it is now; where this library
+        # does not know the rules, those go on that it answers by.
+        rules = split_id(service.current.bundle_id)[1].rules
+        bases = (pointer.bundle_id, service.current.base_id)
+        targets = [live_id(base, *each) for base in bases for each in (version, version._replace(rules=rules))]
+        for target in dict.fromkeys(targets):
             if target == service.current.bundle_id:
                 return
             if (generation := await self._made(service, target)) is not None:
@@ -180,11 +187,12 @@ class Switch:
             self._retire(service, canary)
             _log.info("Bundle %s is the canary no more: %s", canary.generation.bundle_id, pointer.reason)
 
-    async def _start_canary(self, service: Service, pointer: Pointer, version: int) -> None:
+    async def _start_canary(self, service: Service, pointer: Pointer, version: Version) -> None:
         wished, canary = pointer.canary, service.canary
         if wished is None or wished.bundle_id == service.current.base_id:
             return
-        target = live_id(wished.bundle_id, version)
+        rules = split_id(service.current.bundle_id)[1].rules  # both by the same
+        target = live_id(wished.bundle_id, version.items, rules)
         if canary is not None and canary.generation.bundle_id == target:
             return
         generation = await self._made(service, target)
@@ -257,7 +265,7 @@ class Switch:
             service.retired.append(generation)
 
     async def _prepare(self, bundle_id: str, beside: Sequence[str] = ()) -> Generation:
-        """Open a Bundle here and in every stage, and prove it: itself, before any change of its catalogue."""
+        """Open a Bundle here and in every stage, and prove it: itself, before any change."""
         base_id = split_id(bundle_id)[0]
         proven: Generation | None = None  # its Bundle stays open for the one with the changes
         if base_id != bundle_id and base_id not in self._proven:

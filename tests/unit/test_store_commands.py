@@ -1,5 +1,7 @@
 """Canaries in the pointer of a store, and the commands that move it."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -67,6 +69,54 @@ def test_store_commands(store, bundles):
     assert store.past() == [third, first, second]
     kept = store.list()[0].bundle_id == second  # whichever is newest stays
     assert run("collect", "--keep", "1").stdout == ("" if kept else f"removed {second}\n")
+
+
+def test_rules_commands(store, tmp_path):
+    where = ["--store", str(store)]
+    file = tmp_path / "rules.yaml"
+
+    def run(*words):
+        return CliRunner().invoke(app, ["rules", *words, *where])
+
+    nothing = run("show")
+    assert (nothing.stdout, nothing.stderr) == ("[]\n", "version 0: no rules\n")
+    file.write_text(
+        "- {kind: pin, item_ids: [i1, gone], ends_at: 2026-01-01T00:00:00Z}\n- {kind: bury, categories: [odd, prime]}\n"
+    )
+    made = run("set", str(file), "--note", "sold out")
+    assert re.fullmatch(r"version 1, .+, by command: 2 rules: sold out\n", made.stdout)
+    assert "items that the catalogue lacks, and that are ignored: gone\n" in made.stderr
+    assert "categories that the catalogue lacks, and that are ignored: prime\n" in made.stderr
+    change = store.rules.read(1)
+    assert (change.by, change.note, change.rules[0]["ends_at"]) == ("command", "sold out", "2026-01-01T00:00:00Z")
+
+    shown = run("show")
+    assert "version 1: pin over, bury holds\n" in shown.stderr
+    file.write_text(shown.stdout)  # what is shown can be set
+    made = run("set", str(file), "--after", "1")
+    assert [line[:9] for line in made.stdout.splitlines()] == ["version 2", "after ver"]
+    assert store.rules.read(2).rules == change.rules
+    refused = run("set", str(file), "--after", "1")
+    assert refused.exit_code == 2
+    assert "at version 2, not 1" in refused.stderr
+
+    assert "the Bundle's own rules" in run("reset").stdout
+    assert store.rules.read(3).rules is None
+    assert run("show").stdout == "[]\n"
+    assert run("show", "--version", "1").stdout == shown.stdout
+    assert "no version 4" in run("show", "--version", "4").stderr
+
+    for wrong, problem in (
+        ("kind: pin", "a list of rules"),
+        ("- kind: pinn", "pinn"),
+        ("[", "not valid YAML"),
+        ("", "a list of rules"),
+    ):
+        file.write_text(wrong)
+        refused = run("set", str(file))
+        assert refused.exit_code == 2
+        assert problem in refused.stderr
+    assert store.rules.version() == 3
 
 
 def test_publishing_moves_the_pointer_when_told_and_back(trained_job, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import Field
+
 from recsys.kinds import Kinds
 from recsys.pipeline.rules.base import Resolved, Rule, RuleConfig, RuleItems
 from recsys.pipeline.rules.draft import Draft
@@ -22,5 +24,6 @@ KINDS: Kinds[RuleConfig] = Kinds(
 AnyRule = Annotated[RuleConfig, KINDS]
 MAX_RULES = 200
 """in one list: each costs every request some microseconds"""
+AnyRules = Annotated[tuple[AnyRule, ...], Field(max_length=MAX_RULES)]
 
-__all__ = ["KINDS", "MAX_RULES", "AnyRule", "Draft", "Resolved", "Rule", "RuleConfig", "RuleItems"]
+__all__ = ["KINDS", "MAX_RULES", "AnyRule", "AnyRules", "Draft", "Resolved", "Rule", "RuleConfig", "RuleItems"]

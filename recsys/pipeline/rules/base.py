@@ -91,6 +91,14 @@ def _as_utc(value: datetime) -> datetime:
     return value.astimezone(UTC)
 
 
+def _storable(value: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("holds an unpaired surrogate, which is no text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+Name = Annotated[Text, Field(min_length=1)]
 Moment = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_as_utc)]
 
 
@@ -149,10 +157,10 @@ def _ms(moment: datetime | None, otherwise: float) -> float:
 class ItemRule(RuleConfig, ABC):
     """A rule about items that are named by id, by category, or both."""
 
-    item_ids: tuple[str, ...] = Field(
+    item_ids: tuple[Name, ...] = Field(
         default=(), description="items of the rule; one that the catalogue lacks is ignored"
     )
-    categories: tuple[str, ...] = Field(default=(), description="every item of these categories is in the rule, too")
+    categories: tuple[Name, ...] = Field(default=(), description="every item of these categories is in the rule, too")
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:

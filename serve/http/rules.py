@@ -1,0 +1,82 @@
+"""Routes of the reranking rules, for admins."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request, Response
+
+from recsys.bundle.live import split_id
+from recsys.pipeline.rules.changes import unknown_names
+from serve.access.middleware import CALLER
+from serve.http import wire
+from serve.http.answers import BODY_PROBLEMS, as_json, id_of, missing, needs, ok, problems
+from serve.http.middleware import problem
+from serve.live.rules import RuleChanges
+from serve.live.service import Service
+
+_Version = Annotated[int | None, Query(ge=0, lt=10**8)]
+
+
+def add_rules(app: FastAPI, service: Service) -> None:
+    """Add them to ``app``."""
+    changes = RuleChanges(service)
+
+    def fixed(request: Request) -> Response | None:
+        """The answer where there is no store to write to."""
+        if service.rules is not None:
+            return None
+        return problem(409, "this server answers from one Bundle; to change its rules serve a store", id_of(request))
+
+    @app.get(
+        "/v1/rules",
+        tags=["rules"],
+        summary="The reranking rules",
+        responses=ok(wire.RulesAnswer) | problems(404),
+        **needs("admin"),
+    )
+    async def show(request: Request, version: _Version = None) -> Response:
+        """Those that hold and those that come, and who changed them when. With `version`, those of an earlier change:
+        to return to them, put them again.
+        """
+        history = await changes.history(version)
+        if history is None:
+            return missing(request, f"no version {version} of the rules is kept")
+        answering = split_id(service.current.bundle_id)[1].rules
+        return as_json(wire.rules_answer(history, answering))
+
+    @app.put(
+        "/v1/rules",
+        tags=["rules"],
+        summary="Replace the reranking rules",
+        responses=ok(wire.RulesChangedAnswer) | problems(409) | BODY_PROBLEMS,
+        **needs("admin"),
+    )
+    async def put(body: wire.RulesBody, request: Request) -> Response:
+        """Answered once the change is durable; every answer goes by it within seconds, whichever Bundle is current.
+        Hard rules hold all the same.
+        """
+        if (refused := fixed(request)) is not None:
+            return refused
+        version = await changes.put(body.rules, after=body.after, by=request.scope[CALLER], note=body.note)
+        items, categories = await asyncio.to_thread(unknown_names, body.rules, service.current.catalogue)
+        return as_json({"version": version, "unknown_items": items, "unknown_categories": categories})
+
+    @app.delete(
+        "/v1/rules",
+        tags=["rules"],
+        summary="Return to the Bundle's own rules",
+        responses=ok(wire.RulesChangedAnswer) | problems(409),
+        **needs("admin"),
+    )
+    async def reset(
+        request: Request,
+        after: Annotated[_Version, Query(description="as in PUT; left out: whatever the rules are now")] = None,
+        note: Annotated[wire.Note | None, Query(description="why; kept with the change")] = None,
+    ) -> Response:
+        """A change like any other: what was put before can still be read."""
+        if (refused := fixed(request)) is not None:
+            return refused
+        version = await changes.put(None, after=after, by=request.scope[CALLER], note=note)
+        return as_json({"version": version, "unknown_items": [], "unknown_categories": []})
