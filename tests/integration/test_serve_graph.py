@@ -248,8 +248,8 @@ def refuses_those_who_do_not_belong(client, keys):
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("topology", ["graph", "fused"])
-def test_bundles_change_under_load(topology, tmp_path):
-    """No request fails, none is degraded, and none is answered from two Bundles."""
+def test_bundles_and_rules_change_under_load(topology, tmp_path):
+    """No request fails, none is degraded, and none is answered from two Bundles or by two lists of rules."""
     store = BundleStore(tmp_path / "bundles")
     bundles = [make_bundle(tmp_path / "made", PATIENT, seed=seed) for seed in range(3)]
     for each in bundles:
@@ -258,6 +258,9 @@ def test_bundles_change_under_load(topology, tmp_path):
     store.activate(ids[0], None)
     stop = threading.Event()
     with server(store.root.local, tmp_path, topology) as (client, _):
+        known = [client.get(f"/v1/users/u{worker}").json()["history"] for worker in range(3)]
+        met = {each["item_id"] for history in known for each in history}
+        pinned = next(f"i{row}" for row in range(20, 300) if f"i{row}" not in met)
 
         def calls(worker):
             answers = []
@@ -281,13 +284,19 @@ def test_bundles_change_under_load(topology, tmp_path):
                     store.activate(ids[turn % 3], ids[(turn - 1) % 3])
                     comes_to(ids[turn % 3])
                 store.rollback()
-                comes_to(ids[(SWAPS - 1) % 3])
+                comes_to(last := ids[(SWAPS - 1) % 3])
+                rules = [{"kind": "pin", "item_ids": [pinned]}]
+                assert client.put("/v1/rules", json={"rules": rules, "after": 0}).status_code == 200
+                comes_to(f"{last}+0.1")
+                assert client.delete("/v1/rules").json()["version"] == 2
+                comes_to(f"{last}+0.2")
             finally:
                 stop.set()
             answers = [answer for future in running for answer in future.result()]
         assert {answer.status_code for answer in answers} == {200}
         assert {name for answer in answers for name in answer.json()["degraded"]} == set()
-        assert {answer.json()["bundle_id"] for answer in answers} == set(ids)
+        first = {(answer.json()["bundle_id"], answer.json()["items"][0]["item_id"] == pinned) for answer in answers}
+        assert first == {*((bundle_id, False) for bundle_id in (*ids, f"{last}+0.2")), (f"{last}+0.1", True)}
         assert all(len(answer.json()["items"]) == 3 for answer in answers)
 
 
