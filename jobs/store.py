@@ -19,6 +19,7 @@ from recsys.bundle.rule_log import RuleChange
 from recsys.bundle.store import BundleStore
 from recsys.config import parse
 from recsys.errors import BundleError, ConfigError, RecsysError
+from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.rules import AnyRules
 from recsys.pipeline.rules.changes import plain, rule_history, unknown_names
 
@@ -109,7 +110,7 @@ def show_rules(
     """The rules, as `set` takes them, and who changed them when."""
     with _errors():
         held = BundleStore(store)
-        found = rule_history(held.rules, held.open().pipeline_config.rules, time.time_ns() // 1_000_000, version)
+        found = rule_history(held.rules, pipeline_config(held.open()).rules, time.time_ns() // 1_000_000, version)
         if found is None:
             raise BundleError(f"{held}: no version {version} of the rules is kept")
     typer.echo(yaml.safe_dump([dict(rule) for rule in found.rules], sort_keys=False, allow_unicode=True), nl=False)

@@ -151,7 +151,7 @@ async def test_look_ups(client, bundle):
     assert (item.title, item.categories, item.price, item.available) == ("Item 5", ["odd"], 5.0, True)
     assert_problem(await client.get("/v1/items/nothing"), 404, "nothing")
     assert_problem(await client.get("/v1/users/nobody"), 404, "nobody")
-    assert_problem(await client.get("/v1/items/%ff%00"), 404)
+    assert_problem(await client.get("/v1/items/%ff%00"), 422)
     known = wire.UserAnswer.model_validate_json((await client.get("/v1/users/u1")).content)
     assert known.history[0].timestamp == datetime.fromtimestamp(START_MS / 1e3, UTC).isoformat()
     answer = wire.BundleAnswer.model_validate_json((await client.get("/v1/bundle")).content)
@@ -475,6 +475,7 @@ async def test_openapi_describes_every_call(client):
         "/v1/users/{user_id}/merge",
         "/v1/items",
         "/v1/items/{item_id}",
+        "/v1/rules",
         "/v1/bundle",
         "/v1/traces/{request_id}",
         "/healthz",
