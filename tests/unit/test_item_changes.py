@@ -108,9 +108,9 @@ def test_a_store_in_memory_has_a_log_too():
 
 
 def test_ids_name_bundle_and_version():
-    assert split_id(live_id("abc", (17, 0))) == ("abc", 17)
-    assert split_id(live_id("abc", (0, 0))) == ("abc", 0)
-    assert live_id("abc", (0, 0)) == "abc"
+    assert split_id(live_id("abc", 17)) == ("abc", (17, 0))
+    assert split_id(live_id("abc", 0)) == ("abc", (0, 0))
+    assert live_id("abc", 0) == "abc"
 
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------
