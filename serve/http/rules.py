@@ -6,6 +6,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
+from pydantic import BaseModel, Field
 
 from recsys.bundle.live import split_id
 from recsys.pipeline.rules.changes import unknown_names
@@ -16,7 +17,16 @@ from serve.http.middleware import problem
 from serve.live.rules import RuleChanges
 from serve.live.service import Service
 
-_Version = Annotated[int | None, Query(ge=0, lt=10**8)]
+_Version = Annotated[int, Field(ge=0, lt=10**8)]
+
+
+class _ShowQuery(BaseModel, extra="forbid"):
+    version: _Version | None = None
+
+
+class _ResetQuery(BaseModel, extra="forbid"):
+    after: _Version | None = Field(None, description="as in PUT; left out: whatever the rules are now")
+    note: wire.Note | None = Field(None, description="why; kept with the change")
 
 
 def add_rules(app: FastAPI, service: Service) -> None:
@@ -36,13 +46,13 @@ def add_rules(app: FastAPI, service: Service) -> None:
         responses=ok(wire.RulesAnswer) | problems(404),
         **needs("admin"),
     )
-    async def show(request: Request, version: _Version = None) -> Response:
+    async def show(request: Request, query: Annotated[_ShowQuery, Query()]) -> Response:
         """Those that hold and those that come, and who changed them when. With `version`, those of an earlier change:
         to return to them, put them again.
         """
-        history = await changes.history(version)
+        history = await changes.history(query.version)
         if history is None:
-            return missing(request, f"no version {version} of the rules is kept")
+            return missing(request, f"no version {query.version} of the rules is kept")
         answering = split_id(service.current.bundle_id)[1].rules
         return as_json(wire.rules_answer(history, answering))
 
@@ -70,13 +80,9 @@ def add_rules(app: FastAPI, service: Service) -> None:
         responses=ok(wire.RulesChangedAnswer) | problems(409),
         **needs("admin"),
     )
-    async def reset(
-        request: Request,
-        after: Annotated[_Version, Query(description="as in PUT; left out: whatever the rules are now")] = None,
-        note: Annotated[wire.Note | None, Query(description="why; kept with the change")] = None,
-    ) -> Response:
+    async def reset(request: Request, query: Annotated[_ResetQuery, Query()]) -> Response:
         """A change like any other: what was put before can still be read."""
         if (refused := fixed(request)) is not None:
             return refused
-        version = await changes.put(None, after=after, by=request.scope[CALLER], note=note)
+        version = await changes.put(None, after=query.after, by=request.scope[CALLER], note=query.note)
         return as_json({"version": version, "unknown_items": [], "unknown_categories": []})

@@ -449,3 +449,13 @@ async def test_reranking_elsewhere_turns_with_the_gateway(config, store, bundles
 def test_the_log_is_where_the_store_is(store):
     assert BundleStore(store.root.local).rules.append([PIN], after=0, by="a").version == 1
     assert live_id("x", *store.version()) == "x+0.1"
+
+
+async def test_a_misspelled_query_changes_nothing(client):
+    """``after`` guards a reset: taken for left out, it would let the reset pass."""
+    await put(client, PIN)
+    answer = await client.delete("/v1/rules", params={"afer": 0})
+    assert answer.status_code == 422
+    assert "afer" in answer.text
+    assert (await client.get("/v1/rules", params={"versoin": 1})).status_code == 422
+    assert items(await shown(client))[0] == "i200"

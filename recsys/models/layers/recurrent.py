@@ -29,6 +29,9 @@ class RecurrentEncoder(Encoder):
         input_TD = self.dropout(input_TD)
         outputs: list[Tensor] = []
         for bucket in layout.buckets:
-            output_BLD, _ = self.cells(input_TD[bucket])
+            # On the CPU in float32: oneDNN has no LSTM in bfloat16 without AVX-512, yet autocast asks it for one.
+            with torch.autocast("cpu", enabled=False):
+                input_BLD = input_TD[bucket]
+                output_BLD, _ = self.cells(input_BLD if input_BLD.is_cuda else input_BLD.float())
             outputs.append(output_BLD.flatten(0, 1))
         return self.out(self.dropout(torch.cat(outputs).index_select(0, layout.unpad_T)))
