@@ -65,7 +65,7 @@ def run(config: JobConfig) -> Artifact:
         show(importance, selection, len(lesson.holdout))
         return record
 
-    settings = {"ranking": config.ranking.model_dump(mode="json"), "seed": config.seed}
+    settings = train_ranker.settings_of(config)
     parents = [each for each in (prepared, embedded, retriever) if each is not None]
     return Artifact.build(config.workdir, "features", settings, parents, make)
 

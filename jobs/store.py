@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from recsys.bundle.pointer import Pointer
 from recsys.bundle.rule_log import RuleChange
 from recsys.bundle.store import BundleStore
 from recsys.config import parse
-from recsys.errors import BundleError, ConfigError, RecsysError
+from recsys.errors import BundleError, BundleNotFoundError, ConfigError, RecsysError
 from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.rules import AnyRules
 from recsys.pipeline.rules.changes import plain, rule_history, unknown_names
@@ -137,12 +139,11 @@ def set_rules(
         if not isinstance(tree, list):
             raise ConfigError(f"{file}: must hold a list of rules, not {type(tree).__name__}", path=str(file))
         wanted = parse(AnyRules, tree, where=str(file))
-        pointer = held.current()
-        if pointer is not None:
-            catalogue = held.open_live(live_id(pointer.bundle_id, held.version().items)).catalogue()
-            for what, names in zip(("items", "categories"), unknown_names(wanted, catalogue), strict=True):
-                if names:
-                    typer.echo(f"{what} that the catalogue lacks, and that are ignored: {', '.join(names)}", err=True)
+        pointer = _pointer(held)
+        catalogue = held.open_live(live_id(pointer.bundle_id, held.version().items)).catalogue()
+        for what, names in zip(("items", "categories"), unknown_names(wanted, catalogue), strict=True):
+            if names:
+                typer.echo(f"{what} that the catalogue lacks, and that are ignored: {', '.join(names)}", err=True)
         _change_rules(held, plain(wanted), after, note)
 
 
@@ -153,10 +154,25 @@ def reset_rules(store: Store, note: Note = "", after: After = None) -> None:
         _change_rules(BundleStore(store), None, after, note)
 
 
+def _pointer(store: BundleStore) -> Pointer:
+    pointer = store.current()
+    if pointer is None:
+        raise BundleNotFoundError(f"{store}: no store of Bundles, or one without a current one", path=str(store))
+    return pointer
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # an account without a name, as containers have
+        return f"uid {os.getuid()}"
+
+
 def _change_rules(store: BundleStore, trees: list[dict[str, Any]] | None, after: int | None, note: str) -> None:
+    _pointer(store)
     log = store.rules
     last = log.version() if after is None else after
-    change = log.append(trees, after=last, by="command", note=note or None)
+    change = log.append(trees, after=last, by=f"command ({_user()})", note=note or None)
     typer.echo(_told(change))
     if last:
         typer.echo(f"after {_told(log.read(last))}")

@@ -1,10 +1,13 @@
-"""The one rule for ids, at every border: requests, events, items over HTTP, rows of sources and of catalogues."""
+"""The one rule for ids and for texts, at every border: requests, events, rules, items over HTTP, rows of sources and
+catalogues.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
+from pydantic import AfterValidator, Field
 
 from recsys.arrow import pc
 
@@ -18,9 +21,32 @@ def id_problem(value: Any) -> str | None:
         return f"must be a non-empty string, not {value!r}"
     if len(value) > MAX_ID_LENGTH:
         return f"is {len(value)} characters long, more than {MAX_ID_LENGTH}"
-    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        return "holds a NUL or an unpaired surrogate, which is no text"
+    return "holds a NUL, which is no text" if "\0" in value else text_problem(value)
+
+
+def text_problem(value: str) -> str | None:
+    """Why ``value`` cannot be stored as UTF-8; None where it can."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return "holds an unpaired surrogate, which is no text"
     return None
+
+
+def _id(value: str) -> str:
+    if why := id_problem(value):
+        raise ValueError(why)
+    return value
+
+
+def _text(value: str) -> str:
+    if why := text_problem(value):
+        raise ValueError(why)
+    return value
+
+
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH), AfterValidator(_id)]
+"""type of a field that holds an id"""
+Text = Annotated[str, AfterValidator(_text)]
+"""type of a field that holds any text"""
 
 
 def id_problems(column: Any) -> dict[str, pa.Array]:

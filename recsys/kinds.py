@@ -17,7 +17,7 @@ import functools
 import importlib
 import operator
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar, get_args
 
@@ -55,16 +55,19 @@ MemberT = TypeVar("MemberT", bound=Kind)
 class Kinds(Generic[MemberT]):
     """The members of one room. As an annotation (``Annotated[Base, KINDS]``) it makes a field take any of them."""
 
-    def __init__(self, room: str, members: Mapping[str, str]) -> None:
-        """``members``: per kind ``"module:Class"``, the class's field ``kind`` being ``Literal[kind]``."""
+    def __init__(self, room: str, members: Mapping[str, str], *, beside: Kinds[Any] | None = None) -> None:
+        """``members``: per kind ``"module:Class"``, the class's field ``kind`` being ``Literal[kind]``. Those of the
+        room ``beside`` are members, too.
+        """
         self.room = room
         self._places = dict(members)
+        self._beside = beside
         self._classes: dict[str, type[MemberT]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The kinds, in the order of the table, those of installed packages last."""
-        return (*self._places, *(name for name in self._added if name not in self._places))
+        return (*(() if self._beside is None else self._beside.names), *self._places, *self._added)
 
     def get(self, kind: str) -> type[MemberT]:
         """The class of ``kind``.
@@ -76,7 +79,9 @@ class Kinds(Generic[MemberT]):
                 module, _, name = self._places[kind].partition(":")
                 self._classes[kind] = getattr(importlib.import_module(module), name)
             elif kind in self._added:
-                self._classes[kind] = self._added[kind].load()
+                self._classes[kind] = _load(self._added[kind], kind)
+            elif self._beside is not None and kind in self._beside.names:
+                self._classes[kind] = self._beside.get(kind)
             else:
                 near = difflib.get_close_matches(kind, self.names, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
@@ -115,9 +120,39 @@ class Kinds(Generic[MemberT]):
         return handler.generate_schema(self.union())
 
     @functools.cached_property
-    def _added(self) -> dict[str, Any]:
-        found = (entry for entry in entry_points(group=GROUP) if entry.name.split(".", 1)[0] == self.room)
-        return {entry.name.split(".", 1)[1]: entry for entry in found}
+    def _added(self) -> dict[str, EntryPoint]:
+        found: dict[str, EntryPoint] = {}
+        for entry in entry_points(group=GROUP):
+            room, _, kind = entry.name.partition(".")
+            if room != self.room:
+                continue
+            if not kind or kind in self._places or kind in found:
+                taken = f"{self.room} has a kind {kind!r} already" if kind else "it names no kind"
+                raise ConfigError(f"{_described(entry)}: {taken}; the name must be {self.room}.KIND", room=self.room)
+            found[kind] = entry
+        return found
+
+
+def _load(entry: EntryPoint, kind: str) -> Any:
+    """The class that an installed package adds.
+
+    :raises ConfigError: when it cannot be imported, or is no :class:`Kind` of this name.
+    """
+    try:
+        found = entry.load()
+    except Exception as error:
+        raise ConfigError(f"{_described(entry)} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Kind)):
+        raise ConfigError(f"{_described(entry)}: {found!r} is no subclass of recsys.kinds.Kind")
+    field = found.model_fields.get("kind")
+    if field is None or field.default != kind:
+        raise ConfigError(f'{_described(entry)}: the class needs a field kind: Literal["{kind}"] = "{kind}"')
+    return found
+
+
+def _described(entry: EntryPoint) -> str:
+    package = "" if entry.dist is None else f" of the package {entry.dist.name}"
+    return f"entry point {entry.name} = {entry.value}{package}"
 
 
 def parts_of(annotation: Any) -> tuple[Any, ...]:

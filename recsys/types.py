@@ -142,7 +142,7 @@ class Candidates:
         return cls(np.zeros(0, np.int32), np.zeros(0, np.float32), (), np.zeros(0, np.uint32))
 
     @classmethod
-    def from_source(cls, source: str, item_idx: Int32Array, score: FloatArray, *, stage: str = "retrieval") -> Self:
+    def from_source(cls, source: str, item_idx: Int32Array, score: FloatArray, *, stage: str) -> Self:
         """Candidates of one source, best first, scored by ``stage``."""
         return cls(item_idx, score, (source,), np.ones(len(item_idx), np.uint32), {stage: score})
 

@@ -20,6 +20,7 @@ from recsys.evaluation.report import build_report
 from recsys.models.base import FitData, RetrieverConfig
 from recsys.pipeline.build import Parts
 from recsys.pipeline.offline import OfflinePipeline, retrieval_alone
+from recsys.pipeline.stage import RETRIEVAL
 from recsys.training.runtime import Runtime
 
 
@@ -43,7 +44,7 @@ def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, rank
         retrieval = retrieval_alone(parts, config.pipeline, hides=hides)
         systems: dict[str, RankFn] = {
             name: functools.partial(pipeline.rank, depth=config.evaluation.depth)
-            for name, pipeline in (("served", served), ("retrieval", retrieval))
+            for name, pipeline in (("served", served), (RETRIEVAL, retrieval))
         }
         baselines: list[str] = []
         for baseline in config.baselines:

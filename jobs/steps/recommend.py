@@ -85,8 +85,8 @@ class SlateMaker:
         parts = Parts.of_models(
             Catalogue.build(self._dataset.items), retriever.load("final"), config.index, ranker.load("final")
         )
-        # What is kept for days must not hang on one throw of the dice.
-        rules = tuple(rule for rule in config.pipeline.rules if not rule.live_only)
+        # What is kept for days must hang neither on one throw of the dice nor on the day on which it was made.
+        rules = tuple(rule for rule in config.pipeline.rules if not (rule.live_only or rule.has_period))
         self._pipeline = OfflinePipeline(
             parts,
             config.pipeline.model_copy(update={"rules": rules}),

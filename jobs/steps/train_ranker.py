@@ -128,14 +128,18 @@ def run(config: JobConfig, prepared: Prepared, embedded: Embedded | None, retrie
         discard(fitted)
         return metrics
 
-    settings = {
+    settings = settings_of(config) | {"num_workers": max(1, config.compute.num_workers)}
+    return STEP.build(config, settings, (prepared, embedded, retriever), make)
+
+
+def settings_of(config: JobConfig) -> dict[str, Any]:
+    """What decides the lesson of :func:`learned_from` and what a ranker makes of it, beside the steps it reads."""
+    return {
         "ranking": config.ranking.model_dump(mode="json"),
         "index": config.index.model_dump(mode="json"),
         "max_history": config.pipeline.max_history,
         "seed": config.seed,
-        "num_workers": max(1, config.compute.num_workers),
     }
-    return STEP.build(config, settings, (prepared, embedded, retriever), make)
 
 
 def _compressed(

@@ -12,25 +12,29 @@ rules mean is not known here: they are plain values.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import AwareDatetime, Field
 
 from recsys.bundle.location import Location
 from recsys.config import StrictConfig
 from recsys.errors import BundleCorruptError, BundleError, ChangeConflictError, ConfigError
+from recsys.ids import Text
 
 MAX_BYTES = 1 << 19
 """longest list of rules, as JSON (bytes)"""
 KEPT_CHANGES = 500
 """so many changes can still be read; older ones are removed"""
-MAX_NOTE_LENGTH = 1000
+Note = Annotated[Text, Field(max_length=1000)]
+"""why somebody made a change"""
 _NAME = re.compile(r"(\d{8})\.json")
+_log = logging.getLogger(__name__)
 
 
 class RuleChange(StrictConfig):
@@ -38,12 +42,11 @@ class RuleChange(StrictConfig):
 
     version: int = Field(ge=1)
     at: AwareDatetime
-    by: str
+    by: Text
     """name of the API key, or what else made it"""
     rules: tuple[dict[str, Any], ...] | None
     """all rules from then on, in order; None for those of the Bundle"""
-    note: str | None = None
-    """why, where somebody said so"""
+    note: Note | None = None
     token: str
     """unique to the change, so that a writer recognises its own"""
 
@@ -83,19 +86,22 @@ class RuleLog:
         """Let ``rules`` (plain values; None: those of the Bundle) follow on version ``after``. Durable when it returns.
 
         :raises ChangeConflictError: when another version is the last one.
-        :raises ConfigError: when they are too large.
+        :raises ConfigError: when they are too large, or ``note`` is too long or no text.
         :raises BundleError: when it cannot be written.
         """
         found = self.version()
         if found != after:
             raise _conflict(self._root, found, after)
-        change = RuleChange(
-            version=after + 1,
-            at=datetime.now(UTC),
-            by=by,
-            rules=None if rules is None else tuple(dict(rule) for rule in rules),
-            note=note,
-            token=uuid.uuid4().hex,
+        change = RuleChange.parse(
+            {
+                "version": after + 1,
+                "at": datetime.now(UTC),
+                "by": by,
+                "rules": None if rules is None else [dict(rule) for rule in rules],
+                "note": note,
+                "token": uuid.uuid4().hex,
+            },
+            where="change of the rules",
         )
         content = (json.dumps(change.model_dump(mode="json"), indent=1) + "\n").encode()
         if len(content) > MAX_BYTES:
@@ -107,11 +113,18 @@ class RuleLog:
             raise BundleError(f"{where} cannot be written: {error}") from error
         if not written:
             raise _conflict(self._root, self.version(), after)
-        for old in self.versions():
-            if old <= change.version - KEPT_CHANGES:
-                with suppress(FileNotFoundError):  # another writer does the same
-                    (self._root / f"{old:08d}.json").remove()
+        self._forget(change.version - KEPT_CHANGES)
         return change
+
+    def _forget(self, last: int) -> None:
+        """Remove the versions up to ``last``. The change is durable by now, so nothing may fail because of them."""
+        try:
+            for old in self.versions():
+                if old <= last:
+                    with suppress(FileNotFoundError):  # another writer does the same
+                        (self._root / f"{old:08d}.json").remove()
+        except OSError as error:
+            _log.warning("%s: old changes cannot be removed: %s", self._root, error)
 
 
 def _conflict(root: Location, found: int, after: int) -> ChangeConflictError:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from recsys.bundle.changes import ItemLog
-from recsys.bundle.live import LiveBundle, RuledBundle, Version, beneath, split_id
+from recsys.bundle.live import LiveBundle, RuledBundle, Version, beneath, live_id, split_id
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, Manifest
 from recsys.bundle.pointer import Canary, Pointer, entry, folder_of, read_pointers
@@ -280,3 +280,15 @@ class BundleStore:
                 f"{self.root}: somebody else moved the pointer to number {number} first", number=number
             )
         return move
+
+
+def open_newest(uri: str | Path) -> Bundle:
+    """The Bundle at ``uri``, or the current one of the store there with all changes up to now, as servers have it.
+
+    :raises BundleNotFoundError: when there is neither.
+    """
+    store = BundleStore(uri)
+    pointer = store.current()
+    if pointer is None:
+        return Bundle.open(uri)
+    return store.open_live(live_id(pointer.bundle_id, *store.version()))

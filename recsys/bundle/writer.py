@@ -84,7 +84,7 @@ class BundleWriter:
         write_parquet(self.part(layout.HISTORIES), histories)
 
     def add_config(self, config: StrictConfig | Mapping[str, Any]) -> None:
-        """The resolved configuration, with at least ``pipeline`` and ``data.positives``."""
+        """The resolved configuration, with at least ``pipeline`` and ``positives``."""
         self.part(layout.CONFIG).write_text(to_yaml(config))
 
     def add_metrics(self, metrics: Mapping[str, Any]) -> None:

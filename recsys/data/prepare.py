@@ -31,11 +31,11 @@ from recsys.data.validation import (
     Quarantine,
     clean_items,
     equal_pairs,
-    milliseconds,
     validate,
 )
 from recsys.errors import EmptyDataError, SchemaError
 from recsys.files import fingerprint, write_json
+from recsys.moments import milliseconds
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,8 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
         watermark = None
     info = DatasetInfo(
         name=config.name or source.kind,
-        fingerprint=fingerprint([source.fingerprint(), config.content_hash(), seed]),
+        # The source's own fingerprint leaves out where its files lie.
+        fingerprint=fingerprint([source.fingerprint(), config.model_dump(mode="json", exclude={"source"}), seed]),
         id_map_fingerprint=fingerprint_ids(items[schema.ITEM_ID]),
         has_time=log.time is not None,
         protocol=config.split.protocol,

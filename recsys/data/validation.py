@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from recsys.data.sources.base import LINE, REJECTED, ROW, Source, TimestampEncod
 from recsys.errors import SchemaError
 from recsys.files import atomic_path
 from recsys.ids import id_problems
+from recsys.moments import milliseconds
 
 MISSING_USER = "missing user_id"
 MISSING_ITEM = "missing item_id"
@@ -38,7 +39,6 @@ DUPLICATE = "duplicate row"
 DUPLICATE_ITEM = "duplicate item_id"
 
 _FIELDS = (schema.USER_ID, schema.ITEM_ID, schema.TIMESTAMP, schema.POSITION, schema.EVENT, schema.VALUE)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MS_PER_UNIT = {"s": 1000.0, "ms": 1.0, "us": 0.001}
 
 QUARANTINE = pa.schema(
@@ -300,11 +300,6 @@ def _iso_fast(texts: Any) -> Any:
 
 def _iso_ms(text: str) -> int:
     return milliseconds(datetime.fromisoformat(text))
-
-
-def milliseconds(moment: datetime) -> int:
-    """Milliseconds since 1970 UTC, rounded down; a moment without a zone is in UTC."""
-    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // timedelta(milliseconds=1)
 
 
 def _each(texts: Any, fast: Callable[[Any], Any], slow: Callable[[str], Any], kind: pa.DataType) -> Any:

@@ -15,12 +15,16 @@ from recsys.events.base import (
 )
 from recsys.kinds import Kinds
 
-_STORES = {
-    "sqlite": "recsys.events.sqlite:SqliteEventStoreConfig",
-    "redis": "recsys.events.redis:RedisEventStoreConfig",
-}
-KINDS: Kinds[EventStoreConfig] = Kinds("events", _STORES)
-LOG_KINDS: Kinds[EventLogConfig] = Kinds("events", {**_STORES, "parquet": "recsys.events.exported:ExportedLogConfig"})
+KINDS: Kinds[EventStoreConfig] = Kinds(
+    "events",
+    {
+        "sqlite": "recsys.events.sqlite:SqliteEventStoreConfig",
+        "redis": "recsys.events.redis:RedisEventStoreConfig",
+    },
+)
+LOG_KINDS: Kinds[EventLogConfig] = Kinds(
+    "event_logs", {"parquet": "recsys.events.exported:ExportedLogConfig"}, beside=KINDS
+)
 """whatever has a log: the stores, and what was exported of one"""
 AnyEventStore = Annotated[EventStoreConfig, KINDS]
 AnyEventLog = Annotated[EventLogConfig, LOG_KINDS]

@@ -30,7 +30,7 @@ from recsys.kinds import Kind
 
 RESTORED_GAP = 1 << 32
 """A restored log goes on so many positions later, behind all that the first one may have given after the backup."""
-MAX_FUTURE_MS = 24 * 60 * 60 * 1000
+MAX_FUTURE_MS = schema.DAY_MS
 """How far ahead of this machine's clock an event may claim to be, in milliseconds (wrong time zones)."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)

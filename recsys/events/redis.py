@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from recsys import schema
 from recsys.errors import EventStoreError, NotInstalledError
 from recsys.events.base import (
     RESTORED_GAP,
@@ -334,7 +335,7 @@ class RedisEventStore(EventStore):
 
     @property
     def _ttl_s(self) -> int:
-        return round(self.config.ttl_days * 86_400)
+        return round(self.config.ttl_days * schema.DAY_MS / 1000)
 
     def close(self) -> None:
         self._closed = True

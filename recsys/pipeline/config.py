@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
 from recsys.pipeline.rules import AnyRules
+from recsys.pipeline.stage import STAGES
 
 if TYPE_CHECKING:
     from recsys.bundle import Bundle
@@ -26,6 +27,11 @@ class BudgetsConfig(StrictConfig):
     retrieval: float = Field(default=150.0, gt=0, le=60_000, description="budget of retrieval (milliseconds)")
     ranking: float = Field(default=250.0, gt=0, le=60_000, description="budget of ranking (milliseconds)")
     reranking: float = Field(default=50.0, gt=0, le=60_000, description="budget of reranking (milliseconds)")
+
+    @property
+    def stages(self) -> float:
+        """What all stages may take together (milliseconds)."""
+        return sum(getattr(self, name) for name in STAGES)
 
 
 class BreakerConfig(StrictConfig):
@@ -90,8 +96,7 @@ class PipelineConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _times_fit(self) -> Self:
-        budgets = self.budgets_ms
-        total = budgets.retrieval + budgets.ranking + budgets.reranking
+        total = self.budgets_ms.stages
         if total > self.deadline_ms:
             # A stage whose budget the usual deadline cuts short would never be found guilty of being slow.
             raise ValueError(f"budgets_ms add up to {total:g}, more than deadline_ms {self.deadline_ms:g}")

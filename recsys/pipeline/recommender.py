@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from recsys.bundle import Bundle, GoldenQuestion
 from recsys.bundle.slates import Slates
+from recsys.bundle.store import open_newest
 from recsys.data.catalogue import Catalogue
 from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleError, EventStoreError, RequestError
@@ -130,14 +131,15 @@ class Recommender:
         config: PipelineConfig | None = None,
         inline: bool = False,
     ) -> Self:
-        """Open the Bundle at ``uri`` and run its stages in this process.
+        """Open the Bundle at ``uri``, or the current one of the store there with all changes of items and rules up to
+        now, and run its stages in this process.
 
         ``store`` says what is known of users; without one it is the histories in the Bundle, read-only. ``inline``
         computes in the event loop instead of threads: faster for one caller, but no deadline can interrupt a stage.
 
         :raises BundleError: when there is no usable Bundle.
         """
-        bundle = Bundle.open(uri)
+        bundle = open_newest(uri)
         config = config or pipeline_config(bundle)
         if store is None and bundle.has("histories.parquet"):
             store = HistoriesTable(bundle.histories())
@@ -306,7 +308,7 @@ class Recommender:
         # without it, what was seen or hidden would be shown.
         deadline_ms = self.config.deadline_ms if request.deadline_ms is None else request.deadline_ms
         budgets = self.config.budgets_ms
-        spare_ms = deadline_ms - (budgets.retrieval + budgets.ranking + budgets.reranking)
+        spare_ms = deadline_ms - budgets.stages
         budget_ms = max(spare_ms, min(budgets.state, deadline_ms / 4))
         try:
             async with asyncio.timeout(budget_ms / 1e3):

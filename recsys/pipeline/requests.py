@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recsys.errors import RequestError
-from recsys.ids import id_problem
+from recsys.ids import id_problem, text_problem
 from recsys.pipeline.config import PipelineConfig
 from recsys.types import NO_FILTERS, Filters, HistoryItem, Slate
 
@@ -32,7 +32,7 @@ class RecommendRequest:
     diversity: float | None = None
     """0 by score alone to 1 by novelty alone; None for the configured default"""
     context: Mapping[str, str] = field(default_factory=dict[str, str])
-    """surface, device, locale: for the log of requests"""
+    """surface, device, locale: for the logs of requests and impressions; each value is an id"""
     explain: bool = False
     deadline_ms: float | None = None
     """milliseconds until the answer is worthless; None for the configured default"""
@@ -58,6 +58,8 @@ class RecommendRequest:
             if item.value is not None:
                 _check_number(f"history[{row}].value", item.value)
         _check_filters(self.filters, self.exclude_items, config)
+        for name, value in self.context.items():
+            _check_id(f"context.{name}", value)
         if self.diversity is not None:
             _check_number("diversity", self.diversity, low=0, high=1)
         if self.deadline_ms is not None:
@@ -93,8 +95,8 @@ class SearchRequest:
         """See :meth:`RecommendRequest.check`."""
         if not isinstance(self.query, str) or not self.query.strip():
             raise _bad("query", "must be a text of one word or more")
-        if any("\ud800" <= character <= "\udfff" for character in self.query):
-            raise _bad("query", "holds an unpaired surrogate, which is no text")
+        if why := text_problem(self.query):
+            raise _bad("query", why)
         if len(self.query) > MAX_QUERY_LENGTH:
             raise _bad("query", f"is {len(self.query)} characters long, more than {MAX_QUERY_LENGTH}")
         _check_top_k(self.top_k, config)

@@ -87,7 +87,7 @@ class EventStoreContract:
         assert state.item_ids == ("first", "late", "last")
 
     def test_who_does_nothing_for_long_is_a_stranger_again(self, tmp_path: Path) -> None:
-        now_ms, day_ms = time.time_ns() // 1_000_000, 86_400_000
+        now_ms, day_ms = time.time_ns() // 1_000_000, schema.DAY_MS
         with self.config(tmp_path).model_copy(update={"ttl_days": 30.0}).open() as store:
             store.seed("bundle", seed_table("seeded", ("old", now_ms - 40 * day_ms)))
             assert store.user("seeded") is None

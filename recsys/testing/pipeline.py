@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys import schema
-from recsys.pipeline.stage import Stage
+from recsys.pipeline.stage import RANKING, RETRIEVAL, Stage
 from recsys.types import Candidates, Filters, History, Query
 
 
@@ -83,16 +83,18 @@ def retrieves(*item_idx: int) -> FunctionStage:
     """A retrieval stage that always finds these items, in this order, whatever the rules say."""
     found = np.array(item_idx, np.int32)
     score = np.linspace(1.0, 0.5, len(found), dtype=np.float32)
-    return FunctionStage("retrieval", lambda _query, _candidates: Candidates.from_source("fake", found, score))
+    return FunctionStage(
+        RETRIEVAL, lambda _query, _candidates: Candidates.from_source("fake", found, score, stage=RETRIEVAL)
+    )
 
 
 def ranks_backwards() -> FunctionStage:
     """A ranking stage that turns the order round."""
 
     def rank(_query: Query, candidates: Candidates) -> Candidates:
-        return candidates.scored("ranking", np.arange(len(candidates), dtype=np.float32))
+        return candidates.scored(RANKING, np.arange(len(candidates), dtype=np.float32))
 
-    return FunctionStage("ranking", rank)
+    return FunctionStage(RANKING, rank)
 
 
 def raises(name: str, error: BaseException | None = None) -> FunctionStage:

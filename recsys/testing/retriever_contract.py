@@ -19,6 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from recsys import schema
 from recsys.config import parse
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
@@ -129,9 +130,9 @@ class RetrieverContract:
     ) -> None:
         """Else retrieval would remember what no longer holds."""
         if not isinstance(fitted, VectorRetriever):
-            pytest.skip("this family has no vectors")
+            pytest.skip("this kind has no vectors")
         early, late = (
-            fitted.encode_users(histories, np.full(len(histories), 1_600_000_100_000 + days * 86_400_000, np.int64))
+            fitted.encode_users(histories, np.full(len(histories), 1_600_000_100_000 + days * schema.DAY_MS, np.int64))
             for days in (0, 30)
         )
         assert np.array_equal(early, late) == (not fitted.reads_clock)
@@ -174,7 +175,7 @@ class RetrieverContract:
         a step agree on the negatives.
         """
         if not isinstance(self.config, TowerConfig):
-            pytest.skip("this family does not learn in steps")
+            pytest.skip("this kind does not learn in steps")
         data = self.fit_data(self.dataset)
         if not has_time:
             data = replace(data, histories=replace(data.histories, timestamp_ms=None))
@@ -309,7 +310,7 @@ class RetrieverContract:
         if data.text_vectors is None and self.config.sample_reads != "words":
             pytest.skip("fitted without texts here")
         if not isinstance(fitted, TowerRetriever):
-            pytest.skip("this family makes no vectors of new items")
+            pytest.skip("this kind makes no vectors of new items")
         vectors = fitted.vectors_of_new(*new_items(data))
         lists = [[CLUSTER_ITEMS * cluster + item for item in (1, 5, 3, 7)] for cluster in range(4)]
         users = fitted.encode_users(Histories.from_lists(lists))[:, 0]
@@ -326,7 +327,7 @@ class RetrieverContract:
     def test_vectors_agree_with_scores(self, fitted: Retriever, histories: Histories) -> None:
         """For families with vectors: inner product and bonus are the score, so an index finds what ``score`` ranks."""
         if not isinstance(fitted, VectorRetriever):
-            pytest.skip("this family has no vectors")
+            pytest.skip("this kind has no vectors")
         users, items = fitted.encode_users(histories), fitted.item_vectors()
         assert users.shape == (len(histories), fitted.num_vectors, items.shape[1])
         assert users.dtype == items.dtype == np.float32

@@ -31,6 +31,7 @@ from recsys.errors import (
     StageOverloadedError,
 )
 from recsys.events import AppendResult, Event, UserState
+from recsys.moments import milliseconds
 from serve.access.keys import Scope as KeyScope
 from serve.access.middleware import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
@@ -466,8 +467,9 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         name = error.details.get("field")
+        name = _WIRE_NAMES.get(str(name), name)
         if "row" in error.details:
-            name = f"events.{error.details['row']}.{_WIRE_NAMES.get(str(name), name)}"
+            name = f"events.{error.details['row']}.{name}"
         errors = None if name is None else [{"field": f"body.{name}", "message": printable(error.message)}]
         return problem(422, error.message, id_of(request), errors=errors)
 
@@ -487,8 +489,8 @@ def _answer_errors(app: FastAPI, retry_after: Mapping[str, str]) -> None:
         return problem(error.status_code, str(error.detail), id_of(request), headers=headers)
 
 
-_WIRE_NAMES = {"timestamp_ms": "timestamp", "slate_position": "position"}
-"""fields that callers know by another name than the event store"""
+_WIRE_NAMES = {"timestamp_ms": "timestamp", "slate_position": "position", "exclude_items": "filters.exclude_items"}
+"""fields that callers know by another name than the library"""
 
 
 def _event(body: wire.EventBody) -> Event:
@@ -497,7 +499,7 @@ def _event(body: wire.EventBody) -> Event:
         user_id=body.user_id,
         item_id=body.item_id,
         event=body.event,
-        timestamp_ms=wire.milliseconds(body.timestamp),
+        timestamp_ms=milliseconds(body.timestamp),
         value=body.value,
         request_id=body.request_id,
         slate_position=body.position,

@@ -69,8 +69,8 @@ def add_rules(app: FastAPI, service: Service) -> None:
         """
         if (refused := fixed(request)) is not None:
             return refused
-        version = await changes.put(body.rules, after=body.after, by=request.scope[CALLER], note=body.note)
         items, categories = await asyncio.to_thread(unknown_names, body.rules, service.current.catalogue)
+        version = await changes.put(body.rules, after=body.after, by=request.scope[CALLER], note=body.note)
         return as_json({"version": version, "unknown_items": items, "unknown_categories": categories})
 
     @app.delete(

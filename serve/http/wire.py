@@ -6,13 +6,13 @@ by the recommender and answered as 422, too.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from recsys.bundle.rule_log import MAX_NOTE_LENGTH
-from recsys.ids import MAX_ID_LENGTH, id_problem
+from recsys.bundle.rule_log import Note
+from recsys.ids import Id
+from recsys.moments import Moment, milliseconds
 from recsys.pipeline.requests import (
     MAX_QUERY_LENGTH,
     Recommendation,
@@ -22,37 +22,8 @@ from recsys.pipeline.requests import (
     SimilarRequest,
 )
 from recsys.pipeline.rules import AnyRule, AnyRules
-from recsys.pipeline.rules.base import Text
 from recsys.pipeline.rules.changes import RuleHistory, RuleState
 from recsys.types import NO_FILTERS, Filters, HistoryItem
-
-
-def _storable(value: str) -> str:
-    if why := id_problem(value):
-        raise ValueError(why)
-    return value
-
-
-Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH), AfterValidator(_storable)]
-
-
-def _only_text(value: Any) -> Any:
-    # A bare number could be seconds or milliseconds: ask, never guess.
-    if isinstance(value, int | float):
-        raise ValueError(  # noqa: TRY004 pydantic reports it as a bad value
-            'write the time as an ISO 8601 string with its zone, such as "2025-06-01T12:00:00Z"'
-        )
-    return value
-
-
-def _of_our_time(value: datetime) -> datetime:
-    if not 1000 <= value.year <= 2999:
-        raise ValueError(f"the year {value.year} is not in 1000 to 2999")
-    return value
-
-
-Timestamp = Annotated[AwareDatetime, BeforeValidator(_only_text)]
-Note = Annotated[Text, Field(max_length=MAX_NOTE_LENGTH)]
 
 
 class _Body(BaseModel):
@@ -63,9 +34,7 @@ class _Body(BaseModel):
 
 class HistoryEntry(_Body):
     item_id: Id = Field(description="an item the catalogue lacks is ignored")
-    timestamp: Timestamp | None = Field(
-        None, description="ISO 8601 with zone; without one the order of the list counts"
-    )
+    timestamp: Moment | None = Field(None, description="ISO 8601 with zone; without one the order of the list counts")
     event: Id | None = Field(None, description="name of the event; without one the entry counts as a positive")
     value: float | None = Field(None, description="value of the event, such as the stars of a rating")
 
@@ -79,9 +48,9 @@ class FiltersBody(_Body):
 
 
 class ContextBody(_Body):
-    surface: str | None = Field(None, max_length=MAX_ID_LENGTH, description="where the slate is shown")
-    device: str | None = Field(None, max_length=MAX_ID_LENGTH)
-    locale: str | None = Field(None, max_length=MAX_ID_LENGTH)
+    surface: Id | None = Field(None, description="where the slate is shown")
+    device: Id | None = None
+    locale: Id | None = None
 
 
 class RecommendBody(_Body):
@@ -138,7 +107,7 @@ class EventBody(_Body):
     user_id: Id
     item_id: Id = Field(description="may be an item that the catalogue does not have yet")
     event: Id = Field(description="what happened, such as view, click, purchase, rating, hide or impression")
-    timestamp: Timestamp = Field(description="when it happened, ISO 8601 with zone; late events land in place")
+    timestamp: Moment = Field(description="when it happened, ISO 8601 with zone; late events land in place")
     value: float | None = Field(None, description="value of the event, such as the stars of a rating")
     request_id: Id | None = Field(None, description="the recommendation it followed from")
     position: int | None = Field(None, ge=0, lt=2**31, description="rank of the item in that recommendation, from 0")
@@ -184,9 +153,7 @@ class ItemBody(_Body):
     categories: tuple[Id, ...] = Field((), max_length=100)
     creator: Id | None = Field(None, description="who made it: author, artist, studio, brand")
     price: float | None = Field(None, ge=0, le=1e30, description="in the catalogue's own unit")
-    created_at: Annotated[Timestamp, AfterValidator(_of_our_time)] | None = Field(
-        None, description="ISO 8601 with zone, of the years 1000 to 2999"
-    )
+    created_at: Moment | None = Field(None, description="ISO 8601 with zone, of the years 1000 to 2999")
     available: bool = Field(True, description="false: known, but not shown")
     image: str | None = Field(None, max_length=2048)
 
@@ -482,12 +449,3 @@ def _item(item: RecommendedItem) -> dict[str, Any]:
         "stage_scores": item.stage_scores,
     }
     return values if item.reasons is None else values | {"reasons": item.reasons}
-
-
-def milliseconds(time: datetime) -> int:
-    """Milliseconds since 1970 UTC of an aware time, exactly."""
-    return (time - _EPOCH) // _MILLISECOND
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)

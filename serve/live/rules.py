@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from recsys.bundle.rule_log import RuleLog
-from recsys.errors import ConfigError, RequestError, StageOverloadedError
+from recsys.errors import ChangeConflictError, ConfigError, RequestError, StageOverloadedError
 from recsys.pipeline.rules import RuleConfig
 from recsys.pipeline.rules.changes import RuleHistory, plain, rule_history
 from serve.live.service import Service
@@ -39,13 +39,19 @@ class RuleChanges:
 
         :raises ChangeConflictError: when another version is the last one.
         :raises RequestError: when they are too large.
+        :raises BundleError: when they cannot be written.
         :raises StageOverloadedError: when too many wait already.
         """
         trees = None if rules is None else plain(rules)
 
         def write() -> int:
             log = self._log()
-            return log.append(trees, after=log.version() if after is None else after, by=by, note=note).version
+            while True:
+                try:
+                    return log.append(trees, after=log.version() if after is None else after, by=by, note=note).version
+                except ChangeConflictError:
+                    if after is not None:
+                        raise
 
         try:
             return await self._in_thread(write)

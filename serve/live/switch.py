@@ -66,9 +66,9 @@ class Switch:
         found = [*await asyncio.to_thread(wanted, uri), *await asyncio.to_thread(fallbacks, uri)]
         base_ids = dict.fromkeys(split_id(each)[0] for each in found)
         version = await asyncio.to_thread(BundleStore(uri).version) if self._follows else Version()
-        # With all changes first, then without those of the rules, then as they were made.
+        # Each with all changes first, then without those of the rules, then as it was made.
         tiers = (version, Version(version.items), Version())
-        bundle_ids = [live_id(base_id, *tier) for tier in tiers for base_id in base_ids]
+        bundle_ids = [live_id(base_id, *tier) for base_id in base_ids for tier in tiers]
         if self._follows and (pointer := await asyncio.to_thread(BundleStore(uri).current)) is not None:
             self._number = pointer.number
         for bundle_id in dict.fromkeys(bundle_ids):
@@ -290,7 +290,8 @@ class Switch:
         except BaseException:
             generation.recommender.close()
             raise
-        self._proven.add(bundle_id)
+        if bundle_id == base_id:
+            self._proven.add(base_id)
         del proven
         return generation
 

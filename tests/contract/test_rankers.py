@@ -70,7 +70,7 @@ class TextRankerContract(PlantedContract):
     @property
     def text_config(self) -> TextRankerConfig:
         if not isinstance(self.config, TextRankerConfig):
-            pytest.skip("this family reads no texts")
+            pytest.skip("this kind reads no texts")
         return self.config
 
     def test_an_untrained_one_keeps_the_order_of_retrieval(self) -> None:

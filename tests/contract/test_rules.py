@@ -49,7 +49,7 @@ def rule(request, tmp_path) -> RuleConfig:
 def candidates(rng: np.random.Generator, num: int, among: list[int] | None = None) -> Candidates:
     items = rng.permutation(NUM_ITEMS if among is None else among)[:num].astype(np.int32)
     score = np.sort(rng.normal(size=len(items)).astype(np.float32))[::-1].copy()
-    return Candidates.from_source("source", items, score)
+    return Candidates.from_source("source", items, score, stage="retrieval")
 
 
 def rerank(catalogue: Catalogue, rules: list[RuleConfig], query: Query, found: Candidates) -> Candidates:

@@ -232,7 +232,7 @@ def test_the_same_as_one_loop(
     embeddings = rng.normal(size=(NUM_ITEMS, 5)).astype(np.float32) if embedded else None
     score = rng.normal(size=len(found)) if equal_scores is None else rng.integers(0, equal_scores, len(found))
     candidates = Candidates.from_source(
-        "fake", np.array(found, np.int32), np.sort(score.astype(np.float32))[::-1].copy()
+        "fake", np.array(found, np.int32), np.sort(score.astype(np.float32))[::-1].copy(), stage="retrieval"
     )
     query = make_query(
         top_k=top_k, excluded=excluded, filters=wanted, diversity=diversity, request_id=str(seed), now_ms=seed

@@ -109,7 +109,7 @@ def test_every_candidate_ends_in_exactly_one_place(
 
     # A retrieval that knows no rules: worse than any real one.
     score = np.sort(rng.random(len(found)).astype(np.float32))[::-1]
-    retrieved = Candidates.from_source("fake", np.array(found, np.int32), score)
+    retrieved = Candidates.from_source("fake", np.array(found, np.int32), score, stage="retrieval")
     reranking = RerankingStage("bundle", catalogue, rules)
     working = {
         "retrieval": lambda _q, _c: retrieved,

@@ -193,3 +193,41 @@ def test_an_installed_package_adds_a_kind_to_every_room(tmp_path: Path) -> None:
     """
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     assert python(code, PYTHONPATH=path).split() == list(BASES)
+
+
+@pytest.mark.parametrize(
+    ("points", "problem"),
+    [
+        ({"index": "os:path"}, "it names no kind"),
+        ({"index.flat": "os:path"}, "has a kind 'flat' already"),
+        ({"index.ours": "no_such_module:Index"}, "cannot be loaded: ModuleNotFoundError"),
+        ({"index.ours": "os:path"}, "is no subclass of recsys.kinds.Kind"),
+        ({"index.ours": "recsys.index.flat:FlatIndex"}, 'needs a field kind: Literal["ours"]'),
+    ],
+)
+def test_an_entry_point_that_adds_no_kind_is_named(tmp_path: Path, points: dict[str, str], problem: str) -> None:
+    about = tmp_path / "ours-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ours\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (about / "entry_points.txt").write_text("\n".join(["[recsys.kinds]", *lines]) + "\n")
+    (name,) = points
+    code = """
+        from recsys.errors import ConfigError
+        from recsys.index import KINDS
+        try:
+            KINDS.classes
+        except ConfigError as error:
+            print(error)
+    """
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    told = python(code, PYTHONPATH=path)
+    assert f"entry point {name} = {points[name]} of the package ours" in told
+    assert problem in told
+
+
+def test_a_store_is_a_log_too() -> None:
+    from recsys.events import KINDS, LOG_KINDS
+
+    assert set(KINDS.names) < set(LOG_KINDS.names)
+    assert LOG_KINDS.get("sqlite") is KINDS.get("sqlite")

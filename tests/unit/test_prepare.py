@@ -124,6 +124,14 @@ def test_saved_dataset_loads_equal_and_is_deterministic(tmp_path: Path) -> None:
     assert again.info == dataset.info
 
 
+def test_where_the_files_lie_makes_no_difference(tmp_path: Path) -> None:
+    fingerprints = set()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        fingerprints.add(prepare(config(tmp_path / name), 0, tmp_path / name / "out").info.fingerprint)
+    assert len(fingerprints) == 1
+
+
 def test_fingerprints_follow_content_configuration_and_items(tmp_path: Path) -> None:
     first = prepare(config(tmp_path), 0, tmp_path / "out").info
     changed = prepare(config(tmp_path, LOG + "u3,a,120,5\n"), 0, tmp_path / "out").info

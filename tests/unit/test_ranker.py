@@ -266,8 +266,8 @@ def test_features_are_named_and_finite_without_prices_or_times(items: RankingIte
 def test_examples_mark_the_relevant_and_count_the_missed() -> None:
     data = dataset_of([*PAST, (0, 2, 10, 1.0, 1), (1, 0, 11, 1.0, 1)])
     targets = data.targets(Split.VALID)
-    found = Candidates.from_source("m", np.array([3, 2], np.int32), np.array([2.0, 1.0], np.float32))
-    missed = Candidates.from_source("m", np.array([2], np.int32), np.array([1.0], np.float32))
+    found = Candidates.from_source("m", np.array([3, 2], np.int32), np.array([2.0, 1.0], np.float32), stage="retrieval")
+    missed = Candidates.from_source("m", np.array([2], np.int32), np.array([1.0], np.float32), stage="retrieval")
     items = RankingItems.of(ItemFeatures.of(data, Split.TRAIN), np.eye(4, dtype=np.float32))
     examples = ranking_examples(targets, [found, missed], items, 8)
     assert len(examples) == 1 and examples.num_missed == 1
@@ -278,7 +278,7 @@ def test_examples_mark_the_relevant_and_count_the_missed() -> None:
 def test_the_stage_reorders_and_loses_nothing(fitted) -> None:
     generator = np.random.default_rng(7)
     query = random_query(generator)
-    candidates = Candidates.from_source("m", query.candidate_item_idx, query.retrieval_score)
+    candidates = Candidates.from_source("m", query.candidate_item_idx, query.retrieval_score, stage="retrieval")
     question = Query("r", "b", query.now_ms or 0, query.history, np.zeros(0, np.int32), 10, 40)
     (result,) = RankingStage("b", fitted[0]).run_batch([question], [candidates])
     assert sorted(result.item_idx) == sorted(candidates.item_idx)

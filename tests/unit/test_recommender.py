@@ -83,7 +83,7 @@ class Fixture:
         def find(query: Query, _candidates: Candidates) -> Candidates:
             self.queries.append(query)
             found = np.flatnonzero(rules.allowed(query)).astype(np.int32)[: query.num_candidates]
-            return Candidates.from_source("fake", found, -found.astype(np.float32))
+            return Candidates.from_source("fake", found, -found.astype(np.float32), stage="retrieval")
 
         first = raises("retrieval") if broken else FunctionStage("retrieval", find)
         stages = [LocalStage(first, inline=True), LocalStage(RerankingStage("bundle", self.catalogue), inline=True)]

@@ -11,6 +11,7 @@ import pytest
 from recsys import Recommender
 from recsys.bundle import HISTORIES_SCHEMA, Bundle, GoldenQuestion
 from recsys.bundle.assemble import BundleParts, assemble
+from recsys.bundle.store import BundleStore
 from recsys.config import StrictConfig
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
@@ -111,6 +112,16 @@ def test_loads_answers_and_proves_itself(bundle: Bundle, inline: bool):
         assert golden is not None
         answer = recommender.answer_golden(golden)
         golden.check(answer.item_ids, answer.scores)
+
+
+def test_a_store_answers_by_the_changes_of_its_items_and_rules(bundle: Bundle, tmp_path: Path):
+    store = BundleStore(tmp_path / "store")
+    store.publish(bundle.path, None)
+    store.rules.append([{"kind": "pin", "item_ids": ["i7"]}], after=0, by="test")
+    with Recommender.load(store.root.local or "") as recommender:
+        answer = recommender.recommend(history=[HistoryItem("i3")], top_k=5)
+    assert answer.item_ids[0] == "i7"
+    assert answer.bundle_id == f"{bundle.bundle_id}+0.1"
 
 
 def test_an_event_is_in_the_next_answer(bundle: Bundle, tmp_path: Path):

@@ -39,7 +39,7 @@ def rerank(
 ) -> Candidates:
     items = list(range(8)) if items is None else items
     score = np.linspace(2.0, -3.0, len(items), dtype=np.float32)
-    candidates = Candidates.from_source("source", np.array(items, np.int32), score)
+    candidates = Candidates.from_source("source", np.array(items, np.int32), score, stage="retrieval")
     stage = RerankingStage("bundle", catalogue, rules, vectors)
     (found,) = stage.run_batch([query or make_query(top_k=4)], [candidates])
     return found
@@ -148,7 +148,7 @@ def test_the_buried_come_last_but_before_a_short_slate(catalogue: Catalogue):
 
 def test_equal_scores_and_no_candidates(catalogue: Catalogue):
     stage = RerankingStage("bundle", catalogue, [DiversityRule(strength=0.5)])
-    same = Candidates.from_source("source", np.array([4, 2], np.int32), np.full(2, 3.0, np.float32))
+    same = Candidates.from_source("source", np.array([4, 2], np.int32), np.full(2, 3.0, np.float32), stage="retrieval")
     found, empty = stage.run_batch([make_query(), make_query()], [same, Candidates.empty()])
     assert found.item_idx.tolist() == [4, 2]
     assert len(empty) == 0
@@ -240,6 +240,12 @@ def test_a_request_asks_for_diversity_where_the_rule_does_not_hold(catalogue: Ca
 def test_a_period_that_is_none_is_a_mistake(period, problem):
     with pytest.raises(ValidationError, match=problem):
         CreatorCapRule(num_items=1, **period)
+
+
+@pytest.mark.parametrize("period", [{"starts_at": NOON}, {"ends_at": NOON}])
+def test_what_has_a_period_does_not_hold_where_the_time_is_not_known(period):
+    start_ms, end_ms = CreatorCapRule(num_items=1, **period).period_ms
+    assert not start_ms <= 0 < end_ms
 
 
 def test_periods_are_exact_to_the_millisecond():

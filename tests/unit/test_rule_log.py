@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from pydantic import Field
 
 from recsys.bundle import rule_log as rule_log_module
 from recsys.bundle.live import LiveBundle, RuledBundle, Version, beneath, live_id, split_id
@@ -79,6 +80,36 @@ def test_the_log_is_bounded(log, monkeypatch):
         log.append([BURY], after=number, by="a")
     assert log.versions() == [3, 4, 5]
     assert rule_history(log, (), NOW_MS, 2) is None
+
+
+@pytest.mark.parametrize("note", ["x" * 1001, "\udcff"])
+def test_a_note_that_cannot_be_shown_is_not_kept(log, note):
+    with pytest.raises(ConfigError, match="note"):
+        log.append([BURY], after=0, by="a", note=note)
+    assert log.version() == 0
+
+
+def test_a_change_stands_though_old_ones_cannot_be_removed(log, monkeypatch, caplog):
+    def refuse(self):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(rule_log_module, "KEPT_CHANGES", 1)
+    monkeypatch.setattr(Location, "remove", refuse)
+    for number in range(2):
+        assert log.append([BURY], after=number, by="a").version == number + 1
+    assert log.versions() == [1, 2]
+    assert "old changes cannot be removed: read-only" in caplog.text
+
+
+def test_only_an_empty_period_is_left_out():
+    """A rule of somebody else may mean something by null."""
+
+    class LimitRule(DiversityRule):
+        limit: int | None = Field(default=5, description="of the test")
+
+    assert plain([LimitRule(strength=0, limit=None, ends_at="2026-03-01T12:00:00Z")]) == [
+        {"kind": "diversity", "strength": 0.0, "limit": None, "ends_at": "2026-03-01T12:00:00Z"}
+    ]
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -128,7 +128,9 @@ def test_the_ladder(catalogue: Catalogue, broken: str, degraded: tuple[str, ...]
         stages[position] = FunctionStage(broken, lambda q, c: good.run_batch([q], [c])[0], bundle_id="older")
     else:
         item, score = (NUM_ITEMS, 1.0) if how == "names no item" else (0, np.nan)
-        wrong = Candidates.from_source("x", np.array([item], np.int32), np.array([score], np.float32))
+        wrong = Candidates.from_source(
+            "x", np.array([item], np.int32), np.array([score], np.float32), stage="retrieval"
+        )
         stages[position] = FunctionStage(broken, lambda _q, _c: wrong)
     try:
         slate = run(make_runner(catalogue, *stages))
@@ -388,7 +390,9 @@ def test_a_cancelled_request_is_cancelled(catalogue: Catalogue):
 def test_many_requests_at_once_do_not_mix(catalogue: Catalogue):
     echo = FunctionStage(
         "retrieval",
-        lambda q, _c: Candidates.from_source("echo", q.history.item_idx, np.ones(len(q.history.item_idx), np.float32)),
+        lambda q, _c: Candidates.from_source(
+            "echo", q.history.item_idx, np.ones(len(q.history.item_idx), np.float32), stage="retrieval"
+        ),
     )
     runner = make_runner(catalogue, echo, config=PipelineConfig(deadline_ms=10_000, budgets_ms=PATIENT))
 

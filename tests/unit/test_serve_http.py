@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 
 from recsys.errors import BundleMismatchError, ConfigError, EventStoreError
 from recsys.events.sqlite import SqliteEventStoreConfig
+from recsys.moments import milliseconds
 from recsys.testing.tiny_bundle import START_MS, make_bundle
 from serve import run
 from serve.access.middleware import Access
@@ -131,6 +132,14 @@ async def test_history_filters_and_exclusions_are_obeyed(client):
     assert answer["unknown_items"] == 1
 
 
+async def test_a_field_is_named_as_callers_know_it(client, service):
+    recommender = service.current.recommender
+    recommender.config = recommender.config.model_copy(update={"max_request_items": 2})
+    body = {"filters": {"exclude_items": ["i1", "i2", "i3"]}}
+    problem = assert_problem(await client.post("/v1/recommend", json=body), 422, "3 entries")
+    assert [each["field"] for each in problem["errors"]] == ["body.filters.exclude_items"]
+
+
 async def test_strangers_and_empty_bodies_are_answered(client):
     for body in ({}, {"user_id": "nobody knows me"}, {"history": []}):
         answer = await client.post("/v1/recommend", json=body)
@@ -173,6 +182,7 @@ async def test_look_ups(client, bundle):
         ({"user_id": ""}, "user_id"),
         ({"user_id": 5}, "user_id"),
         ({"filters": {"category": "a"}}, "category"),
+        ({"context": {"surface": "ho\0me"}}, "surface"),
         ({"filters": {"price_min": 2, "price_max": 1}}, "price_min"),
         ({"diversity": 1.5}, "diversity"),
         ({"deadline_ms": -1}, "deadline_ms"),
@@ -494,8 +504,8 @@ async def test_openapi_describes_every_call(client):
 
 
 def test_milliseconds_are_exact():
-    assert wire.milliseconds(datetime(2024, 1, 1, 0, 0, 0, 123999, tzinfo=UTC)) == 1704067200123
-    assert math.isclose(wire.milliseconds(datetime.now(UTC)), time.time() * 1e3, abs_tol=1000)
+    assert milliseconds(datetime(2024, 1, 1, 0, 0, 0, 123999, tzinfo=UTC)) == 1704067200123
+    assert math.isclose(milliseconds(datetime.now(UTC)), time.time() * 1e3, abs_tol=1000)
 
 
 def test_events_lie_beside_the_store_of_their_run(bundle, tmp_path):

@@ -84,11 +84,11 @@ def test_rules_commands(store, tmp_path):
         "- {kind: pin, item_ids: [i1, gone], ends_at: 2026-01-01T00:00:00Z}\n- {kind: bury, categories: [odd, prime]}\n"
     )
     made = run("set", str(file), "--note", "sold out")
-    assert re.fullmatch(r"version 1, .+, by command: 2 rules: sold out\n", made.stdout)
+    assert re.fullmatch(r"version 1, .+, by command \(.+\): 2 rules: sold out\n", made.stdout)
     assert "items that the catalogue lacks, and that are ignored: gone\n" in made.stderr
     assert "categories that the catalogue lacks, and that are ignored: prime\n" in made.stderr
     change = store.rules.read(1)
-    assert (change.by, change.note, change.rules[0]["ends_at"]) == ("command", "sold out", "2026-01-01T00:00:00Z")
+    assert (change.by[:9], change.note, change.rules[0]["ends_at"]) == ("command (", "sold out", "2026-01-01T00:00:00Z")
 
     shown = run("show")
     assert "version 1: pin over, bury holds\n" in shown.stderr
@@ -117,6 +117,19 @@ def test_rules_commands(store, tmp_path):
         assert refused.exit_code == 2
         assert problem in refused.stderr
     assert store.rules.version() == 3
+
+
+def test_rules_of_what_is_no_store_are_refused_and_nothing_is_written(store, tmp_path):
+    file = tmp_path / "rules.yaml"
+    file.write_text("[]")
+    bundle = store.open()
+    for where in (bundle.path, tmp_path / "no such store"):
+        for words in (("set", str(file)), ("reset",)):
+            refused = CliRunner().invoke(app, ["rules", *words, "--store", str(where)])
+            assert refused.exit_code == 2
+            assert f"{where}: no store of Bundles" in refused.stderr
+        assert not (where / "rules").exists()
+    bundle.manifest.check_files(bundle.path)
 
 
 def test_publishing_moves_the_pointer_when_told_and_back(trained_job, tmp_path):

@@ -225,6 +225,7 @@ PLACES: dict[str, tuple[str, int]] = {
 }
 
 
+@pytest.mark.timeout(600)  # an update for each of the stages
 def test_killed_at_any_stage_it_leaves_all_as_it_was(store, events, tmp_path):
     events.append(walk(60, 12, step=-1))
     before, parent = snapshot(tmp_path / "bundles"), store.current()

@@ -20,9 +20,10 @@ from pydantic import Field, model_validator
 
 from recsys import schema
 from recsys.data.dataset import Split
-from recsys.data.validation import equal_pairs, milliseconds
+from recsys.data.validation import equal_pairs
 from recsys.errors import EmptyDataError, LeakageError, NoTimeError
 from recsys.kinds import Kind
+from recsys.moments import milliseconds
 
 Borders = tuple[int, int]
 

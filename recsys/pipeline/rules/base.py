@@ -15,14 +15,16 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 import numpy as np
-from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from recsys.ids import Id
 from recsys.kinds import Kind
+from recsys.moments import Moment, milliseconds
 from recsys.pipeline.rules.draft import Draft, Float64Array, ItemSet
 from recsys.types import FloatArray, Int32Array, Query
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from recsys.data.catalogue import Catalogue
     from recsys.types import BoolArray
 
-_EPOCH, _MS = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
+_ROUND_UP = timedelta(microseconds=999)
 _HOOKS = ("enter", "begin", "value", "choose", "placed", "left", "scores")
 _log = logging.getLogger(__name__)
 
@@ -79,29 +81,6 @@ Resolved: TypeAlias = Callable[[Query], Rule | None]
 """a rule whose items are known: what works on the slate of a query, or None. Must not depend on other queries"""
 
 
-def _only_text(value: Any) -> Any:
-    if isinstance(value, int | float):  # seconds or milliseconds?
-        raise ValueError("write the time with its zone, such as 2026-01-01T00:00:00Z")  # noqa: TRY004 a bad value
-    return value
-
-
-def _as_utc(value: datetime) -> datetime:
-    if not 1000 <= value.year <= 2999:
-        raise ValueError(f"the year {value.year} is not in 1000 to 2999")
-    return value.astimezone(UTC)
-
-
-def _storable(value: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("holds an unpaired surrogate, which is no text")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_storable)]
-Name = Annotated[Text, Field(min_length=1)]
-Moment = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_as_utc)]
-
-
 class RuleConfig(Kind, ABC):
     """A rule and the time in which it holds. Subclasses add ``kind: Literal["..."]`` and :meth:`resolve`."""
 
@@ -133,7 +112,7 @@ class RuleConfig(Kind, ABC):
 
     @classmethod
     def standing(cls) -> Self | None:
-        """The rule that works where none of this kind holds, as requests may ask for what it does; None for none."""
+        """The rule that works where none of this kind holds, as requests may ask for what it does; None: no rule."""
         return None
 
     @abstractmethod
@@ -146,21 +125,27 @@ class RuleConfig(Kind, ABC):
 
     @property
     def period_ms(self) -> tuple[float, float]:
-        """First moment in which it holds and first in which it does not any more, milliseconds since 1970 UTC."""
-        return _ms(self.starts_at, -math.inf), _ms(self.ends_at, math.inf)
+        """First moment in which it holds and first in which it does not any more, milliseconds since 1970 UTC. What has
+        a period does not hold at 0, which stands for a time that is not known.
+        """
+        if not self.has_period:
+            return -math.inf, math.inf
+        start_ms = 1 if self.starts_at is None else milliseconds(self.starts_at + _ROUND_UP)
+        return start_ms, math.inf if self.ends_at is None else milliseconds(self.ends_at + _ROUND_UP)
 
-
-def _ms(moment: datetime | None, otherwise: float) -> float:
-    return otherwise if moment is None else -((_EPOCH - moment) // _MS)
+    @property
+    def has_period(self) -> bool:
+        """Whether it holds for a time only."""
+        return self.starts_at is not None or self.ends_at is not None
 
 
 class ItemRule(RuleConfig, ABC):
     """A rule about items that are named by id, by category, or both."""
 
-    item_ids: tuple[Name, ...] = Field(
+    item_ids: tuple[Id, ...] = Field(
         default=(), description="items of the rule; one that the catalogue lacks is ignored"
     )
-    categories: tuple[Name, ...] = Field(default=(), description="every item of these categories is in the rule, too")
+    categories: tuple[Id, ...] = Field(default=(), description="every item of these categories is in the rule, too")
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:

@@ -55,7 +55,12 @@ def rule_history(
 
 def plain(rules: Sequence[RuleConfig]) -> list[dict[str, Any]]:
     """As a log keeps them and people write them."""
-    return [rule.model_dump(mode="json", exclude_none=True) for rule in rules]
+    trees = [rule.model_dump(mode="json") for rule in rules]
+    for tree in trees:  # no period is no news
+        for end in ("starts_at", "ends_at"):
+            if tree[end] is None:
+                del tree[end]
+    return trees
 
 
 def state_of(tree: Mapping[str, Any], now_ms: int) -> RuleState:

@@ -125,7 +125,7 @@ class Draft:
         for source, items in self._brought.items():
             rows.update({item: len(self.candidates) + row for row, item in enumerate(items)})
             scores = np.full(len(items), lowest, np.float32)
-            added = Candidates.from_source(source, np.array(items, np.int32), scores)
+            added = Candidates.from_source(source, np.array(items, np.int32), scores, stage=source)
             self.candidates = self.candidates.then(replace(added, stage_scores={}))
         self._reserved = sorted(((place, rows[item]) for item, place in self._place_of.items()), reverse=True)
         if self._brought:

@@ -25,14 +25,15 @@ _tier = attrgetter("tier")
 @dataclass(frozen=True, slots=True)
 class _Timed:
     kind: str
-    alone: bool
+    yields: bool
+    """to any of its kind that holds and stands before it"""
     start_ms: float
     end_ms: float
     on: Resolved
 
     @classmethod
-    def of(cls, rule: RuleConfig, items: RuleItems) -> Self:
-        return cls(rule.kind, rule.alone, *rule.period_ms, rule.resolve(items))
+    def of(cls, rule: RuleConfig, items: RuleItems, *, standing: bool = False) -> Self:
+        return cls(rule.kind, rule.alone or standing, *rule.period_ms, rule.resolve(items))
 
 
 class RerankingStage:
@@ -52,7 +53,8 @@ class RerankingStage:
         self.catalogue = catalogue
         items = RuleItems(catalogue, item_embeddings)
         standing = [rule for kind in KINDS.classes if (rule := kind.standing()) is not None]
-        self._rules = [_Timed.of(rule, items) for rule in (*rules, *standing)]
+        self._rules = [_Timed.of(rule, items) for rule in rules]
+        self._rules += [_Timed.of(rule, items, standing=True) for rule in standing]
 
     def run_batch(self, queries: Sequence[Query], candidates: Sequence[Candidates]) -> list[Candidates]:
         """Each query's slate. What did not make it is in ``dropped``, with the reason; what a rule brought and a hard
@@ -97,11 +99,10 @@ class RerankingStage:
     def _at_work(self, query: Query) -> list[Rule]:
         """The rules that hold at the time of the query and have something to do."""
         found: list[Rule] = []
-        decided: set[str] = set()
+        kinds: set[str] = set()
         for each in self._rules:
-            if each.start_ms <= query.now_ms < each.end_ms and each.kind not in decided:
-                if each.alone:
-                    decided.add(each.kind)
+            if each.start_ms <= query.now_ms < each.end_ms and not (each.yields and each.kind in kinds):
+                kinds.add(each.kind)
                 if (rule := each.on(query)) is not None:
                     found.append(rule)
         return found
