@@ -179,7 +179,7 @@ async def test_a_rule_comes_and_goes_by_the_clock_without_a_change(client, opene
         ({"rules": [], "after": 0, "note": "a\ud800"}, "surrogate"),
         ({"rules": [PIN] * 201, "after": 0}, "200"),
         ({"rules": [PIN], "after": 0, "note": "x" * 1001}, "note"),
-        ({"rules": [{"kind": "pin", "item_ids": [f"{row:0256}" for row in range(MAX_BYTES // 256)]}], "after": 0}, "bytes long"),
+        ({"rules": [PIN | {"item_ids": [f"{row:0256}" for row in range(MAX_BYTES // 256)]}], "after": 0}, "bytes long"),
     ],
 )  # fmt: skip
 async def test_what_are_no_rules_is_refused_and_nothing_is_written(client, opened, body, problem):
