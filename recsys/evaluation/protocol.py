@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,11 @@ class EvaluationConfig(StrictConfig):
     def all_ks(self) -> tuple[int, ...]:
         """``ks`` and the depth of :attr:`main_metric`, ascending."""
         return tuple(sorted({*self.ks, int(self.main_metric.partition("@")[2])}))
+
+    @property
+    def resampling(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`~recsys.evaluation.significance.bootstrap` and ``paired_difference``."""
+        return {"num_resamples": self.num_bootstrap, "confidence": self.confidence, "seed": self.seed}
 
 
 @dataclass(frozen=True)

@@ -272,14 +272,7 @@ def _view_report(
     if comparable:
         assert best is not None
         ours, theirs = view.segments["all"], best.views[position].segments["all"]
-        found = paired_difference(
-            _matrix(ours),
-            _matrix(theirs),
-            ours.user_idx,
-            num_resamples=config.num_bootstrap,
-            confidence=config.confidence,
-            seed=config.seed,
-        )
+        found = paired_difference(_matrix(ours), _matrix(theirs), ours.user_idx, **config.resampling)
         differences = dict(zip(ours.values, found, strict=True))
     return ViewReport(
         view=view.view,
@@ -293,13 +286,7 @@ def _view_report(
 def _segment_report(segment: Segment, config: EvaluationConfig) -> SegmentReport:
     if not len(segment.rows):
         return SegmentReport(0, 0, {})
-    intervals = bootstrap(
-        _matrix(segment),
-        segment.user_idx,
-        num_resamples=config.num_bootstrap,
-        confidence=config.confidence,
-        seed=config.seed,
-    )
+    intervals = bootstrap(_matrix(segment), segment.user_idx, **config.resampling)
     found = dict(zip(segment.values, intervals, strict=True))
     return SegmentReport(len(segment.rows), len(np.unique(segment.user_idx)), found)
 

@@ -62,14 +62,7 @@ def judge(
         view = evaluate_ranker(name, one.rank, targets, dataset, evaluation).views[0].segments["all"]
         values.append(view.values[metric])
         user_idx = view.user_idx
-    (difference,) = paired_difference(
-        values[1][:, None],
-        values[0][:, None],
-        user_idx,
-        num_resamples=evaluation.num_bootstrap,
-        confidence=evaluation.confidence,
-        seed=evaluation.seed,
-    )
+    (difference,) = paired_difference(values[1][:, None], values[0][:, None], user_idx, **evaluation.resampling)
     asked = select(targets, sample_queries(targets, evaluation))
     sample = asked[: min(len(asked), _CALIBRATION_QUERIES)]
     overlap = _overlap(parent.rank(sample), child.rank(sample))

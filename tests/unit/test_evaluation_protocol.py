@@ -15,16 +15,16 @@ from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split, Targets
 from recsys.data.histories import Histories
 from recsys.errors import ConfigError, DataError, EmptyDataError, LeakageError, ModelError
-from recsys.evaluation import (
+from recsys.evaluation import protocol as rooms
+from recsys.evaluation.protocol import (
     EvaluationConfig,
-    build_report,
     check_no_leak,
     evaluate_ranker,
     rank_scores,
     retriever_ranker,
     sample_queries,
 )
-from recsys.evaluation import protocol as rooms
+from recsys.evaluation.report import build_report
 
 TRAIN, VALID, TEST = Split.TRAIN, Split.VALID, Split.TEST
 Row = tuple[int, int, int, float, int]
