@@ -46,7 +46,7 @@ from recsys.data.features import ItemFeatures
 from recsys.data.splits.leave_one_out import LeaveOneOutSplit
 from recsys.errors import ConfigError
 from recsys.evaluation.page import suite_page
-from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
+from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
 from recsys.files import atomic_path, link_or_copy, read_json, write_json
 from recsys.index.flat import FlatIndex
@@ -364,7 +364,7 @@ class _Training:
         )
         valid = replace(dataset.targets(Split.VALID), repeats=repeats)
         sampling = evaluation.model_copy(update={"max_queries": _MAX_RANKER_QUERIES, "seed": self.seed})
-        asked = select(valid, sample_queries(valid, sampling))
+        asked = valid.select(sample_queries(valid, sampling))
         parts = Parts.of_models(catalogue, retriever, FlatIndex())
         examples = retrieved_examples(parts, pipeline, asked, items, model.max_history)
         train, holdout = examples.split_by_user(_HOLDOUT_SHARE, self.seed)

@@ -155,7 +155,7 @@ def evaluate_ranker(
         raise EmptyDataError(f"{name}: the split has no queries to evaluate")
     check_no_leak(targets, dataset)
     rows = sample_queries(targets, config)
-    chosen = select(targets, rows)
+    chosen = targets.select(rows)
     views: tuple[View, ...] = ("new" if config.exclude_seen else "with_repeats",)
     if dataset.info.protocol == "next_basket":
         views = ("with_repeats", "new")
@@ -287,22 +287,6 @@ def sample_queries(targets: Targets, config: EvaluationConfig) -> NDArray[np.int
     return np.flatnonzero(np.isin(cluster, order[:num_users]))
 
 
-def select(targets: Targets, rows: NDArray[np.int64]) -> Targets:
-    """The queries at ``rows``, in that order."""
-    starts, lengths = targets.relevant_offsets[rows], np.diff(targets.relevant_offsets)[rows]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    gather = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Targets(
-        targets.user_idx[rows],
-        targets.histories[rows],
-        targets.seen[rows],
-        targets.relevant_item_idx[gather],
-        offsets,
-        None if targets.now_ms is None else targets.now_ms[rows],
-        targets.repeats,
-    )
-
-
 def _keep_relevant(targets: Targets, keep: NDArray[np.bool_]) -> tuple[Targets, NDArray[np.int64]]:
     """The queries with only the relevant items marked in ``keep`` bool [R], and which rows still have one."""
     query_of = np.repeat(np.arange(len(targets)), np.diff(targets.relevant_offsets))[keep]
@@ -310,7 +294,7 @@ def _keep_relevant(targets: Targets, keep: NDArray[np.bool_]) -> tuple[Targets, 
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     kept = replace(targets, relevant_item_idx=targets.relevant_item_idx[keep], relevant_offsets=offsets)
     rows = np.flatnonzero(lengths)
-    return select(kept, rows), rows
+    return kept.select(rows), rows
 
 
 def _distinct_relevant(targets: Targets, num_items: int) -> NDArray[np.bool_]:

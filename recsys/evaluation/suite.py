@@ -21,7 +21,7 @@ from pydantic import Field
 from recsys.config import StrictConfig
 from recsys.data.dataset import Dataset, Targets
 from recsys.errors import DataError
-from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker, select
+from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker
 from recsys.evaluation.significance import Difference, Interval, bootstrap, paired_difference
 from recsys.evaluation.slices import Slices, slices
 from recsys.files import atomic_path, read_json, write_json, write_parquet
@@ -138,7 +138,7 @@ def judge(
     result = evaluate_ranker(system, recorded, targets, dataset, config)
     first = result.views[0].segments["all"]
     of_first = np.concatenate(ranked)[: len(first.rows)]  # views are ranked one after another
-    asked = select(targets, first.rows)
+    asked = targets.select(first.rows)
     return Run(
         system,
         seed,
