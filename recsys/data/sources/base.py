@@ -47,9 +47,9 @@ class Source(Kind, ABC):
     kind: str
 
     @property
-    @abstractmethod
     def has_time(self) -> bool:
         """False where the data has order only; its timestamps are then null, never invented."""
+        return True
 
     @property
     def timestamp_encoding(self) -> TimestampEncoding:
