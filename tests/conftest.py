@@ -66,10 +66,8 @@ MAY_SKIP = {
     "this kind reads no files",
     "this family has no vectors",
     "this family does not learn in steps",
-    "this family makes no vectors of new items",
     "this family reads no texts",
     "fitted without text vectors here",
-    "fitted without texts here",
     "knows items by what they say, and here they say nothing",
     "there is nothing to send that does not fit",
 }
