@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from recsys.data.features import ItemFeatures
 from recsys.data.splits.leave_one_out import LeaveOneOutSplit
 from recsys.errors import ConfigError
 from recsys.evaluation.page import suite_page
-from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries, select
+from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
 from recsys.files import atomic_path, link_or_copy, read_json, write_json
 from recsys.index.flat import FlatIndex
@@ -65,6 +65,7 @@ from recsys.pipeline.offline import OfflinePipeline, retrieved_examples
 from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
 
+ModelT = TypeVar("ModelT")
 SUITES = Path("configs/benchmark")
 _TABLE_WIDTH = 180
 _CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -182,29 +183,29 @@ class Payload:
 
 def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     """Train on TRAIN, choosing on VALID, and note what it took."""
-    forget_peak_memory()
-    started, cpu_started = time.perf_counter(), time.process_time()
-    retriever = payload.config.fit(payload.data, runtime)
-    seconds = time.perf_counter() - started
-    cpu = torch.tensor(time.process_time() - cpu_started, dtype=torch.float64, device=runtime.device)
-    cpu_seconds = float(runtime.all_reduce_sum(cpu))
-    peak = peak_memory_bytes()
+    retriever, took = _measured(lambda: payload.config.fit(payload.data, runtime), runtime)
 
     def save(folder: Path) -> None:
         retriever.save(folder / "model")
-        write_json(
-            folder / "training.json",
-            {
-                "train_seconds": seconds,
-                "cpu_seconds": cpu_seconds,
-                "peak_memory_bytes": peak,
-                "num_parameters": _num_parameters(retriever, folder / "model"),
-                "num_workers": runtime.world_size,
-                "curve": [dict(row) for row in retriever.history],
-            },
-        )
+        own = {
+            "num_parameters": _num_parameters(retriever, folder / "model"),
+            "num_workers": runtime.world_size,
+            "curve": [dict(row) for row in retriever.history],
+        }
+        write_json(folder / "training.json", took | own)
 
     return save
+
+
+def _measured(train: Callable[[], ModelT], runtime: Runtime) -> tuple[ModelT, dict[str, Any]]:
+    """What ``train`` returns and what it took: time and memory of this worker, CPU time of all of them."""
+    forget_peak_memory()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    model = train()
+    seconds = time.perf_counter() - started
+    cpu = torch.tensor(time.process_time() - cpu_started, dtype=torch.float64, device=runtime.device)
+    cpu_seconds = float(runtime.all_reduce_sum(cpu))
+    return model, {"train_seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak_memory_bytes()}
 
 
 @dataclass(frozen=True)
@@ -220,16 +221,16 @@ class RankerPayload:
 
 def fit_ranker(payload: RankerPayload, runtime: Runtime) -> Callable[[Path], None]:
     """Train, stopped by the users held out, and note what it took."""
-    forget_peak_memory()
-    started, cpu_started = time.perf_counter(), time.process_time()
-    ranker = payload.config.fit(payload.train, payload.catalogue, runtime, holdout=payload.holdout, seed=payload.seed)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    peak = peak_memory_bytes()
+    ranker, took = _measured(
+        lambda: payload.config.fit(
+            payload.train, payload.catalogue, runtime, holdout=payload.holdout, seed=payload.seed
+        ),
+        runtime,
+    )
 
     def save(folder: Path) -> None:
         ranker.save(folder / "ranker")
-        record = {"train_seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak}
-        write_json(folder / "training.json", {**record, "num_parameters": _num_parameters(ranker, folder / "ranker")})
+        write_json(folder / "training.json", {**took, "num_parameters": _num_parameters(ranker, folder / "ranker")})
 
     return save
 
@@ -364,7 +365,7 @@ class _Training:
         )
         valid = replace(dataset.targets(Split.VALID), repeats=repeats)
         sampling = evaluation.model_copy(update={"max_queries": _MAX_RANKER_QUERIES, "seed": self.seed})
-        asked = select(valid, sample_queries(valid, sampling))
+        asked = valid.select(sample_queries(valid, sampling))
         parts = Parts.of_models(catalogue, retriever, FlatIndex())
         examples = retrieved_examples(parts, pipeline, asked, items, model.max_history)
         train, holdout = examples.split_by_user(_HOLDOUT_SHARE, self.seed)

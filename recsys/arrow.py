@@ -1,4 +1,4 @@
-"""Arrow's compute functions, which are made when it is imported and so are unknown to a type checker."""
+"""Arrow's compute functions, which a type checker does not know as they are made on import, and columns as arrays."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 pc: Any = importlib.import_module("pyarrow.compute")
+
+
+def one_chunk(column: pa.ChunkedArray) -> Any:
+    """The column as one array, without a copy where it is one."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 class Texts:

@@ -25,18 +25,6 @@ DAY_MS = 86_400_000
 
 TIMESTAMP_TYPE = pa.timestamp("ms", tz="UTC")
 
-INTERACTIONS = pa.schema(
-    [
-        pa.field(USER_ID, pa.string(), nullable=False),
-        pa.field(ITEM_ID, pa.string(), nullable=False),
-        pa.field(TIMESTAMP, TIMESTAMP_TYPE),
-        pa.field(POSITION, pa.int64(), nullable=False),
-        pa.field(EVENT, pa.string(), nullable=False),
-        pa.field(VALUE, pa.float32()),
-    ]
-)
-"""One row per interaction. ``position`` orders the user's own log; ``timestamp`` is null in data with order only."""
-
 ITEMS = pa.schema(
     [
         pa.field(ITEM_ID, pa.string(), nullable=False),

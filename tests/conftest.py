@@ -66,10 +66,8 @@ MAY_SKIP = {
     "this kind reads no files",
     "this kind has no vectors",
     "this kind does not learn in steps",
-    "this kind makes no vectors of new items",
     "this kind reads no texts",
     "fitted without text vectors here",
-    "fitted without texts here",
     "knows items by what they say, and here they say nothing",
     "there is nothing to send that does not fit",
 }

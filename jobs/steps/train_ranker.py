@@ -28,7 +28,7 @@ from jobs.steps.base import Step
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Split
 from recsys.data.features import ItemFeatures
-from recsys.evaluation.protocol import sample_queries, select
+from recsys.evaluation.protocol import sample_queries
 from recsys.files import write_json
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.models.rankers import load_ranker
@@ -92,9 +92,8 @@ def learned_from(
 
     def examples(split: Split) -> RankingExamples:
         targets = dataset.targets(split)
-        return retrieved_examples(
-            parts, pipeline, select(targets, sample_queries(targets, sampling)), items, model.max_history
-        )
+        asked = targets.select(sample_queries(targets, sampling))
+        return retrieved_examples(parts, pipeline, asked, items, model.max_history)
 
     valid = examples(Split.VALID)
     everything = valid.concat(examples(Split.TEST)) if test else valid

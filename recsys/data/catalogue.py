@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys import schema
-from recsys.arrow import Texts, pc
+from recsys.arrow import Texts, one_chunk, pc
 from recsys.data.id_map import IdMap
 from recsys.errors import BundleMismatchError, SchemaError
 from recsys.files import map_arrow, write_arrow
@@ -45,10 +45,10 @@ class Catalogue:
         """Use :meth:`build` or :meth:`load`."""
         self.items = items
         self.id_map = id_map
-        self._titles = Texts(_one_chunk(items["title"]))
+        self._titles = Texts(one_chunk(items["title"]))
         self._available: BoolArray = items["available"].to_numpy(zero_copy_only=False)
         self._categories = categories
-        postings = _one_chunk(categories["item_idx"])
+        postings = one_chunk(categories["item_idx"])
         self._posting_items: Int32Array = postings.values.to_numpy()
         self._posting_offsets: Int32Array = postings.offsets.to_numpy()
         self.category_names: tuple[str, ...] = tuple(categories["category"].to_pylist())
@@ -86,7 +86,7 @@ class Catalogue:
             raise BundleMismatchError(
                 f"{folder}: {ITEMS_FILE} has {len(items)} rows, {IDS_FILE} {len(ids)}", path=str(folder)
             )
-        return cls(items, IdMap(_one_chunk(items[schema.ITEM_ID]), ids), categories)
+        return cls(items, IdMap(one_chunk(items[schema.ITEM_ID]), ids), categories)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -121,7 +121,7 @@ class Catalogue:
     @cached_property
     def creator_codes(self) -> Int32Array:
         """int32 [N]: equal numbers for equal creators, -1 where there is none."""
-        codes = _one_chunk(self.items["creator"]).dictionary_encode().indices
+        codes = one_chunk(self.items["creator"]).dictionary_encode().indices
         return pc.fill_null(codes, -1).to_numpy(zero_copy_only=False)
 
     @cached_property
@@ -148,6 +148,17 @@ class Catalogue:
         rows[np.repeat(np.arange(len(item_idx)), lengths), columns] = 1.0
         norms = np.sqrt(rows.sum(axis=1, keepdims=True))
         return rows / np.maximum(norms, 1.0)
+
+    def unit_vectors(self, item_idx: Int32Array, item_embeddings: FloatArray | None) -> FloatArray:
+        """float32 [n, D]: rows whose inner products say how alike items are, 1 for the same (or zero rows).
+
+        By ``item_embeddings`` (float32 [N, D] of any length), or by their categories where there are none.
+        """
+        if item_embeddings is None:
+            return self.category_rows(item_idx)
+        vectors = item_embeddings[item_idx]
+        norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+        return vectors / np.maximum(norms, np.float32(1e-12))
 
     def postings(self) -> tuple[tuple[str, ...], Int32Array, Int32Array]:
         """Names of the G categories, and for each membership the item and the number of its category, both int32."""
@@ -240,13 +251,9 @@ def contains(items: Int32Array, item_idx: Int32Array) -> BoolArray:
     return ascending[at] == item_idx
 
 
-def _one_chunk(column: pa.ChunkedArray) -> Any:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
 def _postings(column: pa.ChunkedArray) -> pa.Table:
     """One row per category: the items that have it, ascending."""
-    lists = _one_chunk(column)
+    lists = one_chunk(column)
     items = np.repeat(np.arange(len(lists), dtype=np.int32), pc.list_value_length(lists).to_numpy(zero_copy_only=False))
     encoded = lists.flatten().drop_null().dictionary_encode()
     if len(encoded) != len(items):

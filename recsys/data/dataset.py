@@ -101,17 +101,19 @@ class Targets:
         return len(self.user_idx)
 
     def __getitem__(self, rows: slice) -> Targets:
-        """A contiguous run of queries."""
-        start, stop, step = rows.indices(len(self))
-        if step != 1:
-            raise ValueError("targets are cut into contiguous runs only")
-        lo, hi = self.relevant_offsets[start], self.relevant_offsets[stop]
+        """A run of queries."""
+        return self.select(np.arange(*rows.indices(len(self))))
+
+    def select(self, rows: NDArray[np.int64]) -> Targets:
+        """The queries at ``rows``, in that order."""
+        relevant = Histories(self.relevant_item_idx, self.relevant_offsets[rows], self.relevant_offsets[rows + 1])
+        packed = relevant.pack()
         return Targets(
             self.user_idx[rows],
             self.histories[rows],
             self.seen[rows],
-            self.relevant_item_idx[lo:hi],
-            self.relevant_offsets[start : stop + 1] - lo,
+            packed.item_idx,
+            packed.offsets,
             None if self.now_ms is None else self.now_ms[rows],
             self.repeats,
         )

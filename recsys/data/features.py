@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys import schema
-from recsys.arrow import pc
+from recsys.arrow import one_chunk, pc
 from recsys.data.dataset import Dataset, Split
 from recsys.data.leaks import check_blind
 from recsys.errors import ModelError
@@ -87,6 +87,8 @@ ITEM_COLUMNS = (
 )
 """of :attr:`ItemFeatures.numeric`; logs are log(1 + x); ``log_price`` and ``price_band`` (0 for the cheapest part to 1
 for the dearest) are NaN where an item has no price"""
+_OF_ITEMS_ALONE = tuple(name for name in ITEM_COLUMNS if name not in ("log_price", "price_band"))
+"""become the features ``item_NAME`` as they are"""
 _RECENT = 10
 _NAMES, _FEATURES = b"category_names", b"features"
 _COLUMN = {name: column for column, name in enumerate(ITEM_COLUMNS)}
@@ -130,7 +132,7 @@ class ItemFeatures:
         positive = weight > 0
         popularity = np.bincount(items[positive], minlength=num_items).astype(np.float64)
         recent = week = popularity
-        created = _created_ms(dataset.items)
+        created = dataset.items["created_at"].cast(pa.int64()).fill_null(NO_TIME).to_numpy()
         if log.timestamp_ms is not None:
             times = log.timestamp_ms[rows]
             cutoff = times.max() if len(times) else 0
@@ -149,7 +151,7 @@ class ItemFeatures:
         # Shrunk towards the overall mean by five interactions: an item with one rating is not yet the best of all.
         mean_value = (np.bincount(items, values, minlength=num_items) + 5.0 * overall) / (counts + 5.0)
         categories = dataset.items["categories"]
-        num_categories = _lengths(categories).to_numpy(zero_copy_only=False).astype(np.float64)
+        num_categories = pc.list_value_length(categories).to_numpy(zero_copy_only=False).astype(np.float64)
         price = dataset.items["price"].to_numpy(zero_copy_only=False).astype(np.float64)
         numeric = {
             "log_popularity": np.log1p(popularity),
@@ -163,12 +165,13 @@ class ItemFeatures:
             "log_sales": np.log1p(np.bincount(items[sold], minlength=num_items)),
             "price_band": price_bands(price),
         }
-        lists = categories.combine_chunks()
+        lists = one_chunk(categories)
+        creators = one_chunk(dataset.items["creator"]).dictionary_encode().indices
         names = category_columns(lists) if category_names is None else category_names
         return cls(
             np.stack([numeric[name] for name in ITEM_COLUMNS], axis=1).astype(np.float32),
             _category_rows(lists, num_items, names),
-            _codes(dataset.items["creator"].combine_chunks()),
+            creators.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32),
             created,
             names,
         )
@@ -216,7 +219,7 @@ def fixed_size_list(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
 
 def matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     """A fixed-size-list column as a [N, D] matrix, without a copy where the column is one chunk."""
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    array = one_chunk(column)
     return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
 
 
@@ -230,18 +233,6 @@ def price_bands(price: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isfinite(price), band, np.nan)
 
 
-def _lengths(lists: pa.Array | pa.ChunkedArray) -> Any:
-    return pc.list_value_length(lists)
-
-
-def _created_ms(items: pa.Table) -> NDArray[np.int64]:
-    return items["created_at"].cast(pa.int64()).fill_null(NO_TIME).to_numpy()
-
-
-def _codes(values: pa.Array) -> NDArray[np.int32]:
-    return values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
-
-
 def category_columns(categories: pa.ListArray) -> tuple[str, ...]:
     """The categories that get a column, most frequent first; ties by name, so that equal data gives equal columns."""
     encoded = categories.flatten().dictionary_encode()
@@ -252,7 +243,7 @@ def category_columns(categories: pa.ListArray) -> tuple[str, ...]:
 
 
 def _category_rows(categories: pa.ListArray, num_items: int, names: tuple[str, ...]) -> NDArray[np.float32]:
-    lengths = pc.fill_null(_lengths(categories), 0).to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.list_value_length(categories), 0).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(num_items), lengths)
     encoded = categories.flatten().dictionary_encode()
     width = max(1, len(names))
@@ -325,14 +316,8 @@ def candidate_features(
         mean_popularity = history[:, _COLUMN["log_popularity"]].mean()
         put("popularity_gap", of_items("log_popularity") - mean_popularity)
         put("user_mean_log_popularity", mean_popularity)
-    put("item_log_popularity", of_items("log_popularity"))
-    put("item_log_popularity_recent", of_items("log_popularity_recent"))
-    put("item_log_popularity_week", of_items("log_popularity_week"))
-    put("item_popularity_trend", of_items("popularity_trend"))
-    put("item_log_sales", of_items("log_sales"))
-    put("item_mean_value", of_items("mean_value"))
-    put("item_is_cold", of_items("is_cold"))
-    put("item_num_categories", of_items("num_categories"))
+    for name in _OF_ITEMS_ALONE:
+        put(f"item_{name}", of_items(name))
     put("item_price_band", np.nan_to_num(of_items("price_band"), nan=_NO_BAND))
     put("user_log_history_length", np.log1p(num_history))
     put("user_purchasing_power", purchasing_power)

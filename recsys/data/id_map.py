@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from recsys.arrow import Texts, pc
+from recsys.arrow import Texts, one_chunk, pc
 from recsys.errors import SchemaError
 
 _HASH_ROWS = 1 << 18
@@ -110,9 +110,7 @@ def fingerprint_ids(ids: pa.StringArray | pa.ChunkedArray) -> str:
 
 
 def _flat(ids: pa.Array | pa.ChunkedArray) -> pa.StringArray:
-    if isinstance(ids, pa.ChunkedArray):
-        ids = ids.chunk(0) if ids.num_chunks == 1 else ids.combine_chunks()
-    return ids.cast(pa.string())
+    return (one_chunk(ids) if isinstance(ids, pa.ChunkedArray) else ids).cast(pa.string())
 
 
 def _encode(ids: Sequence[str]) -> list[bytes]:

@@ -65,10 +65,6 @@ class PositivePolicy(StrictConfig):
         description="Rule per event name; other events weigh 0 (seen only). Replaces the default whole.",
     )
 
-    def weight(self, event: str, value: float | None = None) -> float:
-        """Weight (0 or more) of one event; > 0 makes it a positive."""
-        return float(self.weights(pa.array([event]), pa.array([value], pa.float32()))[0])
-
     def weights(self, events: pa.Array | pa.ChunkedArray, values: Any) -> NDArray[np.float32]:
         """float32 [R]: weight of each event. ``events`` hold text (or its dictionary form), ``values`` numbers or null.
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from recsys import schema
-from recsys.arrow import pc
+from recsys.arrow import one_chunk, pc
 from recsys.config import StrictConfig
 from recsys.data.config import DataConfig, FilterConfig
 from recsys.data.dataset import Dataset, DatasetInfo, Split
@@ -202,16 +202,15 @@ class _Log:
     def take(self, rows: NDArray[Any]) -> _Log:
         """The rows given by a mask or by numbers."""
         numbers = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return _Log(
-            self.row[numbers],
-            self.user[numbers],
-            self.item[numbers],
-            self.user_ids,
-            self.item_ids,
-            self.event.take(pa.array(numbers)),
-            None if self.time is None else self.time[numbers],
-            None if self.position is None else self.position[numbers],
-            self.value[numbers],
+        return replace(
+            self,
+            row=self.row[numbers],
+            user=self.user[numbers],
+            item=self.item[numbers],
+            event=self.event.take(pa.array(numbers)),
+            time=None if self.time is None else self.time[numbers],
+            position=None if self.position is None else self.position[numbers],
+            value=self.value[numbers],
         )
 
     def value_column(self) -> pa.Array:
@@ -263,7 +262,7 @@ def _read(source: Source, latest_ms: int, quarantine: Quarantine, console: Conso
         )
         chunks.append(_encoded(validate(nothing, source, 0, latest_ms)[0]))
     table = pa.concat_tables(chunks).unify_dictionaries().combine_chunks()
-    coded = {name: _one_array(table[name]) for name in (schema.USER_ID, schema.ITEM_ID, schema.EVENT)}
+    coded = {name: one_chunk(table[name]) for name in (schema.USER_ID, schema.ITEM_ID, schema.EVENT)}
     position = table[schema.POSITION]
     if 0 < position.null_count < len(position):
         raise SchemaError(
@@ -290,11 +289,6 @@ def _encoded(accepted: pa.Table) -> pa.Table:
     for name in (schema.USER_ID, schema.ITEM_ID, schema.EVENT):
         accepted = accepted.set_column(accepted.column_names.index(name), name, accepted[name].dictionary_encode())
     return accepted
-
-
-def _one_array(column: pa.ChunkedArray) -> Any:
-    """A dictionary column as one array, the empty column included."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _without_duplicates(log: _Log) -> tuple[_Log, _Log]:
@@ -355,16 +349,11 @@ def _index(log: _Log, items: pa.Table, *, keep_all: bool) -> tuple[_Log, Any, pa
     added = pa.table([fresh.get(f.name, pa.nulls(len(new), f.type)) for f in schema.ITEMS], schema=schema.ITEMS)
     items = pa.concat_tables([items, added]).combine_chunks()
     # Numbering users by first appearance may differ from the codes once filters have taken rows away: sort again.
-    indexed = _Log(
-        log.row,
-        user_of_code[log.user].astype(np.int32),
-        known[log.item].astype(np.int32),
-        log.user_ids,
-        items[schema.ITEM_ID],
-        log.event,
-        log.time,
-        log.position,
-        log.value,
+    indexed = replace(
+        log,
+        user=user_of_code[log.user].astype(np.int32),
+        item=known[log.item].astype(np.int32),
+        item_ids=items[schema.ITEM_ID],
     )
     return (
         indexed.take(np.argsort(indexed.user, kind="stable")),

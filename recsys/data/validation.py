@@ -7,7 +7,7 @@ What is wrong with a whole table (a missing column, a column of a type that cann
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -38,28 +38,19 @@ NOT_FINITE_VALUE = "value is NaN or infinite"
 DUPLICATE = "duplicate row"
 DUPLICATE_ITEM = "duplicate item_id"
 
-_FIELDS = (schema.USER_ID, schema.ITEM_ID, schema.TIMESTAMP, schema.POSITION, schema.EVENT, schema.VALUE)
 _MS_PER_UNIT = {"s": 1000.0, "ms": 1.0, "us": 0.001}
 
-QUARANTINE = pa.schema(
-    [
-        pa.field(ROW, pa.int64(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        *(pa.field(name, pa.string()) for name in _FIELDS),
-        pa.field(LINE, pa.string()),
-    ]
-)
+
+def _quarantine(names: Iterable[str]) -> pa.Schema:
+    head = [pa.field(ROW, pa.int64(), nullable=False), pa.field("reason", pa.string(), nullable=False)]
+    return pa.schema([*head, *(pa.field(name, pa.string()) for name in (*names, LINE))])
+
+
+_FIELDS = (schema.USER_ID, schema.ITEM_ID, schema.TIMESTAMP, schema.POSITION, schema.EVENT, schema.VALUE)
+QUARANTINE = _quarantine(_FIELDS)
 """The quarantine file: number of the row in the source from 0, the reason, the fields as text as they were found, and
 the whole line where it could not be cut into fields."""
-
-QUARANTINED_ITEMS = pa.schema(
-    [
-        pa.field(ROW, pa.int64(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        *(pa.field(name, pa.string()) for name in schema.ITEMS.names),
-        pa.field(LINE, pa.string()),
-    ]
-)
+QUARANTINED_ITEMS = _quarantine(schema.ITEMS.names)
 """The quarantine file of the catalogue, in the same form."""
 
 

@@ -1,6 +1,6 @@
 """Ranking metrics over full rankings, vectorised over queries.
 
-Shape legend: Q queries, K ranks, N items, C categories, D vector dimensions.
+Shape legend: Q queries, K ranks, N items, C categories.
 
 Every function takes ``ranked`` int32 [Q, K], best first, -1 where a system had nothing more to offer, no item twice in
 a row; and, where relevance matters, the relevant items of query ``q`` as
@@ -20,7 +20,7 @@ These are the definitions of TREC and of ``ranx``, which the tests compare with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +29,6 @@ from numpy.typing import NDArray
 from recsys.errors import DataError
 from recsys.ndcg import discounts
 from recsys.types import Float64Array, Int32Array, Int64Array
-
-_Distances = Callable[[Int32Array], tuple[Float64Array, NDArray[np.bool_]]]
 
 ACCURACY = ("recall", "ndcg", "mrr", "hr")
 """Names of the per-query metrics, each reported at every ``k``."""
@@ -153,45 +151,23 @@ def category_diversity(ranked: Int32Array, categories: CategoryTable) -> float:
     ``1 - |A & B| / |A | B|`` over the pairs of a slate (Ziegler et al., WWW 2005, with this distance). A pair in which
     an item has no category says nothing and is left out, and so is a slate without a pair; NaN when none remains.
     """
-
-    def distances(slates: Int32Array) -> tuple[Float64Array, NDArray[np.bool_]]:
+    depth = ranked.shape[1]
+    upper = np.triu(np.ones((depth, depth), bool), k=1)
+    total, num_slates = 0.0, 0
+    num_categories = int(categories.codes.max(initial=0)) + 1
+    chunk = max(1, _CHUNK_CELLS // (depth * (min(num_categories, 4096) + depth)))
+    for start in range(0, len(ranked), chunk):
+        slates = ranked[start : start + chunk]
         unique, where = np.unique(np.maximum(slates, 0), return_inverse=True)
         one_hot_BKC = categories.one_hot(unique.astype(np.int64))[where.reshape(slates.shape)]
         shared = np.einsum("bkc,blc->bkl", one_hot_BKC, one_hot_BKC, optimize=True)
         sizes = one_hot_BKC.sum(axis=2)
         either = sizes[:, :, None] + sizes[:, None, :] - shared
         known = (sizes > 0) & (slates >= 0)
-        return 1.0 - shared / np.maximum(either, 1.0), known
-
-    num_categories = int(categories.codes.max(initial=0)) + 1
-    return _mean_pairwise(ranked, distances, cells_per_item=min(num_categories, 4096) + ranked.shape[1])
-
-
-def vector_diversity(ranked: Int32Array, vectors: NDArray[np.float32]) -> float:
-    """Intra-list diversity by ``vectors`` float32 [N, D]: mean over slates of the mean pairwise ``1 - cosine``.
-
-    NaN when no slate holds two items.
-    """
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-    def distances(slates: Int32Array) -> tuple[Float64Array, NDArray[np.bool_]]:
-        items_BKD = unit[np.maximum(slates, 0)]
-        return 1.0 - np.einsum("bkd,bld->bkl", items_BKD, items_BKD, optimize=True), slates >= 0
-
-    return _mean_pairwise(ranked, distances, cells_per_item=vectors.shape[1] + ranked.shape[1])
-
-
-def _mean_pairwise(ranked: Int32Array, distances: _Distances, *, cells_per_item: int) -> float:
-    """Mean over the slates that have a known pair of the mean distance over their known pairs."""
-    depth = ranked.shape[1]
-    upper = np.triu(np.ones((depth, depth), bool), k=1)
-    total, num_slates = 0.0, 0
-    chunk = max(1, _CHUNK_CELLS // (depth * cells_per_item))
-    for start in range(0, len(ranked), chunk):
-        distance, known = distances(ranked[start : start + chunk])
         pairs = upper & known[:, :, None] & known[:, None, :]
+        distance = np.where(pairs, 1.0 - shared / np.maximum(either, 1.0), 0.0)
         num_pairs = pairs.sum(axis=(1, 2))
         usable = num_pairs > 0
-        total += float((np.where(pairs, distance, 0.0).sum(axis=(1, 2))[usable] / num_pairs[usable]).sum())
+        total += float((distance.sum(axis=(1, 2))[usable] / num_pairs[usable]).sum())
         num_slates += int(usable.sum())
     return total / num_slates if num_slates else float("nan")

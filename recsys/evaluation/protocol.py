@@ -1,7 +1,8 @@
 """Evaluation of any ranking system on the queries of a split: checked for leaks, warm and cold apart.
 
-A *system* is a function from :class:`~recsys.data.dataset.Targets` to ranked items. It must rank the whole catalogue
-and leave out ``targets.left_out``; both are checked, so that systems are compared on equal terms.
+A *system* is a function from :class:`~recsys.data.dataset.Targets` to ranked items. It must rank the whole catalogue,
+as metrics over sampled candidates do not order systems as full ones do (Krichene and Rendle, KDD 2020), and leave out
+``targets.left_out``, which is checked, so that systems are compared on equal terms.
 
 A *view* says what may be asked for. ``new``: items the user has not seen; seen items are excluded and are not
 relevant, and a query with nothing else relevant is left out (and counted). ``with_repeats``: everything; the system
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from pydantic import Field, field_validator
 from recsys.config import StrictConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.histories import Histories
-from recsys.errors import DataError, EmptyDataError, LeakageError, ModelError
+from recsys.errors import EmptyDataError, LeakageError, ModelError
 from recsys.evaluation import metrics
 from recsys.models.base import Retriever
 
@@ -52,10 +53,6 @@ class EvaluationConfig(StrictConfig):
     num_bootstrap: int = Field(default=1000, ge=100, description="resamples of users for each interval and p value")
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0, description="coverage of the intervals, as a fraction")
     seed: int = Field(default=0, ge=0, description="seed of the sample of users and of the resampling")
-    allow_sampled: bool = Field(
-        default=False,
-        description="accept systems that rank only a sample of the catalogue, as metrics named sampled_*",
-    )
 
     @field_validator("ks")
     @classmethod
@@ -81,6 +78,11 @@ class EvaluationConfig(StrictConfig):
     def all_ks(self) -> tuple[int, ...]:
         """``ks`` and the depth of :attr:`main_metric`, ascending."""
         return tuple(sorted({*self.ks, int(self.main_metric.partition("@")[2])}))
+
+    @property
+    def resampling(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`~recsys.evaluation.significance.bootstrap` and ``paired_difference``."""
+        return {"num_resamples": self.num_bootstrap, "confidence": self.confidence, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -117,46 +119,26 @@ class SystemResult:
     """the first one is the headline"""
     num_targets: int
     """queries of the split before sampling"""
-    sampled_candidates: int | None
-    """how many items each ranking chose from, or None for the whole catalogue"""
 
 
 def evaluate_ranker(
-    name: str,
-    rank_fn: RankFn,
-    targets: Targets,
-    dataset: Dataset,
-    config: EvaluationConfig,
-    *,
-    num_ranked_items: int | None = None,
+    name: str, rank_fn: RankFn, targets: Targets, dataset: Dataset, config: EvaluationConfig
 ) -> SystemResult:
     """Judge ``rank_fn`` on ``targets`` of ``dataset``.
-
-    ``num_ranked_items`` tells how many items each ranking chose from where that is not the whole catalogue. Such
-    sampled metrics do not order systems as full ones do (Krichene and Rendle, KDD 2020), so they are refused unless
-    ``config.allow_sampled`` is set, and then carry ``sampled_`` in their names.
 
     Raises :class:`LeakageError` for targets that see their own future, :class:`ModelError` for a system that returns
     unusable rankings, :class:`EmptyDataError` where there is nothing to judge.
     """
-    sampled = num_ranked_items is not None and num_ranked_items < dataset.num_items
-    if sampled and not config.allow_sampled:
-        raise DataError(
-            f"{name}: ranks {num_ranked_items} of {dataset.num_items} items; metrics over sampled candidates mislead. "
-            "Rank the whole catalogue, or set evaluation.allow_sampled to get metrics labelled sampled_*",
-            system=name,
-        )
     if not len(targets):
         raise EmptyDataError(f"{name}: the split has no queries to evaluate")
     check_no_leak(targets, dataset)
     rows = sample_queries(targets, config)
-    chosen = select(targets, rows)
+    chosen = targets.select(rows)
     views: tuple[View, ...] = ("new" if config.exclude_seen else "with_repeats",)
     if dataset.info.protocol == "next_basket":
         views = ("with_repeats", "new")
-    prefix = "sampled_" if sampled else ""
-    results = tuple(_evaluate_view(name, rank_fn, chosen, rows, dataset, config, view, prefix) for view in views)
-    return SystemResult(name, results, len(targets), num_ranked_items if sampled else None)
+    results = tuple(_evaluate_view(name, rank_fn, chosen, rows, dataset, config, view) for view in views)
+    return SystemResult(name, results, len(targets))
 
 
 def retriever_ranker(retriever: Retriever, dataset: Dataset, config: EvaluationConfig) -> RankFn:
@@ -282,22 +264,6 @@ def sample_queries(targets: Targets, config: EvaluationConfig) -> NDArray[np.int
     return np.flatnonzero(np.isin(cluster, order[:num_users]))
 
 
-def select(targets: Targets, rows: NDArray[np.int64]) -> Targets:
-    """The queries at ``rows``, in that order."""
-    starts, lengths = targets.relevant_offsets[rows], np.diff(targets.relevant_offsets)[rows]
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    gather = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Targets(
-        targets.user_idx[rows],
-        targets.histories[rows],
-        targets.seen[rows],
-        targets.relevant_item_idx[gather],
-        offsets,
-        None if targets.now_ms is None else targets.now_ms[rows],
-        targets.repeats,
-    )
-
-
 def _keep_relevant(targets: Targets, keep: NDArray[np.bool_]) -> tuple[Targets, NDArray[np.int64]]:
     """The queries with only the relevant items marked in ``keep`` bool [R], and which rows still have one."""
     query_of = np.repeat(np.arange(len(targets)), np.diff(targets.relevant_offsets))[keep]
@@ -305,7 +271,7 @@ def _keep_relevant(targets: Targets, keep: NDArray[np.bool_]) -> tuple[Targets, 
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     kept = replace(targets, relevant_item_idx=targets.relevant_item_idx[keep], relevant_offsets=offsets)
     rows = np.flatnonzero(lengths)
-    return select(kept, rows), rows
+    return kept.select(rows), rows
 
 
 def _distinct_relevant(targets: Targets, num_items: int) -> NDArray[np.bool_]:
@@ -343,7 +309,6 @@ def _evaluate_view(
     dataset: Dataset,
     config: EvaluationConfig,
     view: View,
-    prefix: str,
 ) -> ViewResult:
     num_items = dataset.num_items
     wanted = _distinct_relevant(targets, num_items)
@@ -362,7 +327,7 @@ def _evaluate_view(
         values = metrics.accuracy(
             part_ranked, part.relevant_item_idx, part.relevant_offsets, ks=config.all_ks, num_items=num_items
         )
-        return Segment(part_rows, part.user_idx, {prefix + metric: value for metric, value in values.items()})
+        return Segment(part_rows, part.user_idx, values)
 
     split_counts = dataset.train_counts()
     train = dataset.positives

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from recsys.data.dataset import Dataset, Split
 from recsys.errors import DataError
-from recsys.evaluation import metrics
-from recsys.evaluation.protocol import SEGMENTS, EvaluationConfig, Segment, SystemResult, ViewResult
+from recsys.evaluation.protocol import SEGMENTS, EvaluationConfig, Segment, SystemResult
 from recsys.evaluation.significance import Difference, Interval, bootstrap, paired_difference
 from recsys.files import atomic_path, write_json
+from recsys.types import Float64Array
 
 FORMAT = 1
 """Raised when the meaning of ``metrics.json`` changes."""
@@ -53,7 +53,6 @@ class SystemReport:
 
     name: str
     is_baseline: bool
-    sampled_candidates: int | None
     views: list[ViewReport]
 
 
@@ -116,12 +115,12 @@ class EvaluationReport:
         rows: list[list[str]] = []
         for system in self.systems:
             result = system.views[position]
-            found = {m.removeprefix("sampled_"): i for m, i in result.segments["all"].metrics.items()}
+            found = result.segments["all"].metrics
             interval = found[main]
             row = [_name(system), f"{interval.mean:.4f}", f"{interval.low:.4f} to {interval.high:.4f}"]
             row.append(f"{found[f'recall@{k}'].mean:.4f}")
             if best:
-                difference = {m.removeprefix("sampled_"): d for m, d in result.differences.items()}.get(main)
+                difference = result.differences.get(main)
                 row.append("" if difference is None else _interval(difference, "+"))
             rows.append(row)
         return f"{_label(view)}, {self.split}", header, rows
@@ -144,11 +143,10 @@ class EvaluationReport:
         interval = f"{self.config['confidence']:.0%} bootstrap intervals over users"
         asked = whole.segments["all"].num_queries + whole.num_left_out
         return (
-            f"Protocol {self.protocol}, split {self.split}, full ranking of {self.num_items} items unless a metric "
-            f"says sampled; {asked} of {self.num_targets} queries{sample} "
-            f"by {whole.segments['all'].num_users} users ({left_out}); {interval} ({self.config['num_bootstrap']} "
-            f"resamples, seed {self.config['seed']}), p values not adjusted for several comparisons; "
-            f"dataset {self.dataset_fingerprint[:16]}."
+            f"Protocol {self.protocol}, split {self.split}, full ranking of {self.num_items} items; "
+            f"{asked} of {self.num_targets} queries{sample} by {whole.segments['all'].num_users} users ({left_out}); "
+            f"{interval} ({self.config['num_bootstrap']} resamples, seed {self.config['seed']}), "
+            f"p values not adjusted for several comparisons; dataset {self.dataset_fingerprint[:16]}."
         )
 
     def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -166,16 +164,12 @@ class EvaluationReport:
         self, view: str, views: list[tuple[SystemReport, ViewReport]]
     ) -> tuple[list[str], list[list[str]]]:
         main, best = self.config["main_metric"], self.best_baseline.get(view)
-        names = list(views[0][1].segments["all"].metrics)
-        labels = list(dict.fromkeys(name.removeprefix("sampled_") for name in names))
-        header = ["system", *labels, *([f"{main} minus {best}", "p"] if best else [])]
+        header = ["system", *views[0][1].segments["all"].metrics, *([f"{main} minus {best}", "p"] if best else [])]
         rows: list[list[str]] = []
         for system, result in views:
             row = [_name(system)] + [_interval(i) for i in result.segments["all"].metrics.values()]
             if best:
-                difference = next(
-                    (d for m, d in result.differences.items() if m.removeprefix("sampled_") == main), None
-                )
+                difference = result.differences.get(main)
                 row += ["", ""] if difference is None else [_interval(difference, "+"), f"{difference.p_value:.3g}"]
             rows.append(row)
         return header, rows
@@ -188,7 +182,7 @@ class EvaluationReport:
         for system, result in views:
             row = [_name(system)]
             for name in SEGMENTS:
-                found = {m.removeprefix("sampled_"): i for m, i in result.segments[name].metrics.items()}
+                found = result.segments[name].metrics
                 row.append(_interval(found[main]) if found else "no queries")
             rows.append(row)
         return header, rows
@@ -219,17 +213,13 @@ def build_report(
     for position, first in enumerate(results[0].views):
         candidates = [result for result in results if result.name in baselines]
         if candidates:
-            # Sampled and full metrics are not comparable, so full ones come first.
-            main = config.main_metric
             best[first.view] = max(
-                candidates,
-                key=lambda r: (r.sampled_candidates is None, _main_values(r.views[position], main).mean()),
+                candidates, key=lambda r: r.views[position].segments["all"].values[config.main_metric].mean()
             )
     systems = [
         SystemReport(
             result.name,
             result.name in baselines,
-            result.sampled_candidates,
             [_view_report(result, position, best.get(view.view), config) for position, view in enumerate(result.views)],
         )
         for result in results
@@ -249,11 +239,6 @@ def build_report(
     )
 
 
-def _main_values(view: ViewResult, main: str) -> metrics.Float64Array:
-    values = view.segments["all"].values
-    return values[main] if main in values else values[f"sampled_{main}"]
-
-
 def _check_same_queries(a: SystemResult, b: SystemResult) -> None:
     same = len(a.views) == len(b.views) and all(
         x.view == y.view and np.array_equal(x.segments["all"].rows, y.segments["all"].rows)
@@ -268,18 +253,9 @@ def _view_report(
 ) -> ViewReport:
     view = result.views[position]
     differences: dict[str, Difference] = {}
-    comparable = best is not None and best is not result and best.sampled_candidates == result.sampled_candidates
-    if comparable:
-        assert best is not None
+    if best is not None and best is not result:
         ours, theirs = view.segments["all"], best.views[position].segments["all"]
-        found = paired_difference(
-            _matrix(ours),
-            _matrix(theirs),
-            ours.user_idx,
-            num_resamples=config.num_bootstrap,
-            confidence=config.confidence,
-            seed=config.seed,
-        )
+        found = paired_difference(_matrix(ours), _matrix(theirs), ours.user_idx, **config.resampling)
         differences = dict(zip(ours.values, found, strict=True))
     return ViewReport(
         view=view.view,
@@ -293,18 +269,12 @@ def _view_report(
 def _segment_report(segment: Segment, config: EvaluationConfig) -> SegmentReport:
     if not len(segment.rows):
         return SegmentReport(0, 0, {})
-    intervals = bootstrap(
-        _matrix(segment),
-        segment.user_idx,
-        num_resamples=config.num_bootstrap,
-        confidence=config.confidence,
-        seed=config.seed,
-    )
+    intervals = bootstrap(_matrix(segment), segment.user_idx, **config.resampling)
     found = dict(zip(segment.values, intervals, strict=True))
     return SegmentReport(len(segment.rows), len(np.unique(segment.user_idx)), found)
 
 
-def _matrix(segment: Segment) -> metrics.Float64Array:
+def _matrix(segment: Segment) -> Float64Array:
     return np.stack(list(segment.values.values()), axis=1)
 
 
@@ -319,8 +289,7 @@ def _label(view: str) -> str:
 
 
 def _name(system: SystemReport) -> str:
-    label = f"{system.name} (baseline)" if system.is_baseline else system.name
-    return label if system.sampled_candidates is None else f"{label} (sampled, {system.sampled_candidates} candidates)"
+    return f"{system.name} (baseline)" if system.is_baseline else system.name
 
 
 def _interval(value: Interval | Difference, sign: str = "") -> str:

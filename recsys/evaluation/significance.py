@@ -41,11 +41,6 @@ class Difference:
     high: float
     p_value: float
 
-    @property
-    def significant(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap(
     values: Float64Array,

@@ -21,7 +21,7 @@ from pydantic import Field
 from recsys.config import StrictConfig
 from recsys.data.dataset import Dataset, Targets
 from recsys.errors import DataError
-from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker, select
+from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker
 from recsys.evaluation.significance import Difference, Interval, bootstrap, paired_difference
 from recsys.evaluation.slices import Slices, slices
 from recsys.files import atomic_path, read_json, write_json, write_parquet
@@ -109,10 +109,10 @@ class Run:
             views,
             users,
             record["slates"],
-                        [_slices(one) for one in record["slices"]],
+            [_slices(one) for one in record["slices"]],
             record["curve"],
             Cost(**record["cost"]),
-        )  # fmt: skip
+        )
 
 
 def judge(
@@ -138,7 +138,7 @@ def judge(
     result = evaluate_ranker(system, recorded, targets, dataset, config)
     first = result.views[0].segments["all"]
     of_first = np.concatenate(ranked)[: len(first.rows)]  # views are ranked one after another
-    asked = select(targets, first.rows)
+    asked = targets.select(first.rows)
     return Run(
         system,
         seed,
@@ -338,13 +338,7 @@ def ratio_interval(
     ``b`` is that of the ratio (Taylor series method; Cochran, Sampling Techniques, 1977, chapter 6).
     """
     ratio = float(a.mean() / b.mean())
-    (around,) = bootstrap(
-        (a - ratio * b)[:, None],
-        user_idx,
-        num_resamples=config.num_bootstrap,
-        confidence=config.confidence,
-        seed=config.seed,
-    )
+    (around,) = bootstrap((a - ratio * b)[:, None], user_idx, **config.resampling)
     scale = float(b.mean())
     return Interval(ratio, ratio + around.low / scale, ratio + around.high / scale)
 
@@ -368,25 +362,12 @@ def _summary(
     users: NDArray[np.int32],
     config: EvaluationConfig,
 ) -> SystemSummary:
-    intervals = bootstrap(
-        np.stack(list(mean.values()), axis=1),
-        users,
-        num_resamples=config.num_bootstrap,
-        confidence=config.confidence,
-        seed=config.seed,
-    )
+    intervals = bootstrap(np.stack(list(mean.values()), axis=1), users, **config.resampling)
     difference: Difference | None = None
     ratio: Interval | None = None
     if best is not None and best is not mean:
         ours, theirs = mean[config.main_metric], best[config.main_metric]
-        (difference,) = paired_difference(
-            ours[:, None],
-            theirs[:, None],
-            users,
-            num_resamples=config.num_bootstrap,
-            confidence=config.confidence,
-            seed=config.seed,
-        )
+        (difference,) = paired_difference(ours[:, None], theirs[:, None], users, **config.resampling)
         ratio = ratio_interval(ours, theirs, users, config) if theirs.any() else None
     first = group[0]
     return SystemSummary(

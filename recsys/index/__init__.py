@@ -23,10 +23,8 @@ AnyIndex = Annotated[IndexConfig, KINDS]
 __all__ = ["KINDS", "AnyIndex", "IndexConfig", "VectorIndex", "load_index"]
 
 
-def load_index(folder: str | Path, *, threads: int | None = None) -> VectorIndex:
+def load_index(folder: str | Path) -> VectorIndex:
     """Memory-map what :meth:`VectorIndex.save` wrote: pages are shared between processes and read on demand.
-
-    ``threads`` sets FAISS's threads per search for this whole process; None leaves them as they are.
 
     :raises ModelError: when the folder holds no complete index or its parts disagree.
     """
@@ -46,6 +44,4 @@ def load_index(folder: str | Path, *, threads: int | None = None) -> VectorIndex
             f"{INFO_FILE} says {info['num_items']} x {info['dim']}",
             path=str(folder),
         )
-    if threads is not None:
-        faiss.omp_set_num_threads(threads)
     return VectorIndex(config, index)

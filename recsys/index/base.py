@@ -17,12 +17,10 @@ from pydantic import Field
 from recsys.errors import ModelError
 from recsys.files import atomic_path, write_json
 from recsys.kinds import Kind
-from recsys.types import FloatArray
+from recsys.types import BoolArray, FloatArray
 
 faiss: Any = import_module("faiss")
 """FAISS untyped: its own stubs lack most of what is used here"""
-
-Allowed = NDArray[np.bool_] | NDArray[np.uint8]
 
 MAX_TIE = 4096
 INDEX_FILE, INFO_FILE = "index.faiss", "index.json"
@@ -101,14 +99,14 @@ class VectorIndex:
         return self._index.d
 
     def search(
-        self, queries: FloatArray, k: int, allowed: Allowed | None = None
+        self, queries: FloatArray, k: int, allowed: BoolArray | None = None
     ) -> tuple[FloatArray, NDArray[np.int32]]:
         """The ``k`` items with the highest inner product: scores float32 [B, k] descending, item_idx int32 [B, k].
 
-        ``allowed`` limits the items: bool [N], or its bits packed little-endian, uint8 [ceil(N / 8)]. Where fewer than
-        ``k`` items are allowed the rest is item_idx -1 with score -inf; while allowed items remain, none is missing:
-        an approximate search that comes up short is repeated exhaustively. Equal scores are ordered by item_idx, and
-        a search that is exhaustive also cuts them in that order (unless more than ``MAX_TIE`` items are tied).
+        ``allowed`` (bool [N]) limits the items. Where fewer than ``k`` items are allowed the rest is item_idx -1 with
+        score -inf; while allowed items remain, none is missing: an approximate search that comes up short is repeated
+        exhaustively. Equal scores are ordered by item_idx, and a search that is exhaustive also cuts them in that order
+        (unless more than ``MAX_TIE`` items are tied).
 
         :raises ModelError: when shapes do not fit the index.
         """
@@ -120,10 +118,13 @@ class VectorIndex:
         num_queries, num_items = len(queries_BD), self.num_items
         scores_Bk = np.full((num_queries, k), -np.inf, np.float32)
         items_Bk = np.full((num_queries, k), -1, np.int32)
-        bits, num_allowed = self._bits(allowed)
+        if allowed is not None and (allowed.dtype != np.bool_ or allowed.shape != (num_items,)):
+            raise ModelError(f"a mask of {allowed.dtype} {allowed.shape} does not fit: give bool [{num_items}]")
+        num_allowed = num_items if allowed is None else int(np.count_nonzero(allowed))
         wanted = min(k, num_allowed)
         if wanted == 0 or num_queries == 0:
             return scores_Bk, items_Bk
+        bits = None if allowed is None else np.packbits(allowed, bitorder="little")
         selector = None if bits is None else faiss.IDSelectorBitmap(bits)
         config = self.config
         if not isinstance(config, ApproximateIndexConfig) or num_allowed < config.exhaustive_below * num_items:
@@ -157,20 +158,6 @@ class VectorIndex:
             if ask == num_allowed or not tied or ask >= MAX_TIE:
                 return scores, items
             ask = min(4 * ask, num_allowed)
-
-    def _bits(self, allowed: Allowed | None) -> tuple[NDArray[np.uint8] | None, int]:
-        """The packed mask and how many items it allows."""
-        if allowed is None:
-            return None, self.num_items
-        if allowed.dtype == np.bool_ and allowed.shape == (self.num_items,):
-            return np.packbits(allowed, bitorder="little"), int(np.count_nonzero(allowed))
-        if allowed.dtype == np.uint8 and allowed.shape == ((self.num_items + 7) // 8,):
-            packed = np.ascontiguousarray(allowed, np.uint8)
-            return packed, int(np.unpackbits(packed, count=self.num_items, bitorder="little").sum())
-        raise ModelError(
-            f"a mask of {allowed.dtype} {allowed.shape} does not fit {self.num_items} items: "
-            f"give bool [{self.num_items}] or packed uint8 [{(self.num_items + 7) // 8}]"
-        )
 
     def vectors(self) -> FloatArray | None:
         """float32 [N, D] as they were indexed; None where the index holds them less exactly, or not in order."""

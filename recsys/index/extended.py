@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.errors import ModelError
-from recsys.index.base import Allowed, VectorIndex
-from recsys.types import FloatArray
+from recsys.index.base import VectorIndex
+from recsys.types import BoolArray, FloatArray
 
 
 class ExtendedIndex(VectorIndex):
@@ -38,12 +38,9 @@ class ExtendedIndex(VectorIndex):
         return self._base.dim
 
     def search(
-        self, queries: FloatArray, k: int, allowed: Allowed | None = None
+        self, queries: FloatArray, k: int, allowed: BoolArray | None = None
     ) -> tuple[FloatArray, NDArray[np.int32]]:
         """See :meth:`VectorIndex.search`."""
-        if allowed is not None and allowed.dtype == np.uint8:
-            bits = np.ascontiguousarray(allowed, np.uint8)
-            allowed = np.unpackbits(bits, count=self.num_items, bitorder="little").astype(np.bool_)
         if allowed is not None and allowed.shape != (self.num_items,):
             raise ModelError(f"a mask of shape {allowed.shape} does not fit {self.num_items} items")
         inside = self._kept if allowed is None else self._kept & allowed[: len(self._kept)]

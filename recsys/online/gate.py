@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.data.dataset import Dataset, Split, Targets
-from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker, sample_queries, select
+from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker, sample_queries
 from recsys.evaluation.significance import paired_difference
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.online.config import GateConfig
@@ -62,15 +62,8 @@ def judge(
         view = evaluate_ranker(name, one.rank, targets, dataset, evaluation).views[0].segments["all"]
         values.append(view.values[metric])
         user_idx = view.user_idx
-    (difference,) = paired_difference(
-        values[1][:, None],
-        values[0][:, None],
-        user_idx,
-        num_resamples=evaluation.num_bootstrap,
-        confidence=evaluation.confidence,
-        seed=evaluation.seed,
-    )
-    asked = select(targets, sample_queries(targets, evaluation))
+    (difference,) = paired_difference(values[1][:, None], values[0][:, None], user_idx, **evaluation.resampling)
+    asked = targets.select(sample_queries(targets, evaluation))
     sample = asked[: min(len(asked), _CALIBRATION_QUERIES)]
     overlap = _overlap(parent.rank(sample), child.rank(sample))
     before, after = float(values[0].mean()), float(values[1].mean())

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures
-from recsys.evaluation.protocol import EvaluationConfig, sample_queries, select
+from recsys.evaluation.protocol import EvaluationConfig, sample_queries
 from recsys.models.base import FitData, Retriever, RetrieverConfig, VectorRetriever
 from recsys.models.rankers.attention_network import AttentionRanker
 from recsys.models.rankers.base import Ranker
@@ -93,9 +93,8 @@ def ranking_lesson(
     """The new events of ``split`` among the candidates of ``parts`` that have not learned them."""
     targets = dataset.targets(split)
     some = EvaluationConfig(max_queries=online.max_ranking_queries, seed=online.seed)
-    return retrieved_examples(
-        parts, pipeline, select(targets, sample_queries(targets, some)), catalogue.items, max_history
-    )
+    asked = targets.select(sample_queries(targets, some))
+    return retrieved_examples(parts, pipeline, asked, catalogue.items, max_history)
 
 
 def teach_ranker(

@@ -25,12 +25,7 @@ class ItemSimilarity:
 
     def cosines(self, rows: Int32Array, columns: Int32Array) -> FloatArray:
         """float32 [rows, columns], -1 to 1 (0 to 1 by categories)."""
-        items = np.concatenate([rows, columns])
-        if self.item_embeddings is None:
-            units = self.catalogue.category_rows(items)
-        else:
-            vectors = self.item_embeddings[items]
-            units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+        units = self.catalogue.unit_vectors(np.concatenate([rows, columns]), self.item_embeddings)
         return units[: len(rows)] @ units[len(rows) :].T
 
     def neighbours(self, item_idx: int, k: int, allowed: BoolArray) -> tuple[Int32Array, FloatArray]:

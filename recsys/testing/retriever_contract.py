@@ -25,11 +25,10 @@ from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, ModelError, NoTimeError
-from recsys.evaluation.protocol import select
 from recsys.index.flat import FlatIndex
 from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig, VectorRetriever
 from recsys.models.retrievers import AnyRetriever, load_retriever
-from recsys.models.retrievers.towers.base import TowerConfig, TowerRetriever
+from recsys.models.retrievers.towers.base import TowerConfig
 from recsys.models.stand_in import StandIns
 from recsys.online.replay import lesson_of
 from recsys.pipeline.build import Parts
@@ -56,12 +55,6 @@ def with_words(data: FitData) -> FitData:
     """``data`` of four planted clusters, with words in the titles that tell the cluster."""
     titles = [f"{_COLOURS[i // CLUSTER_ITEMS]} thing number{i}" for i in range(data.num_items)]
     return replace(data, items=_titled(data.items, titles))
-
-
-def new_items(data: FitData) -> tuple[pa.Table, NDArray[np.float32] | None]:
-    """``ITEMS`` rows of one new item per cluster, and their text vectors where ``data`` has some."""
-    items = _titled(data.items[:4], [f"{colour} new words" for colour in _COLOURS])
-    return items, None if data.text_vectors is None else np.eye(8, dtype=np.float32)[:4]
 
 
 def _titled(items: pa.Table, titles: list[str]) -> pa.Table:
@@ -152,7 +145,7 @@ class RetrieverContract:
 
     def test_more_candidates_than_there_are_items(self, fitted: Retriever) -> None:
         """Retrieval then gives every item that the user has not seen, once."""
-        targets = select(self.dataset.targets(Split.VALID), np.arange(3))
+        targets = self.dataset.targets(Split.VALID)[:3]
         parts = Parts.of_models(Catalogue.build(self.dataset.items), fitted, FlatIndex())
         config = PipelineConfig(num_candidates=1000, max_history=100)
         candidates = OfflinePipeline(parts, config, stages=(RETRIEVAL,)).candidates(targets)
@@ -303,18 +296,6 @@ class RetrieverContract:
             )
             >= self.min_ndcg
         )
-
-    def test_an_item_is_found_by_what_it_says_alone(self, fitted: Retriever) -> None:
-        """A new item ranks as its cluster does: its vector comes from its text vector or its words."""
-        data = self.fit_data(self.dataset)
-        if data.text_vectors is None and self.config.sample_reads != "words":
-            pytest.skip("fitted without texts here")
-        if not isinstance(fitted, TowerRetriever):
-            pytest.skip("this kind makes no vectors of new items")
-        vectors = fitted.vectors_of_new(*new_items(data))
-        lists = [[CLUSTER_ITEMS * cluster + item for item in (1, 5, 3, 7)] for cluster in range(4)]
-        users = fitted.encode_users(Histories.from_lists(lists))[:, 0]
-        assert (users @ vectors.T).argmax(1).tolist() == [0, 1, 2, 3]
 
     def test_empty_data(self) -> None:
         """Nothing to learn from is an error that says so."""

@@ -316,17 +316,7 @@ def sample_targets(targets: Targets, max_queries: int, seed: int) -> Targets:
     """A seeded sample of ``max_queries`` queries, in their order."""
     if len(targets) <= max_queries:
         return targets
-    rows = np.sort(rng_for(seed, 2).choice(len(targets), max_queries, replace=False))
-    relevant = Histories(targets.relevant_item_idx, targets.relevant_offsets[rows], targets.relevant_offsets[rows + 1])
-    packed = relevant.pack()
-    return Targets(
-        targets.user_idx[rows],
-        targets.histories[rows],
-        targets.seen[rows],
-        packed.item_idx,
-        packed.offsets,
-        None if targets.now_ms is None else targets.now_ms[rows],
-    )
+    return targets.select(np.sort(rng_for(seed, 2).choice(len(targets), max_queries, replace=False)))
 
 
 def validation_ndcg(

@@ -27,7 +27,7 @@ from recsys.config import load_config
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.prepare import prepare
 from recsys.evaluation.metrics import accuracy
-from recsys.evaluation.protocol import rank_scores, select
+from recsys.evaluation.protocol import rank_scores
 from recsys.files import write_json
 from recsys.index.flat import FlatIndex
 from recsys.models.base import FitData, Retriever, UpdateConfig
@@ -81,7 +81,7 @@ def without(dataset: Dataset, new: NDArray[np.int32], keep: int) -> Dataset:
 def of_items(targets: Targets, items: NDArray[np.int32]) -> Targets:
     """The queries whose item is one of ``items`` and was not seen."""
     seen = np.array([targets.relevant(row)[0] in targets.seen.items(row) for row in range(len(targets))])
-    return select(targets, np.flatnonzero(np.isin(targets.relevant_item_idx, items) & ~seen))
+    return targets.select(np.flatnonzero(np.isin(targets.relevant_item_idx, items) & ~seen))
 
 
 def stand_ins_of(text: NDArray[np.float32], new: NDArray[np.int32]) -> tuple[StandIns, NDArray[np.int32]]:
@@ -178,7 +178,7 @@ def main(workdir: Annotated[Path, typer.Option(help="folder of the prepared data
 
     popular = Popularity().fit(FitData.of(dataset, Split.TRAIN), Runtime("cpu"))
     ids, texts = fitted(dataset, None, ids_model), fitted(dataset, text, text_model)
-    old = select(test, np.flatnonzero(test.histories.lengths >= max(STEPS)))
+    old = test.select(np.flatnonzero(test.histories.lengths >= max(STEPS)))
 
     def cut(number: int) -> Targets:
         return replace(old, histories=old.histories.last(number))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from jobs import benchmark, benchmark_ratings
@@ -17,6 +20,7 @@ from jobs.benchmark_ratings import RatingSuite
 from recsys.config import load_config
 from recsys.errors import ConfigError, ModelError
 from recsys.files import read_json
+from recsys.training.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = {
@@ -87,6 +91,24 @@ def test_a_ranker_takes_part_with_its_retriever(tmp_path: Path) -> None:
     assert (folder / "ranker" / "model.safetensors").exists() and not list((folder / "fit_ranker").iterdir())
     table = (judged.folder / "suite.md").read_text()
     assert "p50 ms" in table and "accuracy against latency" in (judged.folder / "suite.html").read_text()
+
+
+def test_cpu_time_is_that_of_all_workers(tmp_path: Path) -> None:
+    class Several(Runtime):
+        def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+            return value + 100.0
+
+    model = SimpleNamespace(network=torch.nn.Linear(1, 1), history=[], save=lambda _: None)
+    config: Any = SimpleNamespace(fit=lambda *_, **__: model)
+    nothing: Any = None
+    of_both = (
+        benchmark.fit(benchmark.Payload(config, nothing), Several("cpu")),
+        benchmark.fit_ranker(benchmark.RankerPayload(config, nothing, nothing, nothing, 0), Several("cpu")),
+    )
+    for save in of_both:
+        save(tmp_path)
+        took = read_json(tmp_path / "training.json")
+        assert took["cpu_seconds"] >= 100 and took["train_seconds"] < 100
 
 
 POPULAR = """

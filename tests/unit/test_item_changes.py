@@ -189,10 +189,9 @@ def test_base_and_delta_find_what_one_index_over_all_finds(seed, num_new, num_re
     queries = generator.integers(-3, 4, (3, 4)).astype(np.float32)
     allowed = generator.random(len(vectors)) < 0.6 if masked else None
     expected = FlatIndex().build(vectors).search(queries, k, allowed)
-    for mask in (allowed, None if allowed is None else np.packbits(allowed, bitorder="little")):
-        found = extended.search(queries, k, mask)
-        np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-        np.testing.assert_array_equal(found[1], expected[1])
+    found = extended.search(queries, k, allowed)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
 def test_vectors_and_masks_of_another_shape_are_refused():

@@ -71,7 +71,8 @@ def test_popularity_lift() -> None:
     assert np.isnan(metrics.popularity_lift(slates[:1], *ragged([]), counts))
 
 
-def test_category_diversity_against_the_definition() -> None:
+def test_category_diversity_against_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 500)  # several chunks
     rng = np.random.default_rng(3)
     names = list("abcdef")
     categories = [list(rng.choice(names, rng.integers(0, 4))) for _ in range(30)]  # repeats and empty lists included
@@ -88,13 +89,3 @@ def test_category_diversity_against_the_definition() -> None:
 def test_category_diversity_without_categories_is_undefined() -> None:
     table = metrics.CategoryTable(pa.chunked_array([[[], []]], pa.list_(pa.string())))
     assert np.isnan(metrics.category_diversity(np.array([[0, 1]], np.int32), table))
-
-
-def test_vector_diversity_against_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 100)  # several chunks
-    rng = np.random.default_rng(4)
-    vectors = rng.normal(size=(12, 3)).astype(np.float32)
-    ranked = np.array([rng.permutation(12)[:4] for _ in range(9)], np.int32)
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    pairs = [1 - unit[r[i]] @ unit[r[j]] for r in ranked for i in range(4) for j in range(i + 1, 4)]
-    assert metrics.vector_diversity(ranked, vectors) == pytest.approx(np.mean(pairs), abs=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.errors import DataError
 from recsys.evaluation.page import suite_page
-from recsys.evaluation.protocol import EvaluationConfig, select
+from recsys.evaluation.protocol import EvaluationConfig
 from recsys.evaluation.slices import slices
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge, ratio_interval
 from recsys.testing.planted import planted_clusters
@@ -58,7 +58,7 @@ def report(dataset: Dataset, runs: list[Run]) -> SuiteReport:
 
 
 def test_slices_are_mean_gains_of_their_pairs(dataset: Dataset) -> None:
-    targets = select(dataset.targets(Split.VALID), np.arange(3))
+    targets = dataset.targets(Split.VALID)[:3]
     ranked = np.full((3, 10), -1, np.int32)
     first, second = targets.relevant(0)[0], targets.relevant(1)[0]
     ranked[0, 0] = first

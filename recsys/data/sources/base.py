@@ -18,6 +18,8 @@ column         needed     type
 ``rejected``   no         string or null: why the source itself refuses the row, null where it does not
 ``line``       no         string or null: the text of a line that could not be cut into columns
 =============  =========  =====================================================================================
+
+Of accepted rows ``position`` orders the user's own log; ``timestamp`` is null in data with order only.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ class Source(Kind, ABC):
     kind: str
 
     @property
-    @abstractmethod
     def has_time(self) -> bool:
         """False where the data has order only; its timestamps are then null, never invented."""
+        return True
 
     @property
     def timestamp_encoding(self) -> TimestampEncoding:

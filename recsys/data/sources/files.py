@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,23 @@ from pydantic import Field
 from recsys import schema
 from recsys.arrow import pc
 from recsys.config import StrictConfig
-from recsys.data.sources.base import LINE, REJECTED, ROW
+from recsys.data.sources.base import LINE, REJECTED, ROW, Source, TimestampEncoding
 from recsys.errors import ConfigError, DataError, EmptyDataError, SchemaError
 from recsys.files import file_sha256
 
 BLOCK_BYTES = 4 << 20
 BATCH_ROWS = 1 << 17
+_IGNORE = 'Columns to leave out; "*" leaves out all that are not mapped. Any other column is an error.'
 
 
-class InteractionColumns(StrictConfig):
+class _Columns(StrictConfig):
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Per field that the file has, its column."""
+        return {field: column for field, column in self.model_dump().items() if column is not None}
+
+
+class InteractionColumns(_Columns):
     """Which column of the file holds which field of an interaction; null where the file has no such column."""
 
     user_id: str = Field(default="user_id", description="Column with the user's id (text or integer).")
@@ -44,7 +53,7 @@ class InteractionColumns(StrictConfig):
     )
 
 
-class ItemColumns(StrictConfig):
+class ItemColumns(_Columns):
     """Which column of the catalogue holds which field of an item; null where it has no such column."""
 
     item_id: str = Field(default="item_id", description="Column with the item's id.")
@@ -71,10 +80,7 @@ class ItemsFile(StrictConfig):
 
     path: str = Field(description="Path of the catalogue: .parquet, else CSV with a header.")
     columns: ItemColumns = Field(default=ItemColumns(), description="Which column holds which field.")
-    ignore: tuple[str, ...] = Field(
-        default=(),
-        description='Columns to leave out; "*" leaves out all that are not mapped. Any other column is an error.',
-    )
+    ignore: tuple[str, ...] = Field(default=(), description=_IGNORE)
     category_separator: str = Field(default="|", min_length=1, description="Text between two categories of one item.")
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="Character between two CSV columns.")
     encoding: str = Field(default="utf-8", description="Text encoding of a CSV file, such as utf-8 or latin-1.")
@@ -82,7 +88,7 @@ class ItemsFile(StrictConfig):
     def read(self) -> pa.Table:
         """The raw catalogue: columns named as in the contract, ``categories`` as lists."""
         path = existing(self.path)
-        mapping = {field: column for field, column in self.columns.model_dump().items() if column is not None}
+        mapping = self.columns.mapping
         if path.suffix == ".parquet":
             file = pq.ParquetFile(path)
             check_columns(file.schema_arrow.names, mapping, self.ignore, path, optional="items.columns")
@@ -99,9 +105,48 @@ class ItemsFile(StrictConfig):
             )
         return table
 
+
+class FileSource(Source, ABC):
+    """Interactions in files, items (optional) in another file."""
+
+    path: str = Field(description="Path of the file with the interactions.")
+    event: str = Field(
+        default="interaction", min_length=1, description="Event of every row where no column says what happened."
+    )
+    catalogue: ItemsFile | None = Field(default=None, description="The items' file; null where there is none.")
+
+    @property
+    def default_event(self) -> str:
+        return self.event
+
+    def items(self) -> pa.Table | None:
+        return None if self.catalogue is None else self.catalogue.read()
+
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file and of how it is read."""
-        return fingerprint(self, [existing(self.path)])
+        if self.catalogue is None:
+            return files_fingerprint(self, self._files())
+        settings = self.model_copy(update={"catalogue": self.catalogue.model_copy(update={"path": ""})})
+        return files_fingerprint(settings, [*self._files(), existing(self.catalogue.path)])
+
+    def _files(self) -> list[Path]:
+        """The files with the interactions, in the order in which they are read."""
+        return [existing(self.path)]
+
+
+class TableSource(FileSource, ABC):
+    """Interactions in files with named columns. A column that is neither mapped nor ignored is an error."""
+
+    columns: InteractionColumns = Field(default=InteractionColumns(), description="Which column holds which field.")
+    ignore: tuple[str, ...] = Field(default=(), description=_IGNORE)
+    timestamp_unit: TimestampEncoding = Field(description="How the times are written.")
+
+    @property
+    def has_time(self) -> bool:
+        return self.columns.timestamp is not None
+
+    @property
+    def timestamp_encoding(self) -> TimestampEncoding:
+        return self.timestamp_unit
 
 
 def split_categories(texts: Any, separator: str) -> Any:
@@ -126,7 +171,7 @@ def existing(path: str | Path) -> Path:
     return found
 
 
-def fingerprint(config: StrictConfig, files: Iterable[Path]) -> str:
+def files_fingerprint(config: StrictConfig, files: Iterable[Path]) -> str:
     """SHA-256 (hex) of the files' content and of ``config``; where the files lie does not matter."""
     settings = config.model_copy(update={"path": ""}) if "path" in type(config).model_fields else config
     digest = hashlib.sha256(settings.content_hash().encode())

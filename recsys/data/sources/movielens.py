@@ -11,7 +11,7 @@ from pydantic import Field
 
 from recsys import schema
 from recsys.data.sources.base import Source
-from recsys.data.sources.files import estimate_lines, existing, fingerprint, read_csv, split_categories
+from recsys.data.sources.files import estimate_lines, existing, files_fingerprint, read_csv, split_categories
 from recsys.errors import DataError, SchemaError
 
 _FIELDS = (schema.USER_ID, schema.ITEM_ID, schema.VALUE, schema.TIMESTAMP)
@@ -61,10 +61,6 @@ class MovielensSource(Source):
         return cls(path=str(folder))
 
     @property
-    def has_time(self) -> bool:
-        return True
-
-    @property
     def default_event(self) -> str:
         return "rating"
 
@@ -110,7 +106,7 @@ class MovielensSource(Source):
         )
 
     def fingerprint(self) -> str:
-        return fingerprint(self, self._files())
+        return files_fingerprint(self, self._files())
 
     def num_rows(self) -> int:
         return estimate_lines(self._files()[0])

@@ -32,10 +32,6 @@ class MovielensSmallSource(Source):
         return cls()
 
     @property
-    def has_time(self) -> bool:
-        return True
-
-    @property
     def default_event(self) -> str:
         return "rating"
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from recsys import schema
 from recsys.arrow import pc
 from recsys.data.sources.base import REJECTED, Source
-from recsys.data.sources.files import check_columns, existing, fingerprint
+from recsys.data.sources.files import check_columns, existing, files_fingerprint
 from recsys.files import write_parquet
 
 _MAPPING = {
@@ -61,10 +61,6 @@ class OnlineRetailSource(Source):
         return cls(path=str(folder / "log.parquet"))
 
     @property
-    def has_time(self) -> bool:
-        return True
-
-    @property
     def default_event(self) -> str:
         return "purchase"
 
@@ -99,7 +95,7 @@ class OnlineRetailSource(Source):
         )
 
     def fingerprint(self) -> str:
-        return fingerprint(self, [existing(self.path)])
+        return files_fingerprint(self, [existing(self.path)])
 
     def num_rows(self) -> int:
         return pq.read_metadata(existing(self.path)).num_rows

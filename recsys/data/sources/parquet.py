@@ -13,14 +13,14 @@ from pydantic import Field
 
 from recsys import schema
 from recsys.arrow import pc
-from recsys.data.sources.base import Source, TimestampEncoding
-from recsys.data.sources.files import BATCH_ROWS, InteractionColumns, ItemsFile, check_columns, existing, fingerprint
+from recsys.data.sources.base import TimestampEncoding
+from recsys.data.sources.files import BATCH_ROWS, TableSource, check_columns, existing
 from recsys.errors import EmptyDataError, SchemaError
 from recsys.events.exported import LOG_ONLY, WATERMARK
 from recsys.files import write_parquet
 
 
-class ParquetSource(Source):
+class ParquetSource(TableSource):
     """Interactions in one Parquet file or a folder of them (read in order of their names), items in another file.
 
     Rows are streamed, so a file may be larger than memory. A column that is neither mapped nor ignored is an error. Of
@@ -29,37 +29,16 @@ class ParquetSource(Source):
 
     kind: Literal["parquet"] = "parquet"
     path: str = Field(description="Path of a .parquet file, or of a folder with such files (subfolders included).")
-    columns: InteractionColumns = Field(default=InteractionColumns(), description="Which column holds which field.")
-    ignore: tuple[str, ...] = Field(
-        default=(),
-        description='Columns to leave out; "*" leaves out all that are not mapped. Any other column is an error.',
-    )
     timestamp_unit: TimestampEncoding = Field(
         default="ms",
         description="s, ms or us since 1970 UTC, or iso for text; timestamp and date columns need no unit.",
     )
-    event: str = Field(
-        default="interaction", min_length=1, description="Event of every row where columns.event is null."
-    )
-    catalogue: ItemsFile | None = Field(default=None, description="The items' file; null where there is none.")
 
     @classmethod
     def sample(cls, folder: Path) -> Self:
         path = folder / "log.parquet"
         write_parquet(path, pa.table({"user_id": [1, 2], "item_id": ["a", "b"], "timestamp": [5, 6]}))
         return cls(path=str(path))
-
-    @property
-    def has_time(self) -> bool:
-        return self.columns.timestamp is not None
-
-    @property
-    def timestamp_encoding(self) -> TimestampEncoding:
-        return self.timestamp_unit
-
-    @property
-    def default_event(self) -> str:
-        return self.event
 
     def _files(self) -> list[Path]:
         path = existing(self.path)
@@ -69,7 +48,7 @@ class ParquetSource(Source):
         return files
 
     def read(self) -> Iterator[pa.Table]:
-        mapping = {field: column for field, column in self.columns.model_dump().items() if column is not None}
+        mapping = self.columns.mapping
         for path in self._files():
             with _open(path) as file:
                 check_columns(file.schema_arrow.names, mapping, self.ignore, path)
@@ -81,14 +60,6 @@ class ParquetSource(Source):
                         recorded = pc.is_in(table[schema.EVENT], pa.array(log_only, pa.string()))
                         table = table.filter(pc.invert(recorded))
                     yield table.select(list(mapping.values())).rename_columns(list(mapping))
-
-    def items(self) -> pa.Table | None:
-        return None if self.catalogue is None else self.catalogue.read()
-
-    def fingerprint(self) -> str:
-        catalogue = None if self.catalogue is None else self.catalogue.model_copy(update={"path": ""})
-        files = self._files() + ([] if self.catalogue is None else [existing(self.catalogue.path)])
-        return fingerprint(self.model_copy(update={"catalogue": catalogue}), files)
 
     def events_watermark(self) -> str | None:
         """That of the export of a whole log, if one of the files is such.

@@ -13,12 +13,12 @@ from pydantic import Field
 
 from recsys import schema
 from recsys.arrow import pc
-from recsys.data.sources.base import LINE, REJECTED, Source
-from recsys.data.sources.files import BATCH_ROWS, ItemsFile, estimate_lines, existing, fingerprint
+from recsys.data.sources.base import LINE, REJECTED
+from recsys.data.sources.files import BATCH_ROWS, FileSource, ItemsFile, estimate_lines, existing
 from recsys.errors import SchemaError
 
 
-class SequencesSource(Source):
+class SequencesSource(FileSource):
     """A text file of ids between white space, each user's items oldest first.
 
     ``user_items``: ``user item item ...``, all of a user's items on a line (a second line of the user goes on from
@@ -31,8 +31,6 @@ class SequencesSource(Source):
     layout: Literal["user_items", "pairs"] = Field(
         description="user_items: a user and all their items on a line; pairs: one user and one item on a line."
     )
-    event: str = Field(default="interaction", min_length=1, description="Event of every row.")
-    catalogue: ItemsFile | None = Field(default=None, description="The items' file; null where there is none.")
 
     @classmethod
     def sample(cls, folder: Path) -> Self:
@@ -44,10 +42,6 @@ class SequencesSource(Source):
     @property
     def has_time(self) -> bool:
         return False
-
-    @property
-    def default_event(self) -> str:
-        return self.event
 
     def read(self) -> Iterator[pa.Table]:
         path = existing(self.path)
@@ -86,14 +80,6 @@ class SequencesSource(Source):
                 LINE: pc.if_else(bad_row, lines.take(pa.array(line_of_row)), null),
             }
         )
-
-    def items(self) -> pa.Table | None:
-        return None if self.catalogue is None else self.catalogue.read()
-
-    def fingerprint(self) -> str:
-        catalogue = None if self.catalogue is None else self.catalogue.model_copy(update={"path": ""})
-        files = [existing(self.path)] + ([] if self.catalogue is None else [existing(self.catalogue.path)])
-        return fingerprint(self.model_copy(update={"catalogue": catalogue}), files)
 
     def num_rows(self) -> int | None:
         return estimate_lines(existing(self.path)) if self.layout == "pairs" else None

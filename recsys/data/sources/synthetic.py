@@ -65,10 +65,6 @@ class SyntheticSource(Source):
         return self
 
     @property
-    def has_time(self) -> bool:
-        return True
-
-    @property
     def timestamp_encoding(self) -> TimestampEncoding:
         return "ms"
 

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
-
-from recsys.errors import ModelError
 
 _MIN_VARIANCE = 1e-6
 """share of the largest component's variance below which a direction of the texts counts as empty"""
 
 
 class ItemTower(nn.Module, ABC):
-    """Makes the vectors of the items of a catalogue, and of items that are new to it."""
+    """Makes the vectors of the items of a catalogue."""
 
     has_id: Tensor
     """bool [N]: items that training has met"""
@@ -35,13 +32,6 @@ class ItemTower(nn.Module, ABC):
     @abstractmethod
     def forward(self, item_n: Tensor | None = None, id_keep: Tensor | None = None) -> Tensor:
         """Vectors [n, D] of the items ``item_n`` (int64, None for all); ``id_keep`` (bool [N]) False hides an ID."""
-
-    @abstractmethod
-    def of_new(self, items: pa.Table, text_vectors: Tensor | None) -> Tensor:
-        """[n, D]: vectors of n items that are not in the catalogue (``ITEMS`` rows), with text vectors [n, X] if any.
-
-        :raises ModelError: when the tower does not know what it would have to read.
-        """
 
 
 class ItemVectors(ItemTower):
@@ -72,13 +62,6 @@ class ItemVectors(ItemTower):
             whiten(first, text_vectors, std=1.0 if text_hidden_dim else dim**-0.5)
             self.text = nn.Sequential(first, nn.GELU(), nn.Linear(text_hidden_dim, dim)) if text_hidden_dim else first
         self.register_buffer("text_vectors", text_vectors, persistent=False)
-
-    def of_new(self, items: pa.Table, text_vectors: Tensor | None) -> Tensor:
-        if self.text is None or text_vectors is None:
-            raise ModelError(
-                "items that training has not met are known by their text vectors alone: give the model text"
-            )
-        return self.text(text_vectors)
 
     def forward(self, item_n: Tensor | None = None, id_keep: Tensor | None = None) -> Tensor:
         weight = self.id_embedding.weight

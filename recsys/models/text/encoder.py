@@ -9,7 +9,7 @@ Shape legend: B texts, L tokens, D dimensions.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,11 +232,8 @@ class TextEncoder:
         )
         return [ids or [self.tokenizer.pad_token_id] for ids in batch["input_ids"]]
 
-    def encode(self, texts: Sequence[str], *, on_progress: Callable[[int], None] | None = None) -> NDArray[np.float32]:
-        """float32 [B, D], unit length, in order of ``texts``; equal texts are computed once.
-
-        ``on_progress`` is called with the number of different texts done since its last call.
-        """
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """float32 [B, D], unit length, in order of ``texts``; equal texts are computed once."""
         unique = list(dict.fromkeys(texts))
         vectors_BD = np.empty((len(unique), self.dim), np.float32)
         if unique:
@@ -249,8 +246,6 @@ class TextEncoder:
             arrays = (np.array([ids[row] for row in rows], np.int64) for rows in batches)
             for rows, computed_BD in zip(batches, self._backend.run(arrays), strict=True):
                 vectors_BD[rows] = computed_BD
-                if on_progress is not None:
-                    on_progress(len(rows))
         if len(unique) == len(texts):
             return vectors_BD
         row_of = {text: row for row, text in enumerate(unique)}

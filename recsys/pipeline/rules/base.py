@@ -187,8 +187,4 @@ class RuleItems:
 
     def unit_vectors(self, item_idx: Int32Array) -> FloatArray:
         """float32 [n, D]: rows whose inner products say how alike items are, 1 for the same (or zero rows)."""
-        if self.item_embeddings is None:
-            return self.catalogue.category_rows(item_idx)
-        vectors_nD = self.item_embeddings[item_idx]
-        norms_n1 = np.sqrt(np.einsum("nd,nd->n", vectors_nD, vectors_nD))[:, None]
-        return vectors_nD / np.maximum(norms_n1, np.float32(1e-12))
+        return self.catalogue.unit_vectors(item_idx, self.item_embeddings)

@@ -90,16 +90,12 @@ class _WordTower(ItemTower):
 
     def __init__(self, config: CNNLSTM, has_id: Tensor, word_NW: Tensor) -> None:
         super().__init__(has_id)
-        self.config = config
         self.embedding = nn.Embedding(config.num_buckets, config.word_dim, padding_idx=_NO_WORD)
         self.filters = nn.ModuleList(
             [nn.Conv1d(config.word_dim, config.num_filters, width, padding=width // 2) for width in config.widths]
         )
         self.out = nn.Linear(config.num_filters * len(config.widths), config.dim)
         self.register_buffer("word_NW", word_NW)
-
-    def of_new(self, items: pa.Table, text_vectors: Tensor | None) -> Tensor:
-        return self._encode(self.config.words(items).to(self.word_NW.device))
 
     def forward(self, item_n: Tensor | None = None, id_keep: Tensor | None = None) -> Tensor:
         return self._encode(self.word_NW if item_n is None else self.word_NW[item_n])

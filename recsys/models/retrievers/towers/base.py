@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
@@ -270,17 +269,6 @@ class TowerRetriever(NetworkRetriever, VectorRetriever):
     def item_embeddings(self) -> NDArray[np.float32]:
         """float32 [N, D]: the item vectors without what was added to them."""
         return self.item_vectors()[:, : self.config.dim]
-
-    def vectors_of_new(self, items: pa.Table, text_vectors: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        """float32 [n, V] item vectors of new items (``ITEMS`` rows; text vectors float32 [n, X]); no demand so far.
-
-        :raises ModelError: when the model does not know what it would have to read of them.
-        """
-        items_NV = self._items()
-        text = None if text_vectors is None else torch.tensor(text_vectors, device=items_NV.device)
-        with torch.inference_mode():
-            vectors = self._network.items.of_new(items, text)
-        return np.pad(vectors.cpu().numpy(), [(0, 0), (0, items_NV.shape[1] - self.config.dim)])
 
 
 def _continue(name: str, before: Tensor, parameter: Tensor, data: FitData) -> None:

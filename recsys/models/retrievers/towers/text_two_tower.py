@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -69,11 +68,6 @@ class _TextTower(ItemTower):
         whiten(first, text_vectors, std=1.0)
         self.layers = nn.Sequential(first, nn.GELU(), nn.Linear(hidden_dim, dim))
         self.register_buffer("text_vectors", text_vectors, persistent=False)
-
-    def of_new(self, items: pa.Table, text_vectors: Tensor | None) -> Tensor:
-        if text_vectors is None:
-            raise ModelError("text_two_tower knows items by their texts alone: give it text vectors")
-        return F.normalize(self.layers(text_vectors), dim=-1)
 
     def forward(self, item_n: Tensor | None = None, id_keep: Tensor | None = None) -> Tensor:
         text = self.text_vectors if item_n is None else self.text_vectors[item_n]
