@@ -30,7 +30,7 @@ from recsys.errors import (
     RequestError,
     StageOverloadedError,
 )
-from recsys.events import AppendResult, Event, UserState
+from recsys.events import Event, UserState
 from serve.access.keys import Scope as KeyScope
 from serve.access.middleware import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
@@ -40,6 +40,7 @@ from serve.http.middleware import Limits, printable, problem
 from serve.http.rules import add_rules
 from serve.live.items import ItemChanges
 from serve.live.service import Service
+from serve.live.turns import Turns
 from serve.observe.impressions import Impressions
 from serve.observe.metrics import Meters, no_sink
 from serve.observe.observer import Observer
@@ -131,8 +132,6 @@ def _is_json(content_type: str) -> bool:
     return kind == "application" and (name == "json" or name.endswith("+json"))
 
 
-_MAX_SEARCHES = 32
-"""searches of one gateway that wait for their turn"""
 FindTrace = Callable[[str], Awaitable[dict[str, Any] | None]]
 
 
@@ -224,23 +223,16 @@ def _add_recommendations(
             answer = await asyncio.to_thread(recommender.similar, wire.similar_request(body, id_of(request)))
         return as_json(wire.recommend_answer(answer))
 
-    num_searches = 0
+    searches = Turns("searches wait", "search", encoding)
 
     @app.post(
         "/v1/search", **about("read", "recommendations", "Items by words", ok(wire.RecommendAnswer) | BODY_PROBLEMS)
     )
     async def search(body: wire.SearchBody, request: Request) -> Response:
         """Items whose texts mean most nearly what `query` says, best first. Needs a Bundle with a text encoder."""
-        nonlocal num_searches
-        if num_searches >= _MAX_SEARCHES:
-            raise StageOverloadedError(f"{num_searches} searches wait already", stage="search")
-        num_searches += 1
-        try:
-            with service.current.pinned() as generation:
-                find = functools.partial(generation.recommender.search, wire.search_request(body, id_of(request)))
-                answer = await asyncio.get_running_loop().run_in_executor(encoding, find)
-        finally:
-            num_searches -= 1
+        with service.current.pinned() as generation:
+            find = functools.partial(generation.recommender.search, wire.search_request(body, id_of(request)))
+            answer = await searches.run(find)
         return as_json(wire.recommend_answer(answer))
 
 
@@ -249,17 +241,7 @@ def _add_events(
 ) -> None:
     # A disk that is slow or full of others' locks must not take the places of those who ask for recommendations.
     max_waiting = max(1, config.max_ongoing_requests // 2)
-    waiting = 0
-
-    async def written(write: Callable[[], AppendResult]) -> AppendResult:
-        nonlocal waiting
-        if waiting >= max_waiting:
-            raise StageOverloadedError(f"{waiting} calls wait for the event store already", stage="events")
-        waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(executor, write)
-        finally:
-            waiting -= 1
+    writes = Turns("calls wait for the event store", "events", executor, max_waiting=max_waiting)
 
     @app.post("/v1/events", **about("write", "events", "Record what users did", ok(wire.EventsAnswer) | BODY_PROBLEMS))
     async def events(body: wire.EventsBody) -> Response:
@@ -267,7 +249,7 @@ def _add_events(
         if len(body.events) > config.max_events:
             raise RequestError(f"{len(body.events)} events in one call, at most {config.max_events} are taken")
         batch = [_event(event) for event in body.events]
-        result = await written(functools.partial(service.store.append, batch))
+        result = await writes.run(functools.partial(service.store.append, batch))
         observer.recorded(batch, result.duplicates)
         return as_json({"accepted": result.accepted, "duplicates": result.duplicates})
 
@@ -281,7 +263,7 @@ def _add_events(
         """
         if user_id == body.from_user_id:
             raise RequestError("a user cannot be merged into themselves", field="from_user_id")
-        result = await written(functools.partial(service.store.merge, body.from_user_id, user_id))
+        result = await writes.run(functools.partial(service.store.merge, body.from_user_id, user_id))
         observer.meters.count("recsys_events_total", "accepted", amount=result.accepted)
         observer.meters.count("recsys_events_total", "duplicate", amount=result.duplicates)
         return as_json({"accepted": result.accepted, "duplicates": result.duplicates})
