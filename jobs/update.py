@@ -28,6 +28,7 @@ from rich.console import Console
 
 from jobs._ray import ComputeConfig, discard, fit_distributed
 from jobs.cli import show_progress
+from jobs.errors import readable_errors, show_error
 from jobs.events import log_config
 from recsys import schema
 from recsys.arrow import pc
@@ -435,7 +436,7 @@ def main(
 ) -> None:
     """Let the served models learn from what users did since."""
     show_progress()
-    try:
+    with readable_errors():
         event_config = log_config(events, events_set or [])
         tree = {"store": store, "events": event_config.model_dump(mode="json")}
         for override in set_ or ():
@@ -451,13 +452,10 @@ def main(
                     # Whatever it was (a full disk, a store that is away), the next time it may be over.
                     if not isinstance(error, RecsysError):
                         console.print_exception()
-                    console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+                    show_error(error)
                 if not every:
                     return
                 time.sleep(every)
-    except RecsysError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":
