@@ -49,8 +49,7 @@ class BundleWriter:
 
     def part(self, name: str) -> Path:
         """Where to write part ``name`` (see :data:`recsys.bundle.manifest.PARTS`)."""
-        if name not in layout.PARTS:
-            raise BundleError(f"{name!r} is no part of a Bundle; those are {', '.join(layout.PARTS)}", part=name)
+        layout.check_part(name)
         return self.path / name
 
     def add(self, name: str, source: str | Path) -> None:

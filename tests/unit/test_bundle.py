@@ -129,6 +129,9 @@ def test_what_is_written_is_read(bundle: Bundle) -> None:
         (again.path / n).stat().st_size for n in list_files(again.path) if n != MANIFEST
     )
     assert not again.has("ranker")
+    for ask in (again.has, again.part):
+        with pytest.raises(BundleError, match=r"'rankers' is no part of a Bundle; those are config\.yaml, items"):
+            ask("rankers")
     with pytest.raises(BundleNotFoundError, match="holds no 'ranker'"):
         again.part("ranker")
 
