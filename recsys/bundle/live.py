@@ -99,7 +99,6 @@ class LiveBundle(Bundle):
         return self._load(layout.ITEMS, lambda _: ChangedCatalogue(self.base.catalogue(), self._changes))
 
     def retriever(self) -> Retriever:
-        """See :meth:`Bundle.retriever`."""
         from recsys.models.extended import with_new_items
 
         if not len(self.stand_ins()):
@@ -107,7 +106,6 @@ class LiveBundle(Bundle):
         return self._load(layout.RETRIEVER, lambda _: with_new_items(self.base.retriever(), self.stand_ins()))
 
     def index(self) -> VectorIndex:
-        """See :meth:`Bundle.index`."""
         from recsys.index.extended import ExtendedIndex
         from recsys.models.extended import StandInVectors
 
@@ -138,7 +136,6 @@ class LiveBundle(Bundle):
         return self.base.words()
 
     def ranker(self) -> Ranker:
-        """See :meth:`Bundle.ranker`."""
         from recsys.models.extended import StandInRanker
 
         if not len(self.stand_ins()):
@@ -217,7 +214,6 @@ class RuledBundle(Bundle):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """See :attr:`Bundle.config`."""
         if self._change.rules is None:
             return self.base.config
         return self.base.config | {"pipeline": self.base.config["pipeline"] | {"rules": list(self._change.rules)}}

@@ -40,7 +40,6 @@ class ExtendedIndex(VectorIndex):
     def search(
         self, queries: FloatArray, k: int, allowed: Allowed | None = None
     ) -> tuple[FloatArray, NDArray[np.int32]]:
-        """See :meth:`VectorIndex.search`."""
         if allowed is not None and allowed.dtype == np.uint8:
             bits = np.ascontiguousarray(allowed, np.uint8)
             allowed = np.unpackbits(bits, count=self.num_items, bitorder="little").astype(np.bool_)
