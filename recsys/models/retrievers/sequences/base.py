@@ -27,8 +27,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.data.histories import Histories
-from recsys.errors import ModelError, NoTimeError
-from recsys.models.base import FitData, ItemBonus, Retriever, UpdateConfig
+from recsys.errors import NoTimeError
+from recsys.models.base import FitData, ItemBonus, Retriever, UpdateConfig, check_items
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.habit import Habits, PastOfTargets
 from recsys.models.layers.items import ItemTower
@@ -237,8 +237,7 @@ class SequenceRetriever(TowerRetriever):
             histories = histories.last(self.config.max_length)
         lengths = histories.lengths + has_start
         packed = histories.pack()
-        if packed.item_idx.size and not 0 <= packed.item_idx.min() <= packed.item_idx.max() < self.num_items:
-            raise ModelError(f"a history holds an item_idx outside 0..{self.num_items - 1}")
+        check_items(packed.item_idx, self.num_items)
         is_item = np.ones(lengths.sum(), bool)
         ends = np.cumsum(lengths)
         # The blank stands before the first item, or, where it is asked for, after the last.
