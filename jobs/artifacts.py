@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from recsys.bundle.reader import Bundle
 from recsys.bundle.slates import SLATES_SCHEMA
-from recsys.data.dataset import Dataset, Split
+from recsys.data.dataset import ITEMS_FILE, Dataset, Split
 from recsys.data.features import matrix
 from recsys.files import fingerprint, read_json, write_json
 from recsys.models.base import Retriever
@@ -107,7 +107,7 @@ class Prepared(Artifact):
     @property
     def items(self) -> Path:
         """The Parquet file of the items, for whoever reads it in parts."""
-        return self.path / "items.parquet"
+        return self.path / ITEMS_FILE
 
 
 class TrainedEncoder(Artifact):

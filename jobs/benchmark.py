@@ -34,6 +34,7 @@ from jobs import cli
 from jobs._ray import ComputeConfig, PayloadT, TrainFunction, discard, fit_distributed, ray_session
 from jobs.artifacts import Artifact, Embedded, Prepared
 from jobs.config import JobConfig
+from jobs.errors import readable_errors
 from jobs.external import run_program
 from jobs.steps import embed, prepare
 from jobs.steps.base import Results
@@ -452,7 +453,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="train and judge these systems only")] = None,
 ) -> None:
     """Train, judge and compare everything that a suite lists; what is done already is reused."""
-    with cli.errors():
+    with readable_errors():
         config = cli.read_suite(BenchmarkConfig, SUITES, suite, set_)
         for name in only or ():
             config.system(name)

@@ -22,6 +22,7 @@ from rich.markdown import Markdown
 from jobs import cli
 from jobs.benchmark import hardware
 from jobs.config import JobConfig
+from jobs.errors import readable_errors
 from jobs.steps import prepare
 from recsys.config import StrictConfig
 from recsys.data.config import DataConfig
@@ -115,7 +116,7 @@ def main(
     set_: cli.SuiteOverrides = None,
 ) -> None:
     """Train, judge and compare all models of ratings that a suite lists."""
-    with cli.errors():
+    with readable_errors():
         config = cli.read_suite(RatingSuite, SUITES, suite, set_)
         changed = "".join(f" --set {override}" for override in set_ or ())
         folder, _ = run(config, f"python -m jobs.benchmark_ratings --suite {suite}{changed}")

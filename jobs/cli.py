@@ -1,4 +1,4 @@
-"""What command lines share: options, errors, what they tell of their progress, and the help on a configuration."""
+"""What command lines share: options, what they tell of their progress, and the help on a configuration."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import logging
 import os
 import types
 import typing
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from rich.console import Console
 
 from jobs._ray import ComputeConfig
 from jobs.config import JobConfig
 from recsys.config import load_config
-from recsys.errors import RecsysError
 from recsys.kinds import parts_of
 
 ConfigPath = Annotated[Path, typer.Option("--config", help="YAML configuration; see configs/ for complete ones")]
@@ -53,16 +50,6 @@ def read_suite(config_type: type[ConfigT], folder: Path, suite: str, overrides: 
     show_progress()
     path = Path(suite) if Path(suite).suffix else folder / f"{suite}.yaml"
     return load_config(config_type, path, overrides=overrides or ())
-
-
-@contextmanager
-def errors() -> Generator[None]:
-    """Errors as a person wants to read them."""
-    try:
-        yield
-    except RecsysError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
 
 
 def show_progress() -> None:

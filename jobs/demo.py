@@ -17,11 +17,11 @@ from rich.table import Table
 
 from jobs.cli import show_progress
 from jobs.config import JobConfig
+from jobs.errors import readable_errors
 from jobs.pipeline import run
 from jobs.steps import publish
 from recsys.bundle.reader import Bundle
 from recsys.config import load_config
-from recsys.errors import RecsysError
 
 console = Console()
 NUM_SHOWN = 10
@@ -42,12 +42,9 @@ def demo(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     show_progress()
     started = time.perf_counter()
-    try:
+    with readable_errors():
         settings = load_config(JobConfig, config, overrides=set_ or ())
         published = run(settings)[publish.STEP]
-    except RecsysError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
     command = [sys.executable, "-m", "serve.run", "--bundle", published.store]
     command += ["--topology", topology, "--port", str(port), "--open"]
     command += ["--events", f"{settings.home}/events.sqlite"]

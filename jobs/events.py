@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from recsys.errors import DataError, EventStoreError, RecsysError, RequestError
+from jobs.errors import readable_errors
+from recsys.errors import DataError, EventStoreError, RequestError
 from recsys.events import AnyEventLog, AnyEventStore, EventStore
 from recsys.events.base import events_of
 from recsys.events.exported import COMPACTED, WATERMARK, ExportedLogConfig, opened, tables, write_log
@@ -102,13 +103,8 @@ def compact(
 
 @contextmanager
 def _store(where: str, settings: list[str] | None, *, create: bool = False) -> Generator[EventStore, None, None]:
-    """The store, and errors as a person wants to read them."""
-    try:
-        with open_config(where, settings or [], create=create).open() as store:
-            yield store
-    except RecsysError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(2) from error
+    with readable_errors(), open_config(where, settings or [], create=create).open() as store:
+        yield store
 
 
 def open_config(where: str, settings: list[str], *, create: bool = False) -> AnyEventStore:

@@ -17,6 +17,7 @@ from rich.table import Table
 from jobs import cli, pipeline
 from jobs.artifacts import Artifact
 from jobs.config import JobConfig
+from jobs.errors import readable_errors
 from jobs.steps import embed, prepare, train_ranker, train_retriever
 from recsys.errors import ConfigError
 from recsys.evaluation.importance import Selection, ndcg10, permutation_importance, worthless
@@ -115,7 +116,7 @@ def markdown(importance: Any, selection: Selection) -> str:
 
 def main(config: cli.ConfigPath, set_: cli.Overrides = None) -> None:
     """What each feature is worth to the ranker, and which of them it can do without."""
-    with cli.errors():
+    with readable_errors():
         artifact = run(cli.read(config, set_, train_ranker.STEP.section))
     console.print(f"{artifact.path}/features.md", highlight=False, soft_wrap=True)
 

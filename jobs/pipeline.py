@@ -19,6 +19,7 @@ from rich.table import Table
 from jobs import cli
 from jobs._ray import ray_session
 from jobs.config import JobConfig
+from jobs.errors import readable_errors
 from jobs.steps import publish
 from jobs.steps.base import Results, Step, plan
 
@@ -63,7 +64,7 @@ def application(name: str, summary: str, section: str | None, until: Step[Any]) 
     """The command line that runs ``until``."""
 
     def command(config: cli.ConfigPath, set_: cli.Overrides = None) -> None:
-        with cli.errors():
+        with readable_errors():
             run(cli.read(config, set_, section), until)
 
     return cli.application(name, summary, section, command)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jobs import cli, pipeline
+from jobs.errors import readable_errors
 from jobs.steps.publish import STEP, point_to
 from recsys.bundle.store import BundleStore
 from recsys.errors import ConfigError
@@ -23,7 +24,7 @@ def publish(
     ] = False,
 ) -> None:
     """What the step does, and more of the pointer than it does."""
-    with cli.errors():
+    with readable_errors():
         settings = cli.read(config, set_, STEP.section)
         if rollback:
             if activate:

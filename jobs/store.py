@@ -5,8 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +13,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from jobs.errors import readable_errors
 from recsys.bundle.live import live_id
 from recsys.bundle.pointer import Pointer
 from recsys.bundle.rule_log import RuleChange
 from recsys.bundle.store import BundleStore
 from recsys.config import parse
-from recsys.errors import BundleError, BundleNotFoundError, ConfigError, RecsysError
+from recsys.errors import BundleError, BundleNotFoundError, ConfigError
 from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.rules import AnyRules
 from recsys.pipeline.rules.changes import plain, rule_history, unknown_names
@@ -39,7 +38,7 @@ After = Annotated[int | None, typer.Option(help="refuse where another version is
 @app.command("list")
 def show(store: Store) -> None:
     """Every Bundle, newest first."""
-    with _errors():
+    with readable_errors():
         held = BundleStore(store)
         pointer = held.current()
         table = Table("bundle_id", "made at", "items", "bytes", "", box=None)
@@ -57,7 +56,7 @@ def show(store: Store) -> None:
 @app.command()
 def activate(which: Which, store: Store) -> None:
     """All users get this Bundle."""
-    with _errors():
+    with readable_errors():
         held = BundleStore(store)
         pointer = held.current()
         _tell(held.activate(_bundle_id(held, which), None if pointer is None else pointer.bundle_id))
@@ -66,7 +65,7 @@ def activate(which: Which, store: Store) -> None:
 @app.command()
 def rollback(store: Store) -> None:
     """Return to the Bundle that was current before; once more returns to the one before that."""
-    with _errors():
+    with readable_errors():
         _tell(BundleStore(store).rollback())
 
 
@@ -78,7 +77,7 @@ def canary(
     reason: Reason = "",
 ) -> None:
     """Some of the users get this Bundle; gateways take it back when it fails, degrades or is slow."""
-    with _errors():
+    with readable_errors():
         held = BundleStore(store)
         _tell(held.start_canary(_bundle_id(held, which), share / 100, reason=reason or None))
 
@@ -86,21 +85,21 @@ def canary(
 @app.command()
 def promote(store: Store, reason: Reason = "") -> None:
     """The canary becomes the current Bundle."""
-    with _errors():
+    with readable_errors():
         _tell(BundleStore(store).promote(reason=reason or None))
 
 
 @app.command()
 def withdraw(store: Store, reason: Reason = "") -> None:
     """End the canary: all users get the current Bundle."""
-    with _errors():
+    with readable_errors():
         _tell(BundleStore(store).withdraw(reason=reason or None))
 
 
 @app.command()
 def collect(store: Store, keep: Annotated[int, typer.Option(help="newest Bundles that stay", min=1)] = 3) -> None:
     """Remove old Bundles, but none that the pointer names."""
-    with _errors():
+    with readable_errors():
         for bundle_id in BundleStore(store).collect(keep):
             typer.echo(f"removed {bundle_id}")
 
@@ -110,7 +109,7 @@ def show_rules(
     store: Store, version: Annotated[int | None, typer.Option(help="of an earlier change", min=0)] = None
 ) -> None:
     """The rules, as `set` takes them, and who changed them when."""
-    with _errors():
+    with readable_errors():
         held = BundleStore(store)
         found = rule_history(held.rules, pipeline_config(held.open()).rules, time.time_ns() // 1_000_000, version)
         if found is None:
@@ -130,7 +129,7 @@ def set_rules(
     after: After = None,
 ) -> None:
     """Replace all rules by those of a file."""
-    with _errors():
+    with readable_errors():
         held = BundleStore(store)
         try:
             tree = yaml.safe_load(file.read_text())
@@ -150,7 +149,7 @@ def set_rules(
 @rules.command("reset")
 def reset_rules(store: Store, note: Note = "", after: After = None) -> None:
     """Return to the Bundle's own rules."""
-    with _errors():
+    with readable_errors():
         _change_rules(BundleStore(store), None, after, note)
 
 
@@ -206,15 +205,6 @@ def _tell(pointer: Pointer) -> None:
     chosen = pointer.canary
     more = "" if chosen is None else f", {chosen.share:.1%} of the users get the canary {chosen.bundle_id}"
     typer.echo(f"current is {pointer.bundle_id}{more}")
-
-
-@contextmanager
-def _errors() -> Generator[None]:
-    try:
-        yield
-    except RecsysError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

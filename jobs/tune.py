@@ -25,6 +25,7 @@ from jobs import cli
 from jobs._ray import ray_session
 from jobs.artifacts import Embedded, Prepared
 from jobs.benchmark import SUITES, BenchmarkConfig, Range, SystemConfig
+from jobs.errors import readable_errors
 from recsys.config import parse, to_yaml
 from recsys.data.dataset import Split
 from recsys.errors import ConfigError
@@ -211,7 +212,7 @@ def main(
     set_: cli.SuiteOverrides = None,
 ) -> None:
     """Try configurations of one system and write the best one, by validation alone."""
-    with cli.errors():
+    with readable_errors():
         config = cli.read_suite(BenchmarkConfig, SUITES, suite, set_)
         folder = run(config, config.system(system), trials, seed)
     console.print(f"chosen: {folder}/best.yaml", highlight=False)

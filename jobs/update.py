@@ -28,9 +28,11 @@ from rich.console import Console
 
 from jobs._ray import ComputeConfig, discard, fit_distributed
 from jobs.cli import show_progress
+from jobs.errors import readable_errors, show_error
 from jobs.events import log_config
 from recsys import schema
 from recsys.arrow import pc
+from recsys.bundle import manifest as layout
 from recsys.bundle.assemble import BundleParts, assemble, popular_items
 from recsys.bundle.golden import golden_question
 from recsys.bundle.histories import histories_table
@@ -240,16 +242,21 @@ class _Models:
         return _Models(self.live, self.text, retriever, ranker, self.names)
 
 
+def _without_changes(live: Bundle) -> Bundle:
+    """The Bundle itself, without what was changed in its catalogue."""
+    return live.base if isinstance(live, LiveBundle) else live
+
+
 def _learned(settings: BundleConfig, live: Bundle, log: GrownLog, config: UpdateJobConfig, scratch: Path) -> _Models:
     """The child before it learns what judges it."""
     dataset = log.dataset
-    base = live.base if isinstance(live, LiveBundle) else live
-    text = _texts(live, dataset) if base.has("encoder") else None
+    base = _without_changes(live)
+    text = _texts(live, dataset) if base.has(layout.ENCODER) else None
     stand_ins = live.stand_ins() if isinstance(live, LiveBundle) else None
     fitted = base.retriever()
     data = lesson_data(fitted.config, dataset, Split.VALID, text, config.online, stand_ins, log.late)
     retriever = _taught(fitted, data, config, scratch / "first")
-    if not base.has("ranker"):
+    if not base.has(layout.RANKER):
         return _Models(live, text, retriever, None, ())
     served = base.ranker()
     names = category_names(served, base.catalogue().table())
@@ -279,9 +286,9 @@ def _taught_ranker(
 
 def _texts(live: Bundle, dataset: Dataset) -> NDArray[np.float32]:
     """float32 [N, X]: of all items; those that the Bundle holds as they are need not be encoded again."""
-    base = live.base if isinstance(live, LiveBundle) else live
+    base = _without_changes(live)
     words = base.words()
-    held = base.text_index().vectors() if base.has("text_index") else None
+    held = base.text_index().vectors() if base.has(layout.TEXT_INDEX) else None
     if held is None:
         console.print(f"encoding the texts of {dataset.num_items} items", highlight=False)
         return words.encode(item_texts(dataset.items, words.config))
@@ -312,7 +319,7 @@ def _published(
     figures: dict[str, Any],
 ) -> Bundle:
     """The child, complete, in ``scratch``."""
-    base = live.base if isinstance(live, LiveBundle) else live
+    base = _without_changes(live)
     dataset = log.dataset
 
     def kept(part: str) -> Path | None:
@@ -325,9 +332,9 @@ def _published(
         retriever=models.retriever,
         ranker=models.ranker,
         index=settings.index,
-        encoder=kept("encoder"),
-        text_vectors=models.text if base.has("text_index") else None,
-        slates=kept("slates.arrow"),
+        encoder=kept(layout.ENCODER),
+        text_vectors=models.text if base.has(layout.TEXT_INDEX) else None,
+        slates=kept(layout.SLATES),
         popular=popular_items(dataset, settings.popular, settings.num_popular, seed=settings.seed),
         histories=with_unknown(histories_table(dataset, settings.max_history), log.unknown, settings.max_history),
         question=golden_question(dataset),
@@ -435,7 +442,7 @@ def main(
 ) -> None:
     """Let the served models learn from what users did since."""
     show_progress()
-    try:
+    with readable_errors():
         event_config = log_config(events, events_set or [])
         tree = {"store": store, "events": event_config.model_dump(mode="json")}
         for override in set_ or ():
@@ -451,13 +458,10 @@ def main(
                     # Whatever it was (a full disk, a store that is away), the next time it may be over.
                     if not isinstance(error, RecsysError):
                         console.print_exception()
-                    console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+                    show_error(error)
                 if not every:
                     return
                 time.sleep(every)
-    except RecsysError as error:
-        console.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
-        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -17,3 +17,12 @@ def library(module: str, kind: str, *, extra: str = "classical") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise NotInstalledError(f"the kind {kind} needs {module}: {error}; pip install 'recsys[{extra}]'") from error
+
+
+def installed(module: str) -> bool:
+    """Whether this machine can import it; it is imported."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True

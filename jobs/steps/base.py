@@ -14,10 +14,6 @@ from recsys.errors import ConfigError
 ArtifactT = TypeVar("ArtifactT", bound=Artifact)
 
 
-def _never(_: JobConfig) -> bool:
-    return False
-
-
 @dataclass(frozen=True, eq=False)
 class Step(Generic[ArtifactT]):
     """One step: a module of this folder defines it as ``STEP``, and ``python -m jobs.NAME`` runs it."""
@@ -32,7 +28,7 @@ class Step(Generic[ArtifactT]):
     reads: tuple[Step[Any], ...] = ()
     section: str | None = None
     """of the configuration, that is its own"""
-    left_out: Callable[[JobConfig], bool] = _never
+    left_out: Callable[[JobConfig], bool] = lambda _: False
     """whether a configuration has nothing for it to do"""
 
     def build(

@@ -8,7 +8,7 @@ from typing import Any
 from jobs.artifacts import Prepared
 from jobs.config import JobConfig
 from jobs.steps.base import Step
-from recsys.data.prepare import prepare
+from recsys.data.prepare import REPORT_FILE, prepare
 from recsys.files import read_json
 
 
@@ -22,7 +22,7 @@ def run(config: JobConfig) -> Prepared:
 
     def make(folder: Path) -> dict[str, Any]:
         dataset = prepare(config.data, config.seed, folder)
-        return {**dataset.info.model_dump(mode="json"), **read_json(folder / "preparation.json")}
+        return {**dataset.info.model_dump(mode="json"), **read_json(folder / REPORT_FILE)}
 
     return STEP.build(config, settings, (), make)
 

@@ -19,9 +19,10 @@ from recsys.bundle import manifest as layout
 from recsys.bundle.golden import GoldenQuery, GoldenQuestion
 from recsys.bundle.reader import Bundle
 from recsys.bundle.writer import BundleWriter
-from recsys.config import StrictConfig
+from recsys.config import StrictConfig, to_yaml
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Dataset, DatasetInfo, Split
+from recsys.files import write_arrow, write_json
 from recsys.index.base import IndexConfig
 from recsys.models.base import FitData, Retriever, VectorRetriever
 from recsys.models.rankers.base import Ranker
@@ -93,12 +94,13 @@ def assemble(
         if isinstance(parts.slates, Path):
             writer.add(layout.SLATES, parts.slates)
         elif parts.slates is not None:
-            writer.add_slates(parts.slates)
+            write_arrow(writer.part(layout.SLATES), parts.slates)
         writer.add_popular(*parts.popular)
         writer.add_histories(parts.histories)
-        writer.add_config(parts.config)
-        writer.add_metrics(parts.metrics)
-        writer.add_golden(answer(writer.draft(parts.info, embedding_dim=dim), parts.question))
+        writer.part(layout.CONFIG).write_text(to_yaml(parts.config))
+        write_json(writer.part(layout.METRICS), parts.metrics)
+        golden = answer(writer.draft(parts.info, embedding_dim=dim), parts.question)
+        write_json(writer.part(layout.GOLDEN), golden.model_dump(mode="json"))
         return writer.finish(
             parts.info, embedding_dim=dim, parent=parts.parent, events_watermark=parts.events_watermark
         )

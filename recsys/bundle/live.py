@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from recsys.bundle.golden import GoldenQuery
     from recsys.bundle.rule_log import RuleChange
-    from recsys.bundle.slates import Slates
     from recsys.data.catalogue import Catalogue
     from recsys.data.changed_catalogue import ChangedCatalogue
     from recsys.index import VectorIndex
@@ -100,7 +99,6 @@ class LiveBundle(Bundle):
         return self._load(layout.ITEMS, lambda _: ChangedCatalogue(self.base.catalogue(), self._changes))
 
     def retriever(self) -> Retriever:
-        """See :meth:`Bundle.retriever`."""
         from recsys.models.extended import with_new_items
 
         if not len(self.stand_ins()):
@@ -108,7 +106,6 @@ class LiveBundle(Bundle):
         return self._load(layout.RETRIEVER, lambda _: with_new_items(self.base.retriever(), self.stand_ins()))
 
     def index(self) -> VectorIndex:
-        """See :meth:`Bundle.index`."""
         from recsys.index.extended import ExtendedIndex
         from recsys.models.extended import StandInVectors
 
@@ -139,7 +136,6 @@ class LiveBundle(Bundle):
         return self.base.words()
 
     def ranker(self) -> Ranker:
-        """See :meth:`Bundle.ranker`."""
         from recsys.models.extended import StandInRanker
 
         if not len(self.stand_ins()):
@@ -202,6 +198,9 @@ class RuledBundle(Bundle):
         self.base = base
         self._change = change
         self.remembered = base.remembered
+        self.catalogue, self.popular, self.slates = base.catalogue, base.popular, base.slates
+        self.retriever, self.index, self.ranker = base.retriever, base.index, base.ranker
+        self.text_index, self.words = base.text_index, base.words
 
     @property
     def bundle_id(self) -> str:
@@ -215,42 +214,9 @@ class RuledBundle(Bundle):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """See :attr:`Bundle.config`."""
         if self._change.rules is None:
             return self.base.config
         return self.base.config | {"pipeline": self.base.config["pipeline"] | {"rules": list(self._change.rules)}}
-
-    def catalogue(self) -> Catalogue:
-        """See :meth:`Bundle.catalogue`."""
-        return self.base.catalogue()
-
-    def retriever(self) -> Retriever:
-        """See :meth:`Bundle.retriever`."""
-        return self.base.retriever()
-
-    def index(self) -> VectorIndex:
-        """See :meth:`Bundle.index`."""
-        return self.base.index()
-
-    def text_index(self) -> VectorIndex:
-        """See :meth:`Bundle.text_index`."""
-        return self.base.text_index()
-
-    def words(self) -> Words:
-        """See :meth:`Bundle.words`."""
-        return self.base.words()
-
-    def ranker(self) -> Ranker:
-        """See :meth:`Bundle.ranker`."""
-        return self.base.ranker()
-
-    def popular(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """See :meth:`Bundle.popular`."""
-        return self.base.popular()
-
-    def slates(self) -> Slates:
-        """See :meth:`Bundle.slates`."""
-        return self.base.slates()
 
 
 def _by_categories(

@@ -186,6 +186,12 @@ class Manifest(StrictConfig):
                 raise BundleCorruptError(f"{folder / path}: the content differs from the manifest", path=path)
 
 
+def check_part(name: str) -> None:
+    """Raise :class:`BundleError` unless ``name`` is one of :data:`PARTS`."""
+    if name not in PARTS:
+        raise BundleError(f"{name!r} is no part of a Bundle; those are {', '.join(PARTS)}", part=name)
+
+
 def content_id(files: Mapping[str, FileEntry]) -> str:
     """SHA-256 (hex) over the sorted (path, hash) pairs, as compact JSON."""
     pairs = sorted((path, entry.sha256) for path, entry in files.items())

@@ -97,13 +97,18 @@ class Bundle:
         return self.manifest.bundle_id
 
     def has(self, part: str) -> bool:
-        """Whether the Bundle holds ``part`` (see :data:`recsys.bundle.manifest.PARTS`)."""
+        """Whether the Bundle holds ``part``, one of :data:`recsys.bundle.manifest.PARTS`.
+
+        :raises BundleError: for any other name.
+        """
+        layout.check_part(part)
         return (self.path / part).exists()
 
     def part(self, name: str) -> Path:
         """The local path of a part.
 
         :raises BundleNotFoundError: when the Bundle does not hold it.
+        :raises BundleError: when there is no such part.
         """
         if not self.has(name):
             raise BundleNotFoundError(f"{self.path}: this Bundle holds no {name!r}", part=name, path=str(self.path))
@@ -115,9 +120,9 @@ class Bundle:
 
         def load(folder: Path) -> Catalogue:
             catalogue = Catalogue.load(folder)
-            self._same("items", "items", catalogue.num_items, self.manifest.num_items)
+            self._same(layout.ITEMS, "items", catalogue.num_items, self.manifest.num_items)
             found = catalogue.id_map_fingerprint
-            self._same("items", "id map fingerprint", found, self.manifest.id_map_fingerprint)
+            self._same(layout.ITEMS, "id map fingerprint", found, self.manifest.id_map_fingerprint)
             return catalogue
 
         return self._load(layout.ITEMS, load)
@@ -129,10 +134,10 @@ class Bundle:
 
         def load(folder: Path) -> Retriever:
             retriever = load_retriever(folder)
-            self._same("retriever", "items", retriever.num_items, self.manifest.num_items)
+            self._same(layout.RETRIEVER, "items", retriever.num_items, self.manifest.num_items)
             if isinstance(retriever, VectorRetriever):
                 nobody = retriever.encode_users(Histories.from_lists([[]], [[]]), np.zeros(1, np.int64))
-                self._same("retriever", "dimensions", nobody.shape[-1], self.manifest.embedding_dim)
+                self._same(layout.RETRIEVER, "dimensions", nobody.shape[-1], self.manifest.embedding_dim)
             return retriever
 
         return self._load(layout.RETRIEVER, load)
@@ -143,8 +148,8 @@ class Bundle:
 
         def load(folder: Path) -> VectorIndex:
             index = load_index(folder)
-            self._same("index", "items", index.num_items, self.manifest.num_items)
-            self._same("index", "dimensions", index.dim, self.manifest.embedding_dim)
+            self._same(layout.INDEX, "items", index.num_items, self.manifest.num_items)
+            self._same(layout.INDEX, "dimensions", index.dim, self.manifest.embedding_dim)
             return index
 
         return self._load(layout.INDEX, load)
@@ -155,7 +160,7 @@ class Bundle:
 
         def load(folder: Path) -> VectorIndex:
             index = load_index(folder)
-            self._same("text_index", "items", index.num_items, self.manifest.num_items)
+            self._same(layout.TEXT_INDEX, "items", index.num_items, self.manifest.num_items)
             return index
 
         return self._load(layout.TEXT_INDEX, load)
@@ -176,7 +181,9 @@ class Bundle:
     @cached_property
     def encoder_id(self) -> str:
         """SHA-256 (hex) of the encoder and how it is used: the same for two Bundles whose text vectors compare."""
-        files = {name: each.sha256 for name, each in self.manifest.files.items() if name.startswith("encoder/")}
+        files = {
+            name: each.sha256 for name, each in self.manifest.files.items() if name.startswith(f"{layout.ENCODER}/")
+        }
         told = json.dumps([files, self.config["encoder"]], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
 
@@ -187,10 +194,10 @@ class Bundle:
         def load(folder: Path) -> Ranker:
             ranker = load_ranker(folder)
             num_items, dim = ranker.items.unit_vectors.shape
-            self._same("ranker", "items", num_items, self.manifest.num_items)
+            self._same(layout.RANKER, "items", num_items, self.manifest.num_items)
             # It reads what items are compared by: the first dimensions of the retriever's vectors, or all of them.
             if 0 < self.manifest.embedding_dim < dim:
-                self._same("ranker", "dimensions", dim, self.manifest.embedding_dim)
+                self._same(layout.RANKER, "dimensions", dim, self.manifest.embedding_dim)
             return ranker
 
         return self._load(layout.RANKER, load)

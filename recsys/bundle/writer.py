@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys.bundle import manifest as layout
-from recsys.bundle.golden import GoldenQuery
 from recsys.bundle.histories import HISTORIES_SCHEMA
 from recsys.bundle.location import sync_folder
 from recsys.bundle.manifest import Manifest, list_files, refuse_pickle
 from recsys.bundle.reader import Bundle
-from recsys.config import StrictConfig, to_yaml
 from recsys.data.dataset import DatasetInfo
 from recsys.errors import BundleError
-from recsys.files import link_or_copy, write_arrow, write_json, write_parquet
+from recsys.files import link_or_copy, write_arrow, write_parquet
 
 
 class BundleWriter:
@@ -52,8 +49,7 @@ class BundleWriter:
 
     def part(self, name: str) -> Path:
         """Where to write part ``name`` (see :data:`recsys.bundle.manifest.PARTS`)."""
-        if name not in layout.PARTS:
-            raise BundleError(f"{name!r} is no part of a Bundle; those are {', '.join(layout.PARTS)}", part=name)
+        layout.check_part(name)
         return self.path / name
 
     def add(self, name: str, source: str | Path) -> None:
@@ -73,27 +69,11 @@ class BundleWriter:
         table = pa.table({"item_idx": pa.array(item_idx, pa.int32()), "score": pa.array(score, pa.float32())})
         write_arrow(self.part(layout.POPULAR), table)
 
-    def add_slates(self, slates: pa.Table) -> None:
-        """The best items of every user: :data:`~recsys.bundle.slates.SLATES_SCHEMA`."""
-        write_arrow(self.part(layout.SLATES), slates)
-
     def add_histories(self, histories: pa.Table) -> None:
         """What users did: :data:`~recsys.bundle.histories.HISTORIES_SCHEMA`, one row per user."""
         if not histories.schema.equals(HISTORIES_SCHEMA):
             raise BundleError(f"histories need the columns\n{HISTORIES_SCHEMA}\nnot\n{histories.schema}")
         write_parquet(self.part(layout.HISTORIES), histories)
-
-    def add_config(self, config: StrictConfig | Mapping[str, Any]) -> None:
-        """The resolved configuration, with at least ``pipeline`` and ``positives``."""
-        self.part(layout.CONFIG).write_text(to_yaml(config))
-
-    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Offline metrics."""
-        write_json(self.part(layout.METRICS), metrics)
-
-    def add_golden(self, golden: GoldenQuery) -> None:
-        """The query a replica proves itself with."""
-        write_json(self.part(layout.GOLDEN), golden.model_dump(mode="json"))
 
     def draft(self, info: DatasetInfo, *, embedding_dim: int) -> Bundle:
         """The parts so far as a Bundle, unpublished: what the golden query is answered with before it is added."""

@@ -22,6 +22,8 @@ from recsys.data.positives import PositivePolicy
 from recsys.errors import DataError
 from recsys.files import read_json, write_json, write_parquet
 
+ITEMS_FILE = "items.parquet"
+
 
 class Split(IntEnum):
     """The part of a log an interaction belongs to. Within a user the parts follow each other in this order."""
@@ -136,7 +138,7 @@ class Dataset:
         """Write three Parquet files and ``dataset.json`` (last)."""
         folder = Path(folder)
         write_parquet(folder / "interactions.parquet", self.interactions)
-        write_parquet(folder / "items.parquet", self.items)
+        write_parquet(folder / ITEMS_FILE, self.items)
         write_parquet(folder / "users.parquet", self.users)
         write_json(folder / "dataset.json", self.info.model_dump(mode="json"))
 
@@ -147,7 +149,7 @@ class Dataset:
         if not (folder / "dataset.json").exists():
             raise DataError(f"{folder}: no prepared dataset here (dataset.json is missing)", path=str(folder))
         info = DatasetInfo.parse(read_json(folder / "dataset.json"), where=str(folder / "dataset.json"))
-        tables = [pq.read_table(folder / f"{name}.parquet") for name in ("interactions", "items", "users")]
+        tables = [pq.read_table(folder / name) for name in ("interactions.parquet", ITEMS_FILE, "users.parquet")]
         return cls(*tables, info=info)
 
     @property

@@ -37,6 +37,7 @@ from recsys.errors import EmptyDataError, SchemaError
 from recsys.files import fingerprint, write_json
 from recsys.moments import milliseconds
 
+REPORT_FILE = "preparation.json"
 logger = logging.getLogger(__name__)
 
 
@@ -160,7 +161,7 @@ def prepare(config: DataConfig, seed: int, folder: str | Path, *, console: Conso
         events_watermark=watermark,
     )
     dataset = Dataset(interactions, items, pa.table({schema.USER_ID: users}), info)
-    write_json(folder / "preparation.json", report.model_dump(mode="json"))
+    write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     dataset.save(folder)
     _tell(report, info, folder)
     return dataset

@@ -40,7 +40,6 @@ class ExtendedIndex(VectorIndex):
     def search(
         self, queries: FloatArray, k: int, allowed: BoolArray | None = None
     ) -> tuple[FloatArray, NDArray[np.int32]]:
-        """See :meth:`VectorIndex.search`."""
         if allowed is not None and allowed.shape != (self.num_items,):
             raise ModelError(f"a mask of shape {allowed.shape} does not fit {self.num_items} items")
         inside = self._kept if allowed is None else self._kept & allowed[: len(self._kept)]

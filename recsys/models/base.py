@@ -22,6 +22,7 @@ from recsys.config import StrictConfig
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.histories import Histories
 from recsys.data.leaks import check_blind
+from recsys.errors import ModelError
 from recsys.files import write_json
 from recsys.kinds import Kind
 from recsys.models.stand_in import StandIns
@@ -248,3 +249,12 @@ class VectorRetriever(Retriever):
         if bonus is not None:
             bonus.add_to(best)
         return best
+
+
+def check_items(item_idx: NDArray[np.integer[Any]], num_items: int, what: str = "a history holds") -> None:
+    """Refuse items that a model does not know; ``what`` begins the message.
+
+    :raises ModelError: when one is outside 0 to ``num_items`` - 1.
+    """
+    if item_idx.size and not 0 <= item_idx.min() <= item_idx.max() < num_items:
+        raise ModelError(f"{what} an item_idx outside 0..{num_items - 1}")

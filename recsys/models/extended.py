@@ -52,7 +52,6 @@ class StandInScores(_Unsaved, Retriever):
         self._base, self._stand_ins = base, stand_ins
 
     def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> FloatArray:
-        """See :meth:`Retriever.score`."""
         scores_BN = self._base.score(_known(histories, self._stand_ins), now_ms)
         return np.concatenate([scores_BN, self._stand_ins.mean(scores_BN.T).T], axis=1)
 
@@ -76,15 +75,12 @@ class StandInVectors(_Unsaved, VectorRetriever):
         return self._base.reads_clock
 
     def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> FloatArray:
-        """See :meth:`VectorRetriever.encode_users`."""
         return self._base.encode_users(_known(histories, self._stand_ins), now_ms)
 
     def item_vectors(self) -> FloatArray:
-        """See :meth:`VectorRetriever.item_vectors`."""
         return self._vectors
 
     def item_embeddings(self) -> FloatArray:
-        """See :meth:`VectorRetriever.item_embeddings`."""
         return self._vectors[:, : self._num_compared]
 
     def bonus(
@@ -103,7 +99,6 @@ class StandInRanker(Ranker):
         self._base, self._stand_ins = base, stand_ins
 
     def rank(self, queries: list[RankingQuery]) -> list[FloatArray]:
-        """See :meth:`Ranker.rank`."""
         known = self._stand_ins.of
         return self._base.rank(
             [

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.bundle import Bundle
+from recsys.bundle import manifest as layout
 from recsys.data.catalogue import Catalogue
 from recsys.errors import ConfigError
 from recsys.index import IndexConfig, VectorIndex
@@ -55,9 +56,9 @@ class Parts:
             bundle.bundle_id,
             bundle.catalogue(),
             bundle.retriever,
-            lambda: bundle.index() if bundle.has("index") else None,
-            lambda: bundle.ranker() if bundle.has("ranker") else None,
-            lambda: bundle.popular() if bundle.has("popular.arrow") else NO_POPULAR,
+            lambda: bundle.index() if bundle.has(layout.INDEX) else None,
+            lambda: bundle.ranker() if bundle.has(layout.RANKER) else None,
+            lambda: bundle.popular() if bundle.has(layout.POPULAR) else NO_POPULAR,
         )
 
     @classmethod

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.bundle import Bundle, GoldenQuestion
+from recsys.bundle import manifest as layout
 from recsys.bundle.slates import Slates
 from recsys.bundle.store import open_newest
 from recsys.data.catalogue import Catalogue
@@ -109,7 +110,7 @@ class Recommender:
         ``users`` None knows nobody; ``config`` defaults to the Bundle's.
         """
         parts, config = Parts.of_bundle(bundle), config or pipeline_config(bundle)
-        index = bundle.index() if bundle.has("index") else None
+        index = bundle.index() if bundle.has(layout.INDEX) else None
         return cls(
             parts.catalogue,
             build_runner(parts, config, stages),
@@ -118,7 +119,7 @@ class Recommender:
             bundle.bundle_id,
             config,
             ItemSimilarity(parts.catalogue, parts.item_embeddings(), index),
-            bundle.slates() if bundle.has("slates.arrow") else None,
+            bundle.slates() if bundle.has(layout.SLATES) else None,
             TextSearch(bundle.text_index(), bundle.words()) if bundle.knows_words else None,
         )
 
@@ -141,7 +142,7 @@ class Recommender:
         """
         bundle = open_newest(uri)
         config = config or pipeline_config(bundle)
-        if store is None and bundle.has("histories.parquet"):
+        if store is None and bundle.has(layout.HISTORIES):
             store = HistoriesTable(bundle.histories())
         stages = build_stages(Parts.of_bundle(bundle), config)
         warm_up(stages)

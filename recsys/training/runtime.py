@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -68,15 +69,15 @@ class Runtime:
         if save is not None and self._checkpoints is not None:
             final = self._checkpoints / "latest"
             fresh = self._checkpoints / "writing"
-            _remove(fresh)
+            shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             save(fresh)
             old = self._checkpoints / "old"
-            _remove(old)
+            shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 final.rename(old)
             fresh.rename(final)
-            _remove(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def restore(self) -> Path | None:
         """Folder of the newest complete checkpoint of this very training, or None to start fresh."""
@@ -86,10 +87,3 @@ class Runtime:
             if (self._checkpoints / name).exists():
                 return self._checkpoints / name
         return None
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    if folder.exists():
-        shutil.rmtree(folder)

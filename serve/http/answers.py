@@ -21,6 +21,11 @@ def needs(scope: KeyScope) -> dict[str, Any]:
     return {"openapi_extra": {SCOPE: scope, "security": [{KEY: []}]}}
 
 
+def about(scope: KeyScope, tag: str, summary: str, answers: Answers) -> dict[str, Any]:
+    """All that a route says of itself."""
+    return {"tags": [tag], "summary": summary, "responses": answers, **needs(scope)}
+
+
 def id_of(request: Request) -> str:
     """The number that the request was given."""
     return request.scope["request_id"]

@@ -30,17 +30,18 @@ from recsys.errors import (
     RequestError,
     StageOverloadedError,
 )
-from recsys.events import AppendResult, Event, UserState
+from recsys.events import Event, UserState
 from recsys.moments import milliseconds
 from serve.access.keys import Scope as KeyScope
 from serve.access.middleware import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
 from serve.http import wire
-from serve.http.answers import BODY_PROBLEMS, KEY, SCOPE, as_json, id_of, missing, needs, ok, problems
+from serve.http.answers import BODY_PROBLEMS, KEY, SCOPE, about, as_json, id_of, missing, needs, ok, problems
 from serve.http.middleware import Limits, printable, problem
 from serve.http.rules import add_rules
 from serve.live.items import ItemChanges
 from serve.live.service import Service
+from serve.live.turns import Turns
 from serve.observe.impressions import Impressions
 from serve.observe.metrics import Meters, no_sink
 from serve.observe.observer import Observer
@@ -132,8 +133,6 @@ def _is_json(content_type: str) -> bool:
     return kind == "application" and (name == "json" or name.endswith("+json"))
 
 
-_MAX_SEARCHES = 32
-"""searches of one gateway that wait for their turn"""
 FindTrace = Callable[[str], Awaitable[dict[str, Any] | None]]
 
 
@@ -196,10 +195,7 @@ def _add_recommendations(
 ) -> None:
     @app.post(
         "/v1/recommend",
-        tags=["recommendations"],
-        summary="Recommend items to a user",
-        responses=ok(wire.RecommendAnswer) | BODY_PROBLEMS,
-        **needs("read"),
+        **about("read", "recommendations", "Recommend items to a user", ok(wire.RecommendAnswer) | BODY_PROBLEMS),
     )
     async def recommend(body: wire.RecommendBody, request: Request) -> Response:
         """Items for a known user, for a history given here, for both together, or for a stranger.
@@ -215,10 +211,9 @@ def _add_recommendations(
 
     @app.post(
         "/v1/similar",
-        tags=["recommendations"],
-        summary="Items like one item",
-        responses=ok(wire.RecommendAnswer) | problems(404) | BODY_PROBLEMS,
-        **needs("read"),
+        **about(
+            "read", "recommendations", "Items like one item", ok(wire.RecommendAnswer) | problems(404) | BODY_PROBLEMS
+        ),
     )
     async def similar(body: wire.SimilarBody, request: Request) -> Response:
         """Items whose vectors are nearest to those of `item_id`, best first, without the item itself."""
@@ -229,27 +224,16 @@ def _add_recommendations(
             answer = await asyncio.to_thread(recommender.similar, wire.similar_request(body, id_of(request)))
         return as_json(wire.recommend_answer(answer))
 
-    num_searches = 0
+    searches = Turns("searches wait", "search", encoding)
 
     @app.post(
-        "/v1/search",
-        tags=["recommendations"],
-        summary="Items by words",
-        responses=ok(wire.RecommendAnswer) | BODY_PROBLEMS,
-        **needs("read"),
+        "/v1/search", **about("read", "recommendations", "Items by words", ok(wire.RecommendAnswer) | BODY_PROBLEMS)
     )
     async def search(body: wire.SearchBody, request: Request) -> Response:
         """Items whose texts mean most nearly what `query` says, best first. Needs a Bundle with a text encoder."""
-        nonlocal num_searches
-        if num_searches >= _MAX_SEARCHES:
-            raise StageOverloadedError(f"{num_searches} searches wait already", stage="search")
-        num_searches += 1
-        try:
-            with service.current.pinned() as generation:
-                find = functools.partial(generation.recommender.search, wire.search_request(body, id_of(request)))
-                answer = await asyncio.get_running_loop().run_in_executor(encoding, find)
-        finally:
-            num_searches -= 1
+        with service.current.pinned() as generation:
+            find = functools.partial(generation.recommender.search, wire.search_request(body, id_of(request)))
+            answer = await searches.run(find)
         return as_json(wire.recommend_answer(answer))
 
 
@@ -258,40 +242,21 @@ def _add_events(
 ) -> None:
     # A disk that is slow or full of others' locks must not take the places of those who ask for recommendations.
     max_waiting = max(1, config.max_ongoing_requests // 2)
-    waiting = 0
+    writes = Turns("calls wait for the event store", "events", executor, max_waiting=max_waiting)
 
-    async def written(write: Callable[[], AppendResult]) -> AppendResult:
-        nonlocal waiting
-        if waiting >= max_waiting:
-            raise StageOverloadedError(f"{waiting} calls wait for the event store already", stage="events")
-        waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(executor, write)
-        finally:
-            waiting -= 1
-
-    @app.post(
-        "/v1/events",
-        tags=["events"],
-        summary="Record what users did",
-        responses=ok(wire.EventsAnswer) | BODY_PROBLEMS,
-        **needs("write"),
-    )
+    @app.post("/v1/events", **about("write", "events", "Record what users did", ok(wire.EventsAnswer) | BODY_PROBLEMS))
     async def events(body: wire.EventsBody) -> Response:
         """Answered only once the events are durable. Sending a batch again is harmless: `event_id` tells it."""
         if len(body.events) > config.max_events:
             raise RequestError(f"{len(body.events)} events in one call, at most {config.max_events} are taken")
         batch = [_event(event) for event in body.events]
-        result = await written(functools.partial(service.store.append, batch))
+        result = await writes.run(functools.partial(service.store.append, batch))
         observer.recorded(batch, result.duplicates)
         return as_json({"accepted": result.accepted, "duplicates": result.duplicates})
 
     @app.post(
         "/v1/users/{user_id}/merge",
-        tags=["events"],
-        summary="Count what was done under another id",
-        responses=ok(wire.EventsAnswer) | BODY_PROBLEMS,
-        **needs("write"),
+        **about("write", "events", "Count what was done under another id", ok(wire.EventsAnswer) | BODY_PROBLEMS),
     )
     async def merge(user_id: Annotated[wire.Id, Path()], body: wire.MergeBody) -> Response:
         """The interactions known of `from_user_id` become events of this user, at the times they have. Sending it again
@@ -299,7 +264,7 @@ def _add_events(
         """
         if user_id == body.from_user_id:
             raise RequestError("a user cannot be merged into themselves", field="from_user_id")
-        result = await written(functools.partial(service.store.merge, body.from_user_id, user_id))
+        result = await writes.run(functools.partial(service.store.merge, body.from_user_id, user_id))
         observer.meters.count("recsys_events_total", "accepted", amount=result.accepted)
         observer.meters.count("recsys_events_total", "duplicate", amount=result.duplicates)
         return as_json({"accepted": result.accepted, "duplicates": result.duplicates})
@@ -308,10 +273,7 @@ def _add_events(
 def _add_look_ups(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/users/{user_id}",
-        tags=["look-ups"],
-        summary="What is known of a user",
-        responses=ok(wire.UserAnswer) | problems(404),
-        **needs("read"),
+        **about("read", "look-ups", "What is known of a user", ok(wire.UserAnswer) | problems(404)),
     )
     async def user(user_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """The newest interactions, those of the Bundle and those that came as events, oldest first."""
@@ -324,23 +286,14 @@ def _add_look_ups(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/v1/items/{item_id}",
-        tags=["look-ups"],
-        summary="One item of the catalogue",
-        responses=ok(wire.CatalogueItemAnswer) | problems(404),
-        **needs("read"),
+        **about("read", "look-ups", "One item of the catalogue", ok(wire.CatalogueItemAnswer) | problems(404)),
     )
     async def item(item_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """The item as it is now."""
         row = service.knowing(item_id).recommender.item(item_id)
         return missing(request, f"no item {item_id!r} in the catalogue") if row is None else as_json(row)
 
-    @app.get(
-        "/v1/bundle",
-        tags=["look-ups"],
-        summary="The Bundle that answers",
-        responses=ok(wire.BundleAnswer),
-        **needs("read"),
-    )
+    @app.get("/v1/bundle", **about("read", "look-ups", "The Bundle that answers", ok(wire.BundleAnswer)))
     async def bundle() -> Response:
         """Id and manifest, without the list of files."""
         current, canary = service.current, service.canary
@@ -367,10 +320,7 @@ def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadP
 
     @app.put(
         "/v1/items",
-        tags=["items"],
-        summary="Add items, or change them",
-        responses=ok(wire.ItemsAnswer) | problems(409) | BODY_PROBLEMS,
-        **needs("admin"),
+        **about("admin", "items", "Add items, or change them", ok(wire.ItemsAnswer) | problems(409) | BODY_PROBLEMS),
     )
     async def put(body: wire.ItemsBody, request: Request) -> Response:
         """Answered once the change is durable; shown in seconds. A new item is found by those who like the items that
@@ -382,10 +332,7 @@ def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadP
 
     @app.delete(
         "/v1/items/{item_id}",
-        tags=["items"],
-        summary="Take an item out of the catalogue",
-        responses=ok(wire.ItemsAnswer) | problems(404, 409),
-        **needs("admin"),
+        **about("admin", "items", "Take an item out of the catalogue", ok(wire.ItemsAnswer) | problems(404, 409)),
     )
     async def remove(item_id: Annotated[wire.Id, Path()], request: Request) -> Response:
         """Not shown any more in seconds. Put again, it is back."""
@@ -402,10 +349,7 @@ def _add_operation(
 ) -> None:
     @app.get(
         "/v1/traces/{request_id}",
-        tags=["operation"],
-        summary="How an answer came about",
-        responses=ok(wire.TraceAnswer) | problems(404),
-        **needs("admin"),
+        **about("admin", "operation", "How an answer came about", ok(wire.TraceAnswer) | problems(404)),
     )
     async def trace(request_id: Annotated[str, Path(max_length=64)], request: Request) -> Response:
         """Which source brought each item, how each stage scored it, and why the others are not shown; for the newest
@@ -414,16 +358,12 @@ def _add_operation(
         found = observer.trace(request_id) or await find_trace(request_id)
         return missing(request, f"no trace of {request_id!r} is kept") if found is None else as_json(found)
 
-    @app.get(
-        "/healthz", tags=["probes"], summary="Is the process alive?", responses=ok(wire.HealthAnswer), **needs("read")
-    )
+    @app.get("/healthz", **about("read", "probes", "Is the process alive?", ok(wire.HealthAnswer)))
     async def healthz() -> Response:
         """Answered whatever the load."""
         return as_json({"status": "ok"})
 
-    @app.get(
-        "/readyz", tags=["probes"], summary="May it get traffic?", responses=ok(wire.HealthAnswer), **needs("read")
-    )
+    @app.get("/readyz", **about("read", "probes", "May it get traffic?", ok(wire.HealthAnswer)))
     async def readyz(request: Request) -> Response:
         """Yes once the golden query of the Bundle was answered as it must be and the event store can be read. One on
         another machine is no condition: without it users are answered like strangers.

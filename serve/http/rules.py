@@ -12,7 +12,7 @@ from recsys.bundle.live import split_id
 from recsys.pipeline.rules.changes import unknown_names
 from serve.access.middleware import CALLER
 from serve.http import wire
-from serve.http.answers import BODY_PROBLEMS, as_json, id_of, missing, needs, ok, problems
+from serve.http.answers import BODY_PROBLEMS, about, as_json, id_of, missing, ok, problems
 from serve.http.middleware import problem
 from serve.live.rules import RuleChanges
 from serve.live.service import Service
@@ -39,13 +39,7 @@ def add_rules(app: FastAPI, service: Service) -> None:
             return None
         return problem(409, "this server answers from one Bundle; to change its rules serve a store", id_of(request))
 
-    @app.get(
-        "/v1/rules",
-        tags=["rules"],
-        summary="The reranking rules",
-        responses=ok(wire.RulesAnswer) | problems(404),
-        **needs("admin"),
-    )
+    @app.get("/v1/rules", **about("admin", "rules", "The reranking rules", ok(wire.RulesAnswer) | problems(404)))
     async def show(request: Request, query: Annotated[_ShowQuery, Query()]) -> Response:
         """Those that hold and those that come, and who changed them when. With `version`, those of an earlier change:
         to return to them, put them again.
@@ -58,10 +52,9 @@ def add_rules(app: FastAPI, service: Service) -> None:
 
     @app.put(
         "/v1/rules",
-        tags=["rules"],
-        summary="Replace the reranking rules",
-        responses=ok(wire.RulesChangedAnswer) | problems(409) | BODY_PROBLEMS,
-        **needs("admin"),
+        **about(
+            "admin", "rules", "Replace the reranking rules", ok(wire.RulesChangedAnswer) | problems(409) | BODY_PROBLEMS
+        ),
     )
     async def put(body: wire.RulesBody, request: Request) -> Response:
         """Answered once the change is durable; every answer goes by it within seconds, whichever Bundle is current.
@@ -75,10 +68,7 @@ def add_rules(app: FastAPI, service: Service) -> None:
 
     @app.delete(
         "/v1/rules",
-        tags=["rules"],
-        summary="Return to the Bundle's own rules",
-        responses=ok(wire.RulesChangedAnswer) | problems(409),
-        **needs("admin"),
+        **about("admin", "rules", "Return to the Bundle's own rules", ok(wire.RulesChangedAnswer) | problems(409)),
     )
     async def reset(request: Request, query: Annotated[_ResetQuery, Query()]) -> Response:
         """A change like any other: what was put before can still be read."""

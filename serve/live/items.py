@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from recsys.arrow import pc
 from recsys.bundle import Bundle
 from recsys.bundle.changes import ITEM_CHANGES, ItemLog
-from recsys.errors import RequestError, StageOverloadedError
+from recsys.errors import RequestError
 from serve.http import wire
 from serve.live.service import Service
-
-ResultT = TypeVar("ResultT")
-_MAX_WAITING = 32
+from serve.live.turns import Turns
 
 
 class ItemChanges:
@@ -25,8 +22,7 @@ class ItemChanges:
 
     def __init__(self, service: Service, executor: Executor) -> None:
         self._service = service
-        self._executor = executor
-        self._num_waiting = 0
+        self._turns = Turns("changes of items wait", "items", executor)
 
     async def put(self, items: Sequence[wire.ItemBody]) -> int:
         """Add items, or replace what is known of them; durable when it returns. The version that has them.
@@ -46,7 +42,7 @@ class ItemChanges:
         def write() -> int:
             return self._log().append(changes_of([item.model_dump() for item in items], bundle))
 
-        return await self._one_at_a_time(write)
+        return await self._turns.run(write)
 
     async def remove(self, item_id: str) -> int | None:
         """Take an item out of the catalogue; the version without it, None where there is no such item."""
@@ -65,20 +61,11 @@ class ItemChanges:
             gone = kept | {"removed": True, "available": False, "text_vector": None, "encoder": None}
             return self._log().append(pa.Table.from_pylist([gone], schema=ITEM_CHANGES))
 
-        return await self._one_at_a_time(write)
+        return await self._turns.run(write)
 
     def _log(self) -> ItemLog:
         assert self._service.items is not None, "routes ask first"
         return self._service.items
-
-    async def _one_at_a_time(self, write: Callable[[], ResultT]) -> ResultT:
-        if self._num_waiting >= _MAX_WAITING:
-            raise StageOverloadedError(f"{self._num_waiting} changes of items wait already", stage="items")
-        self._num_waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, write)
-        finally:
-            self._num_waiting -= 1
 
 
 def changes_of(items: Sequence[dict[str, Any]], bundle: Bundle) -> pa.Table:

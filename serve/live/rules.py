@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from recsys.bundle.rule_log import RuleLog
-from recsys.errors import ChangeConflictError, ConfigError, RequestError, StageOverloadedError
+from recsys.errors import ChangeConflictError, ConfigError, RequestError
 from recsys.pipeline.rules import RuleConfig
 from recsys.pipeline.rules.changes import RuleHistory, plain, rule_history
 from serve.live.service import Service
-
-ResultT = TypeVar("ResultT")
-_MAX_WAITING = 32
+from serve.live.turns import Turns
 
 
 class RuleChanges:
@@ -22,7 +18,7 @@ class RuleChanges:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._num_waiting = 0
+        self._turns = Turns("calls about rules wait", "rules")
 
     async def history(self, version: int | None) -> RuleHistory | None:
         """See :func:`recsys.pipeline.rules.changes.rule_history`.
@@ -31,7 +27,7 @@ class RuleChanges:
         """
         service = self._service
         own, now_ms = service.current.own_rules, time.time_ns() // 1_000_000
-        return await self._in_thread(lambda: rule_history(service.rules, own, now_ms, version))
+        return await self._turns.run(lambda: rule_history(service.rules, own, now_ms, version))
 
     async def put(self, rules: Sequence[RuleConfig] | None, *, after: int | None, by: str, note: str | None) -> int:
         """Let ``rules`` (None: those of the Bundle) follow on version ``after`` (None: on the last one, whichever that
@@ -54,19 +50,10 @@ class RuleChanges:
                         raise
 
         try:
-            return await self._in_thread(write)
+            return await self._turns.run(write)
         except ConfigError as error:
             raise RequestError(error.message, field="rules") from error
 
     def _log(self) -> RuleLog:
         assert self._service.rules is not None, "routes ask first"
         return self._service.rules
-
-    async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
-        if self._num_waiting >= _MAX_WAITING:
-            raise StageOverloadedError(f"{self._num_waiting} calls about rules wait already", stage="rules")
-        self._num_waiting += 1
-        try:
-            return await asyncio.to_thread(work)
-        finally:
-            self._num_waiting -= 1

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from recsys.bundle import Bundle
+from recsys.bundle import manifest as layout
 from recsys.bundle.changes import ItemLog
 from recsys.bundle.live import RuledBundle, split_id
 from recsys.bundle.rule_log import RuleLog
@@ -69,7 +70,7 @@ class Generation:
 
         :raises EventStoreError: when the store refuses.
         """
-        if self.bundle.has("histories.parquet"):
+        if self.bundle.has(layout.HISTORIES):
             store.seed(self.base_id, self.bundle.histories(), self.bundle.manifest.events_watermark)
 
     @property

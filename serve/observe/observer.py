@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from starlette.types import Scope
 
+from recsys.data.catalogue import Catalogue
 from recsys.events import Event
+from recsys.pipeline.cache import Cache
 from recsys.pipeline.recommender import STATE
 from recsys.pipeline.requests import Recommendation
 from recsys.pipeline.runner import LocalStage
@@ -20,7 +22,7 @@ from recsys.types import Int32Array
 from serve.config import GatewayConfig
 from serve.live.service import Generation, Service
 from serve.observe.metrics import Meters
-from serve.observe.traces import Traces, describe
+from serve.observe.traces import describe
 
 _HEAD_SHARE = 0.01
 _COVERAGE_S = 300.0
@@ -32,7 +34,8 @@ class Observer:
     """Sees every request and every answer of one gateway, in its event loop."""
 
     def __init__(self, service: Service, config: GatewayConfig, meters: Meters) -> None:
-        self.traces = Traces(config.max_traces)
+        self.traces: Cache[str, tuple[Recommendation, Catalogue]] = Cache(config.max_traces)
+        """the newest answers by ``request_id``, each with the catalogue of its items"""
         self._service = service
         self.meters = meters
         self._access_log = config.access_log
@@ -61,7 +64,7 @@ class Observer:
         """A recommendation was made from this Bundle."""
         slate, meters = answer.slate, self.meters
         assert slate is not None, "similar items come from no stage"
-        self.traces.keep(answer, generation.catalogue)
+        self.traces.put(answer.request_id, (answer, generation.catalogue))
         for stage, outcome in slate.outcomes.items():
             meters.count("recsys_stage_outcomes_total", stage, outcome)
         for stage, busy_ms in slate.busy_ms.items():

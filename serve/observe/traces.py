@@ -6,34 +6,11 @@ somebody asks.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import Any
 
 from recsys.data.catalogue import Catalogue
 from recsys.pipeline.requests import Recommendation
 from recsys.types import Int32Array
-
-
-class Traces:
-    """The newest answers by ``request_id``. For several threads."""
-
-    def __init__(self, max_traces: int) -> None:
-        """``max_traces`` 0 keeps none."""
-        self._max_traces = max_traces
-        self._kept: OrderedDict[str, tuple[Recommendation, Catalogue]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def keep(self, answer: Recommendation, catalogue: Catalogue) -> None:
-        """Remember ``answer``, whose items are those of ``catalogue``; forget the oldest where there are too many."""
-        with self._lock:
-            self._kept[answer.request_id] = answer, catalogue
-            while len(self._kept) > self._max_traces:
-                self._kept.popitem(last=False)
-
-    def get(self, request_id: str) -> tuple[Recommendation, Catalogue] | None:
-        """The answer to that request and the catalogue of its items, or None."""
-        return self._kept.get(request_id)
 
 
 def describe(answer: Recommendation, catalogue: Catalogue) -> dict[str, Any]:

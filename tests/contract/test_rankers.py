@@ -11,6 +11,7 @@ import pytest
 
 from recsys.data.features import ItemFeatures
 from recsys.errors import ConfigError
+from recsys.libraries import installed
 from recsys.models.rankers import KINDS
 from recsys.models.rankers.attention import AttentionRankerConfig
 from recsys.models.rankers.attention_network import AttentionRanker
@@ -18,7 +19,7 @@ from recsys.models.rankers.base import Ranker, RankerConfig
 from recsys.models.rankers.causal_lm import CausalLMConfig
 from recsys.models.rankers.cross_encoder import CrossEncoderConfig
 from recsys.models.rankers.examples import RankingExamples
-from recsys.models.rankers.export import ExportConfig, ExportedRanker, export_ranker, openvino_available
+from recsys.models.rankers.export import ExportConfig, ExportedRanker, export_ranker
 from recsys.models.rankers.queries import RankingCatalogue, RankingItems, item_content, ranking_batch
 from recsys.models.rankers.text_ranker import TextRanker, TextRankerConfig
 from recsys.models.text.adapters import LoRA, Prefix
@@ -47,7 +48,7 @@ def fitted() -> tuple[AttentionRanker, RankingExamples]:
 
 
 def exported(precision: str) -> ExportedRanker:
-    if not openvino_available():
+    if not installed("openvino"):
         pytest.skip("openvino is not installed on this platform")
     ranker, examples = fitted()
     (form,) = export_ranker(ranker, ExportConfig(precisions=(precision,)), examples.batch)

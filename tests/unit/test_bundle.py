@@ -24,6 +24,7 @@ from recsys.bundle import reader as reader_module
 from recsys.bundle.location import Location
 from recsys.bundle.manifest import MANIFEST, content_id, git_revision, list_files
 from recsys.bundle.writer import BundleWriter
+from recsys.config import to_yaml
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import DatasetInfo
 from recsys.data.histories import Histories
@@ -81,13 +82,13 @@ def fill(writer: BundleWriter, *, names: str = "abcdef", rows: int = NUM_ITEMS, 
     FlatIndex(kind="flat").build(vectors).save(writer.part("index"))
     writer.add_popular(np.array([3, 1], np.int32), np.array([0.9, 0.5], np.float32))
     writer.add_histories(pa.Table.from_pylist([HISTORY], schema=HISTORIES_SCHEMA))
-    writer.add_config(SETTINGS)
-    writer.add_metrics({"ndcg@10": 0.5})
-    writer.add_golden(GOLDEN)
+    writer.part("config.yaml").write_text(to_yaml(SETTINGS))
+    write_json(writer.part("metrics.json"), {"ndcg@10": 0.5})
+    write_json(writer.part("golden.json"), GOLDEN.model_dump(mode="json"))
 
 
 def write(
-    folder: Path, *, change: Callable[[BundleWriter], None] = lambda writer: None, parts: Any = None, **finish: Any
+    folder: Path, *, change: Callable[[BundleWriter], object] = lambda writer: None, parts: Any = None, **finish: Any
 ) -> Bundle:
     """A Bundle of ``parts``, after ``change``."""
     with BundleWriter(folder) as writer:
@@ -128,6 +129,9 @@ def test_what_is_written_is_read(bundle: Bundle) -> None:
         (again.path / n).stat().st_size for n in list_files(again.path) if n != MANIFEST
     )
     assert not again.has("ranker")
+    for ask in (again.has, again.part):
+        with pytest.raises(BundleError, match=r"'rankers' is no part of a Bundle; those are config\.yaml, items"):
+            ask("rankers")
     with pytest.raises(BundleNotFoundError, match="holds no 'ranker'"):
         again.part("ranker")
 
@@ -348,7 +352,7 @@ def test_popular_items_outside_the_catalogue_are_refused(tmp_path: Path) -> None
 
 def test_a_config_without_the_policy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleMismatchError, match="positives is missing"):
-        write(tmp_path, change=lambda writer: writer.add_config({"pipeline": {}}))
+        write(tmp_path, change=lambda writer: writer.part("config.yaml").write_text("pipeline: {}\n"))
 
 
 @pytest.mark.parametrize(

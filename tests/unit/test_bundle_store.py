@@ -29,6 +29,7 @@ from recsys.errors import (
     BundleNotFoundError,
     PointerConflictError,
 )
+from recsys.files import write_json
 
 INFO = DatasetInfo(
     name="tiny",
@@ -48,7 +49,7 @@ INFO = DatasetInfo(
 def make(folder: Path, number: int) -> Bundle:
     with BundleWriter(folder) as writer:
         writer.add_popular(np.array([0], np.int32), np.array([number], np.float32))
-        writer.add_metrics({"number": number})
+        write_json(writer.part("metrics.json"), {"number": number})
         return writer.finish(INFO, embedding_dim=1)
 
 

@@ -13,6 +13,7 @@ import torch
 from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import FEATURE_NAMES, NO_TIME, ItemFeatures, candidate_features
+from recsys.libraries import installed
 from recsys.models.rankers import load_ranker
 from recsys.models.rankers.attention import AttentionRankerConfig
 from recsys.models.rankers.examples import RankingExamples, ranking_examples
@@ -22,7 +23,6 @@ from recsys.models.rankers.export import (
     ItemRows,
     choose_export,
     export_ranker,
-    openvino_available,
 )
 from recsys.models.rankers.queries import (
     PADDING,
@@ -160,7 +160,7 @@ def test_saving_keeps_the_scores(fitted, tmp_path) -> None:
         np.testing.assert_allclose(loaded.score(train.batch), form.score(train.batch), atol=1e-5)
 
 
-@pytest.mark.skipif(not openvino_available(), reason="openvino is not installed on this platform")
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed on this platform")
 def test_the_export_ranks_as_the_network_does(fitted) -> None:
     ranker, train, holdout = fitted
     exported = export_ranker(ranker, ExportConfig(precisions=("int8", "f32")), train.batch)
@@ -176,7 +176,7 @@ def test_the_export_ranks_as_the_network_does(fitted) -> None:
     np.testing.assert_allclose(exported[-1].score(holdout.batch), expected, atol=0.035 * expected.std())
 
 
-@pytest.mark.skipif(not openvino_available(), reason="openvino is not installed on this platform")
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed on this platform")
 def test_the_gate_keeps_fp32_when_the_export_ranks_worse(fitted) -> None:
     ranker, train, holdout = fitted
     (form,) = export_ranker(ranker, ExportConfig(precisions=("f32",)), train.batch)

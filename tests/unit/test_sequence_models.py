@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from recsys.data.histories import Histories
 from recsys.models.base import FitData
 from recsys.models.retrievers.sequences.base import _token_times
 from recsys.models.retrievers.sequences.bert4rec import BERT4Rec
+from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.models.retrievers.sequences.hstu import HSTU
+from recsys.models.retrievers.sequences.sasrec import SASRec
 from recsys.testing.planted import planted_clusters
 from recsys.training.loop import TrainConfig
 from recsys.training.runtime import Runtime
@@ -62,3 +65,16 @@ def test_every_window_has_a_blank_and_about_the_share_asked_for() -> None:
     assert (per_window > 0).all()
     long = np.repeat(part.lengths == 10, part.lengths)
     assert abs(blank[long].mean() - 0.3) < 0.05
+
+
+@pytest.mark.parametrize("kind", [SASRec, HSTU, BERT4Rec])
+def test_heads_share_the_dimensions(kind) -> None:
+    assert kind(dim=12, num_heads=4).num_heads == 4
+    with pytest.raises(ValueError, match=r"dim \(12\) must be a multiple of num_heads \(5\)"):
+        kind(dim=12, num_heads=5)
+
+
+def test_a_head_with_rotary_positions_has_an_even_number_of_dimensions() -> None:
+    assert ESASRec(dim=16, num_heads=4).num_heads == 4
+    with pytest.raises(ValueError, match=r"dim \(12\) must be a multiple of 2 \* num_heads \(4\)"):
+        ESASRec(dim=12, num_heads=4)

@@ -1,6 +1,7 @@
 """Rules over HTTP: put, changed back, and what every stage, every Bundle and every gateway makes of it."""
 
 import asyncio
+import functools
 import json
 import time
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ from serve.live.canary import CanaryLimits
 from serve.live.service import Service
 from serve.live.shelf import Shelf
 from serve.live.switch import Switch
+from serve.live.turns import Turns
 
 PIN = {"kind": "pin", "item_ids": ["i200"]}
 NOON = "2026-01-01T12:00:00Z"
@@ -281,15 +283,17 @@ async def test_a_store_that_cannot_be_reached_says_503(client, monkeypatch):
     assert all(answer.headers["retry-after"] for answer in answers)
 
 
-async def test_too_many_calls_at_once_are_refused(client, monkeypatch):
+async def test_too_many_calls_at_once_are_refused(opened, config, monkeypatch):
     def slow(*_, **__):
         time.sleep(0.2)
         return []
 
     monkeypatch.setattr("recsys.bundle.rule_log.RuleLog.versions", slow)
-    monkeypatch.setattr("serve.live.rules._MAX_WAITING", 2)
-    answers = await asyncio.gather(*(client.get("/v1/rules") for _ in range(4)))
-    assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503]
+    monkeypatch.setattr("serve.live.rules.Turns", functools.partial(Turns, max_waiting=2))
+    async for client in client_of(opened[1], config.access):
+        answers = await asyncio.gather(*(client.get("/v1/rules") for _ in range(4)))
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503]
+        assert (await client.get("/v1/rules")).status_code == 200
 
 
 # --- through the switch -----------------------------------------------------------------------------------------------

@@ -154,3 +154,10 @@ def test_publishing_moves_the_pointer_when_told_and_back(trained_job, tmp_path):
     refused, current = run("--rollback", "--activate")
     assert (refused.exit_code, current) == (2, first)
     assert "exclude each other" in refused.stderr
+
+
+def test_errors_are_shown_as_they_are(tmp_path):
+    """Nothing in them is taken for markup, and no line is broken."""
+    file = tmp_path / "[red]a file with a long name[/nothing]" / f"{'x' * 100}.yaml"
+    refused = CliRunner().invoke(publish.app, ["--config", str(file)])
+    assert (refused.exit_code, refused.stderr) == (2, f"ConfigError: {file}: no such configuration file\n")

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from recsys.errors import ConfigError, ModelError
+from recsys.errors import ConfigError
 from recsys.models.rankers.base import SAMPLE_WORDS
 from recsys.models.rankers.queries import PADDING, RankingBatch
 from recsys.models.rankers.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
 from recsys.models.text.adapters import Prefix, adapt, places, with_saved_adapter
-from recsys.models.text.encoder import model_folder, pad
+from recsys.models.text.encoder import model_folder, pad, read_encoder
 from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.training.freezing import learn_top_layers
 
@@ -59,7 +59,7 @@ class CrossEncoderConfig(TextRankerConfig):
         )
 
     def network(self, texts: Sequence[str]) -> tuple[Any, TextRankerNetwork]:
-        tokenizer, transformer = _read(model_folder(self.model, "cross_encoder.model"))
+        tokenizer, transformer = read_encoder(model_folder(self.model, "cross_encoder.model"))
         if self.adapter is None:
             learn_top_layers(transformer, transformer, self.trainable_layers)
         else:
@@ -67,7 +67,7 @@ class CrossEncoderConfig(TextRankerConfig):
         return tokenizer, self._network(tokenizer, transformer)
 
     def saved_network(self, folder: Path) -> tuple[Any, TextRankerNetwork]:
-        tokenizer, transformer = _read(folder)
+        tokenizer, transformer = read_encoder(folder)
         return tokenizer, self._network(tokenizer, with_saved_adapter(transformer, folder))
 
     def _network(self, tokenizer: Any, transformer: Any) -> TextRankerNetwork:
@@ -132,14 +132,3 @@ class _CrossNetwork(TextRankerNetwork):
 
     def forward(self, inputs: TextInputs, device: torch.device) -> Tensor:
         return self.scores(inputs, device)
-
-
-def _read(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: not a usable Hugging Face encoder: {error}", path=str(folder)) from error
-    return tokenizer, model

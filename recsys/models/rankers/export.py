@@ -30,6 +30,7 @@ from recsys.config import StrictConfig
 from recsys.data.features import NUM_FEATURES, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import map_arrow, read_json, write_arrow, write_json
+from recsys.libraries import installed
 from recsys.models.rankers.attention_network import HOUR_MS, MASKED, NUM_AGE_BUCKETS, AttentionRanker
 from recsys.models.rankers.base import Ranker
 from recsys.models.rankers.examples import RankingExamples
@@ -229,14 +230,9 @@ class ExportedRanker(Ranker):
         return cls(reference, record["precision"], *rows, graph=graph, num_candidates=record["num_candidates"])
 
 
-def openvino_available() -> bool:
-    """Whether an export can be made or served here."""
-    return importlib.util.find_spec("openvino") is not None
-
-
 def load_exported(folder: Path, reference: AttentionRanker) -> Ranker:
     """The export in ``folder`` if there is one and this machine can run it, else the fp32 ``reference``."""
-    if (folder / "export" / "export.json").exists() and openvino_available():
+    if (folder / "export" / "export.json").exists() and installed("openvino"):
         return ExportedRanker.load(folder, reference)
     return reference
 
@@ -246,7 +242,7 @@ def export_ranker(ranker: AttentionRanker, config: ExportConfig, calibration: Ra
 
     ``calibration`` has the usual number of candidates.
     """
-    if not openvino_available() or not config.enabled:
+    if not config.enabled or not installed("openvino"):
         return []
     num_candidates = max(1, calibration.candidate_item_idx.shape[1])
     candidate_rows, history_rows = _item_rows(ranker)

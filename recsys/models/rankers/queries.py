@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from recsys.data.features import NUM_FEATURES, ItemFeatures, candidate_features, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import map_arrow, write_arrow
+from recsys.models.base import check_items
 from recsys.types import History
 
 PADDING = -1
@@ -122,8 +123,7 @@ def ranking_batch(queries: list[RankingQuery], items: RankingItems, max_history:
 
 def _check(query: RankingQuery, newest: NDArray[np.int32], num_items: int) -> None:
     for what, item_idx in (("candidate", query.candidate_item_idx), ("history entry", newest)):
-        if len(item_idx) and not 0 <= int(item_idx.min()) <= int(item_idx.max()) < num_items:
-            raise ModelError(f"a {what} is an item_idx outside 0..{num_items - 1}")
+        check_items(item_idx, num_items, f"a {what} is")
     if not np.isfinite(query.retrieval_score).all():
         row = int(np.argmin(np.isfinite(query.retrieval_score)))
         raise ModelError(f"the retrieval score of item_idx {query.candidate_item_idx[row]} is not finite")

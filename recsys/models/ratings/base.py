@@ -21,9 +21,10 @@ from recsys import schema
 from recsys.data.dataset import Dataset, Split
 from recsys.data.histories import Histories
 from recsys.data.leaks import check_blind
-from recsys.errors import DataError, EmptyDataError, ModelError
+from recsys.errors import DataError, EmptyDataError
 from recsys.files import write_json
 from recsys.kinds import Kind
+from recsys.models.base import check_items
 from recsys.models.retrievers.matrices.base import Sparse
 from recsys.training.checkpoint import load_tensors, save_tensors
 
@@ -62,8 +63,7 @@ class Rated:
         """
         rows, lengths = self.histories.rows(), self.histories.lengths
         items = self.histories.item_idx[rows].astype(np.int64)
-        if len(items) and not 0 <= items.min() <= items.max() < self.num_items:
-            raise ModelError(f"a history holds an item_idx outside 0..{self.num_items - 1}")
+        check_items(items, self.num_items)
         pairs = np.repeat(np.arange(len(lengths)), lengths) * self.num_items + items
         newest = len(pairs) - 1 - np.unique(pairs[::-1], return_index=True)[1]
         user, item = np.divmod(pairs[newest], self.num_items)
@@ -151,12 +151,6 @@ def some_ratings(data: Rated) -> Sparse:
     if not matrix.nnz:
         raise EmptyDataError("there is no rating to learn from: check the source's column of values")
     return matrix
-
-
-def check_items(item_idx: NDArray[np.int32], num_items: int) -> None:
-    """:raises ModelError: when a question is about an item that the model does not know."""
-    if len(item_idx) and not 0 <= item_idx.min() <= item_idx.max() < num_items:
-        raise ModelError(f"a question is about an item_idx outside 0..{num_items - 1}")
 
 
 def _values(dataset: Dataset) -> NDArray[np.float32]:

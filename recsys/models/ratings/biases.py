@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, check_items, saved_arrays, some_ratings
+from recsys.models.base import check_items
+from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, saved_arrays, some_ratings
 from recsys.models.retrievers.matrices.base import Sparse
 
 
@@ -62,7 +63,7 @@ class BiasModel(RatingModel):
         return left_BN, user_B
 
     def predict(self, rated: Rated, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
-        check_items(item_idx, self.num_items)
+        check_items(item_idx, self.num_items, "a question is about")
         _, user_Q = self.residuals(rated)
         return (self.mean + self.item_N[item_idx] + user_Q).astype(np.float32)
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, check_items, saved_arrays
+from recsys.models.base import check_items
+from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, saved_arrays
 from recsys.models.ratings.biases import Biases, BiasModel
 from recsys.models.retrievers.matrices.base import Sparse
 
@@ -60,7 +61,7 @@ class FactorModel(RatingModel):
         self._biases, self._item_ND = biases, item_ND
 
     def predict(self, rated: Rated, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
-        check_items(item_idx, self.num_items)
+        check_items(item_idx, self.num_items, "a question is about")
         left_QN, user_Q = self._biases.residuals(rated)
         user_QD = _solve(left_QN, self._item_ND, self.config.regularization)
         inner_Q = (user_QD * self._item_ND[item_idx]).sum(axis=1)

@@ -17,7 +17,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from pydantic import Field
 
-from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, check_items, saved_arrays
+from recsys.models.base import check_items
+from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, saved_arrays
 from recsys.models.ratings.biases import Biases, BiasModel
 from recsys.models.retrievers.matrices.base import Sparse
 
@@ -79,7 +80,7 @@ class NeighbourModel(RatingModel):
         self._biases, self._similar_NN = biases, similar_NN
 
     def predict(self, rated: Rated, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
-        check_items(item_idx, self.num_items)
+        check_items(item_idx, self.num_items, "a question is about")
         left_QN, user_Q = self._biases.residuals(rated)
         similar_QN = self._similar_NN[item_idx]
         rated_QN = left_QN.copy()

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
 from recsys.models.base import Retriever
 from recsys.models.retrievers import load_retriever
-from recsys.training.runtime import ModuleT, Runtime
+from recsys.training.runtime import Runtime
 
 _RUNNING, _DONE = "running", "done"
 """folders of a checkpoint: of the phase that is being trained, and of the results of those before it"""
@@ -23,18 +21,8 @@ class Phase(Runtime):
         self._runtime, self._name, self._done = runtime, name, dict(done)
         self.label = f"{runtime.label}{name}: "
         self.device, self.rank, self.world_size = runtime.device, runtime.rank, runtime.world_size
-
-    def prepare(self, module: ModuleT) -> ModuleT:
-        """As the shared runtime does."""
-        return self._runtime.prepare(module)
-
-    def mixed_precision(self) -> torch.autocast:
-        """As the shared runtime does."""
-        return self._runtime.mixed_precision()
-
-    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
-        """As the shared runtime does."""
-        return self._runtime.all_reduce_sum(value)
+        self.prepare, self.all_reduce_sum = runtime.prepare, runtime.all_reduce_sum
+        self.mixed_precision = runtime.mixed_precision
 
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None = None) -> None:
         """Report under this phase's name."""

@@ -56,7 +56,6 @@ class Popularity(RetrieverConfig):
         return PopularityRetriever(self, counts.astype(np.float32))
 
     def load(self, folder: Path) -> PopularityRetriever:
-        """Read saved counts."""
         return PopularityRetriever(self, load_tensors(folder / "model.safetensors")["counts"].numpy())
 
 
@@ -74,5 +73,4 @@ class PopularityRetriever(Retriever):
         return np.repeat(self.counts[None], len(histories), axis=0)
 
     def save_weights(self, folder: Path) -> None:
-        """Write the counts."""
         save_tensors(folder / "model.safetensors", {"counts": torch.from_numpy(self.counts)})

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from recsys.errors import ConfigError
+from recsys.libraries import installed
 
 BackendName = Literal["auto", "torch", "openvino"]
 Ids = NDArray[np.int64]
@@ -93,7 +94,7 @@ def choose_backend(name: BackendName, module: nn.Module, device: str) -> Backend
         if name == "openvino":
             raise ConfigError("encoder.backend: openvino computes on the CPU; use torch or auto on a GPU")
         return TorchBackend(module, device)
-    if name == "openvino" or (name == "auto" and _cpu_has_bfloat16() and _has_openvino()):
+    if name == "openvino" or (name == "auto" and _cpu_has_bfloat16() and installed("openvino")):
         return OpenVinoBackend(module)
     return TorchBackend(module, device)
 
@@ -101,11 +102,3 @@ def choose_backend(name: BackendName, module: nn.Module, device: str) -> Backend
 def _cpu_has_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _has_openvino() -> bool:
-    try:
-        import openvino  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError:
-        return False
-    return True

@@ -141,6 +141,23 @@ def model_folder(model: str, field: str) -> Path:
     return folder
 
 
+def read_encoder(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and transformer (float32) of a Hugging Face folder. Safetensors only.
+
+    :raises ModelError: when the folder cannot be read as an encoder.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        transformer = AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: not a usable Hugging Face encoder: {error}", path=str(folder)) from error
+    return tokenizer, transformer
+
+
 def item_texts(items: pa.Table, config: EncodingConfig) -> list[str]:
     """One text per row of ``items`` (``ITEMS``): its configured fields that are not empty, joined; ``""`` for none."""
     columns: list[list[str]] = []
@@ -188,19 +205,11 @@ class TextEncoder:
 
         :raises ModelError: when the folder cannot be read as an encoder.
         """
-        from transformers import AutoModel, AutoTokenizer
-
         if folder is None:
             assert isinstance(config, TextEncoderConfig), "nothing else names a folder"
             folder = config.model_folder()
         folder = Path(folder)
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            transformer = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: not a usable Hugging Face encoder: {error}", path=str(folder)) from error
+        tokenizer, transformer = read_encoder(folder)
         transformer = with_saved_adapter(transformer, folder)
         return cls(tokenizer, SentenceModule(transformer, config.pooling), config, device)
 

@@ -52,7 +52,6 @@ class ALS(RetrieverConfig):
         return self._retriever(factors_ND, popularity)
 
     def load(self, folder: Path) -> FactorRetriever:
-        """Read saved factors."""
         return self._retriever(*load_factors(folder))
 
     def _retriever(self, factors_ND: np.ndarray, popularity: np.ndarray) -> FactorRetriever:

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
-from recsys.errors import EmptyDataError, ModelError
-from recsys.models.base import FitData, RetrieverConfig, VectorRetriever
+from recsys.errors import EmptyDataError
+from recsys.models.base import FitData, RetrieverConfig, VectorRetriever, check_items
 from recsys.training.checkpoint import load_tensors, save_tensors
 
 TIE_BREAK = 1e-6
@@ -44,8 +44,7 @@ def history_matrix(histories: Histories, num_items: int, half_life: float | None
     :raises ModelError: when a history holds an item that the model does not know.
     """
     packed = histories.pack()
-    if packed.item_idx.size and not 0 <= packed.item_idx.min() <= packed.item_idx.max() < num_items:
-        raise ModelError(f"a history holds an item_idx outside 0..{num_items - 1}")
+    check_items(packed.item_idx, num_items)
     weights = np.ones(len(packed.item_idx), np.float32)
     if half_life is not None:
         places_back = np.repeat(packed.offsets[1:], packed.lengths) - 1 - np.arange(len(weights))

@@ -48,7 +48,6 @@ class BPR(RetrieverConfig):
         return self._retriever(np.asarray(model.item_factors, np.float32), popularity_of(matrix_UN))
 
     def load(self, folder: Path) -> FactorRetriever:
-        """Read saved factors."""
         return self._retriever(*load_factors(folder))
 
     def _retriever(self, factors_ND: np.ndarray, popularity: np.ndarray) -> FactorRetriever:

@@ -55,7 +55,6 @@ class EASE(RetrieverConfig):
         return EASERetriever(self, weights_NN.astype(np.float32), popularity)
 
     def load(self, folder: Path) -> EASERetriever:
-        """Read saved weights."""
         tensors = load_tensors(folder / "model.safetensors")
         return EASERetriever(self, tensors["weights"].numpy(), tensors["popularity"].numpy())
 

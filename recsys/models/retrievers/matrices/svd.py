@@ -49,7 +49,6 @@ class SVD(RetrieverConfig):
         return SVDRetriever(self, np.ascontiguousarray(factors_ND, np.float32), popularity_of(matrix_UN))
 
     def load(self, folder: Path) -> SVDRetriever:
-        """Read saved factors."""
         return SVDRetriever(self, *load_factors(folder))
 
 

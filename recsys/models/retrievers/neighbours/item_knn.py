@@ -76,7 +76,6 @@ class ItemKNN(RetrieverConfig):
         return ItemKNNRetriever(self, sp.vstack(blocks, format="csr"), popularity)
 
     def load(self, folder: Path) -> ItemKNNRetriever:
-        """Read saved neighbours."""
         tensors = load_tensors(folder / "model.safetensors")
         return ItemKNNRetriever(self, load_csr(tensors, "similarity"), tensors["popularity"].numpy())
 

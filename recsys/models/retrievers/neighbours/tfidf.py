@@ -73,7 +73,6 @@ class TfIdf(RetrieverConfig):
         return TfIdfRetriever(self, sp.csr_matrix(words_NW, dtype=np.float32), popularity)
 
     def load(self, folder: Path) -> TfIdfRetriever:
-        """Read saved item vectors."""
         tensors = load_tensors(folder / "model.safetensors")
         return TfIdfRetriever(self, load_csr(tensors, "words"), tensors["popularity"].numpy())
 

@@ -50,7 +50,6 @@ class UserKNN(RetrieverConfig):
         return UserKNNRetriever(self, interaction_matrix(data))
 
     def load(self, folder: Path) -> UserKNNRetriever:
-        """Read saved interactions."""
         return UserKNNRetriever(self, load_csr(load_tensors(folder / "model.safetensors"), "interactions"))
 
 
@@ -94,7 +93,6 @@ class UserKNNRetriever(Retriever):
         return sp.csr_matrix((similarity[best].astype(np.float32), (row[best], user[best])), common.shape)
 
     def save_weights(self, folder: Path) -> None:
-        """Write the interactions."""
         save_tensors(folder / "model.safetensors", save_csr(self._matrix_UN, "interactions"))
 
 

@@ -15,25 +15,27 @@ vectors end with the weights of habits, where item vectors have zeros.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.data.histories import Histories
-from recsys.errors import ModelError, NoTimeError
-from recsys.models.base import FitData, ItemBonus, Retriever, UpdateConfig
+from recsys.errors import NoTimeError
+from recsys.models.base import FitData, ItemBonus, Retriever, UpdateConfig, check_items
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.habit import Habits, PastOfTargets
 from recsys.models.layers.items import ItemTower
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.trend import Trends, TrendWeights
 from recsys.models.retrievers.towers.base import (
+    SAMPLE_TRAIN,
     NetworkRetriever,
     Plan,
     TowerConfig,
@@ -56,6 +58,17 @@ from recsys.training.sampling import (
     token_weight,
     total_weight,
 )
+
+_SMALL: Mapping[str, Any] = {
+    "dim": 16,
+    "num_blocks": 1,
+    "hidden_dim": 16,
+    "max_length": 10,
+    "dropout": 0.1,
+    "num_negatives": 0,
+    "train": SAMPLE_TRAIN,
+}
+"""what a sample sets of the fields that its model has"""
 
 
 class SequenceConfig(TowerConfig, ABC):
@@ -89,6 +102,10 @@ class SequenceConfig(TowerConfig, ABC):
     sample_epochs: ClassVar[int] = 6
     """in which the sample learns that an item follows from the one before it alone"""
 
+    @classmethod
+    def sample(cls, folder: Path) -> Self:
+        return cls(**{name: value for name, value in _SMALL.items() if name in cls.model_fields})
+
     @abstractmethod
     def encoder(self) -> Encoder:
         """A fresh one, its weights drawn from torch's generator."""
@@ -120,6 +137,23 @@ class SequenceConfig(TowerConfig, ABC):
     ) -> SequenceRetriever:
         assert isinstance(network, SequenceNetwork)
         return SequenceRetriever(self, network, num_items, item_vectors_NV)
+
+
+class AttentionConfig(SequenceConfig, ABC):
+    """Hyper-parameters of every sequence model whose encoder is a stack of attention blocks."""
+
+    num_blocks: int = Field(default=2, ge=1, le=64, description="attention blocks")
+    num_heads: int = Field(default=2, ge=1, le=64, description="attention heads; divides dim")
+
+    head_dim_multiple: ClassVar[int] = 1
+    """what the dimensions of one head must be a multiple of"""
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Self:
+        if self.dim % (self.head_dim_multiple * self.num_heads):
+            times = f"{self.head_dim_multiple} * " if self.head_dim_multiple > 1 else ""
+            raise ValueError(f"dim ({self.dim}) must be a multiple of {times}num_heads ({self.num_heads})")
+        return self
 
 
 class SequenceRetriever(TowerRetriever):
@@ -203,8 +237,7 @@ class SequenceRetriever(TowerRetriever):
             histories = histories.last(self.config.max_length)
         lengths = histories.lengths + has_start
         packed = histories.pack()
-        if packed.item_idx.size and not 0 <= packed.item_idx.min() <= packed.item_idx.max() < self.num_items:
-            raise ModelError(f"a history holds an item_idx outside 0..{self.num_items - 1}")
+        check_items(packed.item_idx, self.num_items)
         is_item = np.ones(lengths.sum(), bool)
         ends = np.cumsum(lengths)
         # The blank stands before the first item, or, where it is asked for, after the last.

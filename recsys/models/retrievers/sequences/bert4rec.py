@@ -21,18 +21,16 @@ from torch import Tensor, nn
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout, packed_attention
-from recsys.models.retrievers.sequences.base import SequenceConfig
+from recsys.models.retrievers.sequences.base import AttentionConfig
 from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
 from recsys.training.sampling import PackedWindows
 
 
-class BERT4Rec(SequenceConfig):
+class BERT4Rec(AttentionConfig):
     """Bidirectional sequence transformer."""
 
     kind: Literal["bert4rec"] = "bert4rec"
     objective: Literal["next_item"] = Field(default="next_item", description="it fills in blanks, one item each")
-    num_blocks: int = Field(default=2, ge=1, le=64, description="transformer blocks")
-    num_heads: int = Field(default=2, ge=1, le=64, description="attention heads; divides dim")
     blank_share: float = Field(default=0.2, gt=0, lt=1, description="share of a history's items hidden in a step")
     reads_both_ways: ClassVar[bool] = True
 
@@ -41,19 +39,11 @@ class BERT4Rec(SequenceConfig):
 
     @classmethod
     def sample(cls, folder: Path) -> Self:
-        return cls(
-            dim=16,
-            num_blocks=1,
-            max_length=10,
-            dropout=0.0,
-            num_negatives=0,
-            train=SAMPLE_TRAIN.model_copy(update={"epochs": 20}),
-        )
+        slow = {"dropout": 0.0, "train": SAMPLE_TRAIN.model_copy(update={"epochs": 20})}
+        return super().sample(folder).model_copy(update=slow)
 
     @model_validator(mode="after")
-    def _possible(self) -> BERT4Rec:
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
+    def _blank_has_a_place(self) -> Self:
         if self.max_length < 2:
             raise ValueError("max_length must be at least 2: the blank takes a place")
         return self

@@ -9,8 +9,7 @@ Shape legend: T tokens, D dim, W items of the window, H filters per height, V ve
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.retrievers.sequences.base import SequenceConfig
-from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
 
 
 class Caser(SequenceConfig):
@@ -31,10 +29,6 @@ class Caser(SequenceConfig):
     window: int = Field(default=5, ge=1, le=64, description="newest items that are looked at")
     num_horizontal: int = Field(default=16, ge=1, le=4096, description="horizontal filters of each height")
     num_vertical: int = Field(default=4, ge=1, le=4096, description="vertical filters")
-
-    @classmethod
-    def sample(cls, folder: Path) -> Self:
-        return cls(dim=16, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
 
     def encoder(self) -> Encoder:
         return _Convolutions(self)

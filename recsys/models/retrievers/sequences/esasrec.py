@@ -7,10 +7,9 @@ Shape legend: T tokens, D dim, E dim per head.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.models.layers.blocks import GatedBlock
@@ -18,27 +17,17 @@ from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout
 from recsys.models.layers.rotary import rotation
-from recsys.models.retrievers.sequences.base import SequenceConfig
-from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
+from recsys.models.retrievers.sequences.base import AttentionConfig
 
 
-class ESASRec(SequenceConfig):
+class ESASRec(AttentionConfig):
     """Sequence transformer with text-aware item vectors."""
 
     kind: Literal["esasrec"] = "esasrec"
-    num_blocks: int = Field(default=2, ge=1, le=64, description="transformer blocks")
-    num_heads: int = Field(default=2, ge=1, le=64, description="attention heads; divides dim")
     hidden_dim: int = Field(default=128, ge=4, le=65536, description="hidden size of the feed-forward part")
 
-    @classmethod
-    def sample(cls, folder: Path) -> Self:
-        return cls(dim=16, num_blocks=1, hidden_dim=16, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> ESASRec:
-        if self.dim % (2 * self.num_heads):
-            raise ValueError(f"dim ({self.dim}) must be a multiple of twice num_heads ({self.num_heads})")
-        return self
+    head_dim_multiple: ClassVar[int] = 2
+    """positions turn its dimensions in pairs"""
 
     def encoder(self) -> Encoder:
         return _GatedTransformer(self)

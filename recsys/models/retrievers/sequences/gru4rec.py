@@ -6,8 +6,7 @@ instead of TOP1 or BPR, item vectors shared by input and output, and those of :m
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
@@ -15,7 +14,6 @@ from torch import nn
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.recurrent import RecurrentEncoder
 from recsys.models.retrievers.sequences.base import SequenceConfig
-from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
 
 
 class GRU4Rec(SequenceConfig):
@@ -24,10 +22,6 @@ class GRU4Rec(SequenceConfig):
     kind: Literal["gru4rec"] = "gru4rec"
     hidden_dim: int = Field(default=128, ge=4, le=65536, description="size of the recurrent state")
     num_layers: int = Field(default=1, ge=1, le=16, description="recurrent layers")
-
-    @classmethod
-    def sample(cls, folder: Path) -> Self:
-        return cls(dim=16, hidden_dim=16, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
 
     def encoder(self) -> Encoder:
         return RecurrentEncoder(nn.GRU, self.dim, self.hidden_dim, self.num_layers, self.dropout)

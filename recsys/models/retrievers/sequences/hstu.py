@@ -10,43 +10,29 @@ Shape legend: T tokens, D dim, H heads, E dim per head, B sequences of one bucke
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.items import ItemTower
 from recsys.models.layers.packing import PackedLayout
-from recsys.models.retrievers.sequences.base import SequenceConfig, SequenceNetwork, SequencePlan
-from recsys.models.retrievers.towers.base import SAMPLE_TRAIN, Plan
+from recsys.models.retrievers.sequences.base import AttentionConfig, SequenceNetwork, SequencePlan
+from recsys.models.retrievers.towers.base import Plan
 
 _TIME_BUCKETS = 64
 _BUCKETS_PER_E = 1 / 0.301
 """the authors': a bucket is a factor of about 1.35, so 64 reach over six years"""
 
 
-class HSTU(SequenceConfig):
+class HSTU(AttentionConfig):
     """Hierarchical sequential transduction unit, time-aware."""
 
     kind: Literal["hstu"] = "hstu"
-    num_blocks: int = Field(default=2, ge=1, le=64, description="blocks")
-    num_heads: int = Field(default=2, ge=1, le=64, description="attention heads; divides dim")
     reads_time: ClassVar[bool] = True
-
-    @classmethod
-    def sample(cls, folder: Path) -> Self:
-        return cls(dim=16, num_blocks=1, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> HSTU:
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
-        return self
 
     def encoder(self) -> Encoder:
         return _Transducer(self)

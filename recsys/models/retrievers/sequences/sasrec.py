@@ -9,37 +9,24 @@ Shape legend: T tokens, D dim, H heads, E dim per head.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.encoder import Encoder
 from recsys.models.layers.packing import PackedLayout, packed_attention
-from recsys.models.retrievers.sequences.base import SequenceConfig
-from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
+from recsys.models.retrievers.sequences.base import AttentionConfig
 
 
-class SASRec(SequenceConfig):
+class SASRec(AttentionConfig):
     """The plain sequence transformer."""
 
     kind: Literal["sasrec"] = "sasrec"
-    num_blocks: int = Field(default=2, ge=1, le=64, description="transformer blocks")
     num_heads: int = Field(default=1, ge=1, le=64, description="attention heads; divides dim")
-
-    @classmethod
-    def sample(cls, folder: Path) -> Self:
-        return cls(dim=16, num_blocks=1, max_length=10, dropout=0.1, num_negatives=0, train=SAMPLE_TRAIN)
-
-    @model_validator(mode="after")
-    def _heads_divide_dim(self) -> SASRec:
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
-        return self
 
     def encoder(self) -> Encoder:
         return _Transformer(self)

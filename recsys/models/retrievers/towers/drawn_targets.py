@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.data.histories import Histories
-from recsys.errors import ModelError
-from recsys.models.base import FitData
+from recsys.models.base import FitData, check_items
 from recsys.models.retrievers.towers.base import TowerConfig, hidden_ids, sampler_of, target_weights
 from recsys.training.sampling import rng_for
 
@@ -26,16 +25,18 @@ PADDING, START = -2, -1
 """in place of an ``item_idx``: nothing, and the beginning of the history"""
 
 
-def newest_first(histories: Histories, max_length: int) -> NDArray[np.int64]:
-    """int64 [B, L]: items newest first, then the start where there is room, then padding; at least one column."""
+def newest_first(histories: Histories, max_length: int, num_items: int) -> NDArray[np.int64]:
+    """int64 [B, L]: items newest first, then the start where there is room, then padding; at least one column.
+
+    :raises ModelError: when what is read of a history is not one of the ``num_items``.
+    """
     histories = histories.last(max_length)
     lengths = histories.lengths
     back = np.arange(min(int(lengths.max(initial=0)) + 1, max_length))
     is_item = back < lengths[:, None]
     item = np.where(back == lengths[:, None], START, PADDING)
     item[is_item] = histories.item_idx[(histories.stops[:, None] - 1 - back)[is_item]]
-    if item[is_item].min(initial=0) < 0:
-        raise ModelError(f"a history holds item_idx {item[is_item].min()}, and they begin at 0")
+    check_items(item[is_item], num_items)
     return item
 
 
@@ -110,7 +111,7 @@ class _Step:
             drawn = sampler.draw(config.num_negatives, rng)
             candidate, log_correction = tensor(drawn), tensor(sampler.log_correction(drawn))
         return Part(
-            item_BL=tensor(newest_first(before, config.max_length)),
+            item_BL=tensor(newest_first(before, config.max_length, data.num_items)),
             positive_B=tensor(data.histories.item_idx[rows].astype(np.int64)),
             weight_B=tensor(self.plan.weights[rows] * np.float32(counts)),
             id_keep=None if hidden is None else tensor(hidden),

@@ -22,7 +22,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.data.histories import Histories
-from recsys.errors import ModelError
 from recsys.models.base import FitData
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.items import ItemTower
@@ -77,9 +76,7 @@ class MINDRetriever(TowerRetriever):
         order = np.argsort(histories.lengths, kind="stable")
         for start in range(0, len(order), _HISTORIES_AT_ONCE):
             rows = order[start : start + _HISTORIES_AT_ONCE]
-            item_BL = newest_first(histories[rows], self._max_length)
-            if item_BL.max(initial=-1) >= self.num_items:
-                raise ModelError(f"a history holds an item_idx outside 0..{self.num_items - 1}")
+            item_BL = newest_first(histories[rows], self._max_length, self.num_items)
             with torch.inference_mode():
                 token_BL = torch.from_numpy(item_BL).to(items_ND.device)
                 interests_BKD, active_BK = self._network.interests(items_ND[token_BL.clamp(min=0)], token_BL)

@@ -23,7 +23,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.data.histories import Histories
-from recsys.errors import ModelError
 from recsys.models.base import FitData
 from recsys.models.layers.dropout import Dropout
 from recsys.models.layers.items import ItemTower, ItemVectors
@@ -87,9 +86,7 @@ class NeuMFRetriever(NetworkRetriever):
         items_NV = self._items()
         scores = np.empty((len(histories), self.num_items), np.float32)
         for rows, part in histories.batches(self._at_once):
-            item_BL = newest_first(part, self.config.max_length)
-            if item_BL.max(initial=-1) >= self.num_items:
-                raise ModelError(f"a history holds an item_idx outside 0..{self.num_items - 1}")
+            item_BL = newest_first(part, self.config.max_length, self.num_items)
             with torch.inference_mode():
                 token_BL = torch.from_numpy(item_BL).to(items_NV.device)
                 user_BV = self._network.users(items_NV[token_BL.clamp(min=0)], token_BL)
