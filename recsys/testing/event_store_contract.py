@@ -21,7 +21,7 @@ import pytest
 from recsys import schema
 from recsys.errors import EventStoreError, RequestError
 from recsys.events import Event, EventStore, EventStoreConfig
-from recsys.events.base import RESTORED_GAP, events_of
+from recsys.events.base import RESTORED_GAP, UserState, events_of
 from recsys.testing.samples import sample_of
 
 
@@ -43,6 +43,13 @@ def seed_table(user_id: str, *entries: tuple[str, int]) -> pa.Table:
     )
 
 
+def known(store: EventStore, user_id: str = "user") -> UserState:
+    """The state of a user whom the store knows."""
+    state = store.user(user_id)
+    assert state is not None
+    return state
+
+
 class EventStoreContract:
     """Inherit it under a name that begins with ``Test`` and say which kind it is."""
 
@@ -62,12 +69,9 @@ class EventStoreContract:
         with self.config(tmp_path).open() as store:
             assert store.user("user") is None
             assert store.append([click("1", "a"), click("2", "b", at_ms=2000)]).accepted == 2
-            state = store.user("user")
-            assert state is not None
-            assert state.item_ids == ("a", "b")
+            assert known(store).item_ids == ("a", "b")
         with self.config(tmp_path).open() as store:
-            again = store.user("user")
-            assert again is not None
+            again = known(store)
             assert again.item_ids == ("a", "b")
             assert np.isnan(again.values).all()
 
@@ -75,16 +79,12 @@ class EventStoreContract:
         assert store.append([click("1"), click("1")]).duplicates == 1
         result = store.append([click("1", "other"), click("2", at_ms=2000)])
         assert (result.accepted, result.duplicates) == (1, 1)
-        state = store.user("user")
-        assert state is not None
-        assert len(state) == 2
+        assert len(known(store)) == 2
 
     def test_late_events_land_in_place(self, store: EventStore) -> None:
         store.append([click("1", "first", at_ms=1000), click("2", "last", at_ms=3000)])
         store.append([click("3", "late", at_ms=2000)])
-        state = store.user("user")
-        assert state is not None
-        assert state.item_ids == ("first", "late", "last")
+        assert known(store).item_ids == ("first", "late", "last")
 
     def test_who_does_nothing_for_long_is_a_stranger_again(self, tmp_path: Path) -> None:
         now_ms, day_ms = time.time_ns() // 1_000_000, schema.DAY_MS
@@ -94,13 +94,9 @@ class EventStoreContract:
             old = click("1", user_id="gone", at_ms=now_ms - 31 * day_ms)
             store.append([old, click("2", "late", at_ms=now_ms - 29 * day_ms), click("3", at_ms=now_ms - 31 * day_ms)])
             assert store.user("gone") is None
-            state = store.user("user")
-            assert state is not None
-            assert state.item_ids == ("item", "late")  # the newest decides, whatever else there is
+            assert known(store).item_ids == ("item", "late")  # the newest decides, whatever else there is
             store.append([click("4", "again", user_id="seeded", at_ms=now_ms)])
-            state = store.user("seeded")
-            assert state is not None
-            assert state.item_ids[-1] == "again"
+            assert known(store, "seeded").item_ids[-1] == "again"
         with self.config(tmp_path).open() as store:
             assert store.user("gone") is not None
 
@@ -110,17 +106,13 @@ class EventStoreContract:
         with pytest.raises(EventStoreError, match="behind the end of this log"):
             store.seed("bundle", seed_table("user", ("old", 1)), f"{log_id}:{int(position) + 1}")
         store.append([click("2", "next", at_ms=2000)])
-        state = store.user("user")
-        assert state is not None
-        assert state.item_ids == ("item", "next")
+        assert known(store).item_ids == ("item", "next")
 
     def test_a_state_has_a_version_of_its_own(self, store: EventStore) -> None:
         versions: set[int] = set()
         for number in range(5):
             store.append([click(str(number), at_ms=1000 + number)])
-            state = store.user("user")
-            assert state is not None
-            versions.add(state.version)
+            versions.add(known(store).version)
         assert len(versions) == 5
 
     def test_a_seed_comes_once_and_its_watermark_keeps_events_from_counting_twice(self, store: EventStore) -> None:
@@ -130,9 +122,7 @@ class EventStoreContract:
         absorbed = store.watermark()
         store.append([click("2", "c", at_ms=3000)])
         assert store.seed("child", seed_table("user", ("a", 1000), ("b", 2000)), absorbed)
-        state = store.user("user")
-        assert state is not None
-        assert state.item_ids == ("a", "b", "c")
+        assert known(store).item_ids == ("a", "b", "c")
 
     def test_a_malformed_event_is_named_and_none_of_its_batch_is_kept(self, store: EventStore) -> None:
         with pytest.raises(RequestError, match="1"):
@@ -143,9 +133,7 @@ class EventStoreContract:
         events = [click(str(number), user_id=f"u{number % 1000}", at_ms=1000 + number) for number in range(100_000)]
         assert store.append(events).accepted == 100_000
         assert store.append(events[::1000]).duplicates == 100
-        state = store.user("u7")
-        assert state is not None
-        assert len(state) == 100
+        assert len(known(store, "u7")) == 100
 
     def test_many_threads_lose_nothing(self, store: EventStore) -> None:
         def send(thread: int) -> int:
@@ -165,8 +153,7 @@ class EventStoreContract:
         result = store.merge("visitor", "user")
         assert (result.accepted, result.duplicates) == (1, 4)
         assert store.merge("visitor", "user").duplicates == 5
-        state = store.user("user")
-        assert state is not None
+        state = known(store)
         assert state.item_ids == ("seeded", "a", "a", "mine", "b", "later")
         assert state.values[0] == 4
         assert store.merge("nobody", "user").accepted == 0
@@ -199,16 +186,14 @@ class EventStoreContract:
         absorbed = store.watermark()
         store.append([click("4", "d", at_ms=1500)])
         store.seed("child", seed_table("user", ("a", 1000), ("b", 2000), ("c", 9000)), absorbed)
-        before = store.user("user")
+        before = known(store)
         end = store.watermark()
         assert store.compact(5000) == 2  # neither the new one nor the one that is late enough
         assert [event.event_id for table in store.log() for event in events_of(table)] == ["3", "4"]
         with pytest.raises(EventStoreError, match="compacted away"):
             list(store.log(f"{end.rpartition(':')[0]}:1"))
         assert [event.event_id for table in store.log(absorbed) for event in events_of(table)] == ["4"]
-        after = store.user("user")
-        assert before is not None
-        assert after is not None
+        after = known(store)
         assert after.item_ids == before.item_ids == ("a", "d", "b", "c")
         assert store.watermark() == end
         assert store.append([click("3"), click("4")]).accepted == 0
@@ -235,17 +220,14 @@ class EventStoreContract:
             assert list(other.log(store.watermark())) == []
             for each in (store, other):
                 each.seed("child", seed_table("user", ("a", 1000), ("b", 2000)), absorbed)
-                state = each.user("user")
-                assert state is not None
+                state = known(each)
                 assert state.item_ids == ("a", "b", "c")
                 assert state.values[-1] == 4
                 assert each.append([click("4"), click("5", at_ms=9000)]).accepted == 1
             assert [e.event_id for table in other.log() for e in events_of(table)] == ["1", "2", "3", "4", "5"]
             # A Bundle that was published after the backup has events that are lost here, and none of the new ones.
             other.seed("lost", seed_table("user", ("x", 1)), f"{log_id}:{int(last) + 1}")
-            state = other.user("user")
-            assert state is not None
-            assert state.item_ids == ("x", "item")
+            assert known(other).item_ids == ("x", "item")
             end = other.watermark()
             with pytest.raises(EventStoreError, match="not empty"):
                 other.restore(store.watermark(), store.log())

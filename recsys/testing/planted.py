@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import ITEM_COLUMNS, NUM_PRICE_BANDS
+from recsys.testing.pipeline import items_table
 
 CLUSTER_ITEMS = 12
 """items of a planted cluster"""
@@ -123,20 +124,6 @@ def dataset_of(
         },
         schema=schema.PREPARED_INTERACTIONS,
     )
-    items = pa.table(
-        {
-            "item_id": pa.array([f"i{item}" for item in range(num_items)], pa.string()),
-            "title": pa.array([f"item {item}" for item in range(num_items)], pa.string()),
-            "description": pa.nulls(num_items, pa.string()),
-            "categories": pa.array([[]] * num_items, pa.list_(pa.string())),
-            "creator": pa.nulls(num_items, pa.string()),
-            "price": pa.nulls(num_items, pa.float32()),
-            "created_at": pa.nulls(num_items, schema.TIMESTAMP_TYPE),
-            "available": pa.array([True] * num_items, pa.bool_()),
-            "image": pa.nulls(num_items, pa.string()),
-        },
-        schema=schema.ITEMS,
-    )
     info = DatasetInfo(
         name="planted",
         fingerprint="planted",
@@ -151,4 +138,4 @@ def dataset_of(
         counts_by_split={part.name.lower(): int((split == part).sum()) for part in Split},
     )
     users = pa.table({"user_id": pa.array([f"u{user}" for user in range(num_users)], pa.string())})
-    return Dataset(rows, items, users, info)
+    return Dataset(rows, items_table(num_items), users, info)

@@ -37,7 +37,7 @@ from recsys.pipeline.offline import OfflinePipeline
 from recsys.pipeline.stage import RETRIEVAL
 from recsys.testing.planted import CLUSTER_ITEMS, dataset_of, planted_clusters, planted_fashion
 from recsys.testing.samples import sample_of
-from recsys.training.loop import validation_ndcg
+from recsys.training.loop import Score, validation_ndcg
 from recsys.training.runtime import Runtime
 
 _TOLERANCE = 1e-4
@@ -82,6 +82,11 @@ class RetrieverContract:
     def dataset(self) -> Dataset:
         """Four clusters of twelve items, and every user stays within one; or everybody follows one fashion."""
         return planted_clusters() if self.config.reads_history else planted_fashion()
+
+    def ndcg(self, score: Score) -> float:
+        """NDCG@10 of ``score`` on the planted data."""
+        targets = self.dataset.targets(Split.VALID)
+        return validation_ndcg(score, targets, Runtime("cpu"), num_items=self.dataset.num_items)
 
     def fit_data(self, dataset: Dataset) -> FitData:
         """What ``config`` is fitted on."""
@@ -149,7 +154,8 @@ class RetrieverContract:
         parts = Parts.of_models(Catalogue.build(self.dataset.items), fitted, FlatIndex())
         config = PipelineConfig(num_candidates=1000, max_history=100)
         candidates = OfflinePipeline(parts, config, stages=(RETRIEVAL,)).candidates(targets)
-        for found, seen in zip(candidates, _lists(targets.seen), strict=True):
+        for row, found in zip(range(len(targets)), candidates, strict=True):
+            seen = targets.seen.items(row).tolist()
             assert sorted(found.item_idx.tolist()) == sorted(set(range(self.dataset.num_items)) - set(seen))
 
     def test_text_vectors_that_are_no_numbers(self) -> None:
@@ -251,20 +257,14 @@ class RetrieverContract:
 
     def test_finds_the_planted_pattern(self, fitted: Retriever) -> None:
         """The withheld item ranks high: NDCG@10 above ``min_ndcg``."""
-        ndcg = validation_ndcg(
-            fitted.score, self.dataset.targets(Split.VALID), Runtime("cpu"), num_items=self.dataset.num_items
-        )
-        assert ndcg >= self.min_ndcg
+        assert self.ndcg(fitted.score) >= self.min_ndcg
 
     def test_finds_it_in_mixed_precision(self, fitted: Retriever, histories: Histories) -> None:
         """Products in bfloat16 make another network that is as good."""
         mixed = self.config.fit(self.fit_data(self.dataset), Runtime("cpu", precision="bf16"))
         if fitted.history:
             assert (mixed.score(histories) != fitted.score(histories)).any()
-        ndcg = validation_ndcg(
-            mixed.score, self.dataset.targets(Split.VALID), Runtime("cpu"), num_items=self.dataset.num_items
-        )
-        assert ndcg >= self.min_ndcg
+        assert self.ndcg(mixed.score) >= self.min_ndcg
 
     def test_goes_on_learning(self, fitted: Retriever, histories: Histories) -> None:
         """With newer interactions and one item more: it still answers for what it knew, and for the item too."""
@@ -290,12 +290,7 @@ class RetrieverContract:
         def known_items(part: Histories, times: NDArray[np.int64] | None) -> NDArray[np.float32]:
             return first.score(part, times)[:, : data.num_items]
 
-        assert (
-            validation_ndcg(
-                known_items, self.dataset.targets(Split.VALID), Runtime("cpu"), num_items=self.dataset.num_items
-            )
-            >= self.min_ndcg
-        )
+        assert self.ndcg(known_items) >= self.min_ndcg
 
     def test_empty_data(self) -> None:
         """Nothing to learn from is an error that says so."""
@@ -322,12 +317,6 @@ class RetrieverContract:
 def _named_anew(items: pa.Table) -> pa.Table:
     place = items.column_names.index("item_id")
     return items.set_column(place, items.schema.field(place), pa.array(["new"] * len(items), pa.string()))
-
-
-def _lists(histories: Histories) -> list[list[int]]:
-    rows = histories.rows()
-    ends = np.cumsum(histories.lengths)
-    return [items.tolist() for items in np.split(histories.item_idx[rows], ends[:-1])]
 
 
 def _close(actual: NDArray[Any], expected: NDArray[Any]) -> None:
