@@ -10,9 +10,8 @@ from recsys.config import StrictConfig
 from recsys.events import AnyEventStore
 from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.stage import RERANKING, StageName
-from serve.live.canary import CanaryLimits
-from serve.observe.logs import LogLevel
 
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 IMPRESSION = "impression"
 """the event that something was shown"""
 
@@ -114,6 +113,18 @@ class KeyAccess(StrictConfig):
 
 
 AnyAccess = Annotated[OpenAccess | KeyAccess, Field(discriminator="kind")]
+
+
+class CanaryLimits(StrictConfig):
+    """What a canary may do worse than the current Bundle before it is ended. Judged by every gateway."""
+
+    min_answers: int = Field(default=200, ge=1, le=1_000_000, description="answers of it before it is judged")
+    max_failed_share: float = Field(default=0.005, ge=0, le=1, description="share that fails beyond the current one's")
+    max_degraded_share: float = Field(
+        default=0.02, ge=0, le=1, description="share that is degraded beyond the current one's"
+    )
+    max_latency_ratio: float = Field(default=1.5, ge=1, le=100, description="p95 over the current one's")
+    min_latency_ms: float = Field(default=20.0, ge=0, le=60_000, description="a p95 up to this is never too slow (ms)")
 
 
 class ServeConfig(StrictConfig):

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from recsys.errors import ConfigError
 from serve.access.keys import SCOPES, ApiKey, Keys
 from serve.config import AnyAccess, KeyAccess
-from serve.http.middleware import PROBES, problem
+from serve.problems import PROBES, problem
 
 SCOPES_OF_CALLER = "recsys.scopes"
 """where the ASGI scope says what the caller may do"""

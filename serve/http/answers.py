@@ -9,7 +9,7 @@ from fastapi import Request, Response
 
 from serve.access.keys import Scope as KeyScope
 from serve.http import wire
-from serve.http.middleware import PROBLEM_JSON, problem
+from serve.problems import PROBLEM_JSON, problem
 
 Answers = dict[int | str, dict[str, Any]]
 KEY = "key"

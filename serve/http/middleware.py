@@ -5,21 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Sequence
-from http import HTTPStatus
-from typing import Any
 
-import orjson
-from fastapi import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.config import GatewayConfig
 from serve.observe.observer import Observer
+from serve.problems import PROBES, problem
 
-PROBLEM_JSON = "application/problem+json"
-PROBES = frozenset({"/healthz", "/readyz"})
-"""paths that are answered however many requests are in flight"""
 _GONE = 499
 """status, in metrics, of a request whose caller did not wait for the answer, where the server watches for that"""
 _WATCH_S = 0.02
@@ -119,29 +112,3 @@ class Limits:
     def _refuse_large(self, num_bytes: int) -> None:
         if num_bytes > self._max_body_bytes:
             raise HTTPException(413, f"the body is larger than {self._max_body_bytes} bytes")
-
-
-def problem(
-    status: int,
-    detail: str,
-    request_id: str,
-    *,
-    errors: Sequence[dict[str, Any]] | None = None,
-    headers: dict[str, str] | None = None,
-) -> Response:
-    """An error as ``application/problem+json``."""
-    body: dict[str, Any] = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": printable(detail),
-        "request_id": request_id,
-    }
-    if errors is not None:
-        body["errors"] = errors
-    return Response(orjson.dumps(body), status, headers, media_type=PROBLEM_JSON)
-
-
-def printable(text: str) -> str:
-    """``text`` with what is no valid Unicode replaced: error messages quote what callers send."""
-    return text.encode("utf-8", "replace").decode()

@@ -37,7 +37,7 @@ from serve.access.middleware import SCOPES_OF_CALLER, Access
 from serve.config import AnyAccess, GatewayConfig
 from serve.http import wire
 from serve.http.answers import BODY_PROBLEMS, KEY, SCOPE, about, as_json, id_of, missing, needs, ok, problems
-from serve.http.middleware import Limits, printable, problem
+from serve.http.middleware import Limits
 from serve.http.rules import add_rules
 from serve.live.items import ItemChanges
 from serve.live.service import Service
@@ -45,6 +45,7 @@ from serve.live.turns import Turns
 from serve.observe.impressions import Impressions
 from serve.observe.metrics import Meters, no_sink
 from serve.observe.observer import Observer
+from serve.problems import printable, problem
 
 _DESCRIPTION = """Real-time recommendations.
 
@@ -328,7 +329,7 @@ def _add_items(app: FastAPI, service: Service, max_items: int, encoding: ThreadP
         """
         if len(body.items) > max_items:
             raise RequestError(f"{len(body.items)} items in one call, at most {max_items} are taken", field="items")
-        return fixed(request) or as_json({"version": await changes.put(body.items)})
+        return fixed(request) or as_json({"version": await changes.put([item.model_dump() for item in body.items])})
 
     @app.delete(
         "/v1/items/{item_id}",

@@ -13,9 +13,9 @@ from recsys.pipeline.rules.changes import unknown_names
 from serve.access.middleware import CALLER
 from serve.http import wire
 from serve.http.answers import BODY_PROBLEMS, about, as_json, id_of, missing, ok, problems
-from serve.http.middleware import problem
 from serve.live.rules import RuleChanges
 from serve.live.service import Service
+from serve.problems import problem
 
 _Version = Annotated[int, Field(ge=0, lt=10**8)]
 

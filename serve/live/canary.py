@@ -7,22 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
-from pydantic import Field
 
-from recsys.config import StrictConfig
-
-
-class CanaryLimits(StrictConfig):
-    """What a canary may do worse than the current Bundle before it is ended. Judged by every gateway."""
-
-    min_answers: int = Field(default=200, ge=1, le=1_000_000, description="answers of it before it is judged")
-    max_failed_share: float = Field(default=0.005, ge=0, le=1, description="share that fails beyond the current one's")
-    max_degraded_share: float = Field(
-        default=0.02, ge=0, le=1, description="share that is degraded beyond the current one's"
-    )
-    max_latency_ratio: float = Field(default=1.5, ge=1, le=100, description="p95 over the current one's")
-    min_latency_ms: float = Field(default=20.0, ge=0, le=60_000, description="a p95 up to this is never too slow (ms)")
-
+from serve.config import CanaryLimits
 
 _NUM_KEPT = 2000
 _STANDARD_ERRORS = 3.0

@@ -12,7 +12,6 @@ from recsys.arrow import pc
 from recsys.bundle import Bundle
 from recsys.bundle.changes import ITEM_CHANGES, ItemLog
 from recsys.errors import RequestError
-from serve.http import wire
 from serve.live.service import Service
 from serve.live.turns import Turns
 
@@ -24,23 +23,24 @@ class ItemChanges:
         self._service = service
         self._turns = Turns("changes of items wait", "items", executor)
 
-    async def put(self, items: Sequence[wire.ItemBody]) -> int:
-        """Add items, or replace what is known of them; durable when it returns. The version that has them.
+    async def put(self, items: Sequence[dict[str, Any]]) -> int:
+        """Add items (rows as of :data:`~recsys.bundle.changes.ITEM_CHANGES`), or replace what is known of them; durable
+        when it returns. The version that has them.
 
         :raises RequestError: when an item is named twice.
         :raises StageOverloadedError: when too many wait already.
         """
         first: dict[str, int] = {}
-        for row, item in enumerate(items):
-            if first.setdefault(item.item_id, row) != row:
+        for row, item_id in enumerate(item["item_id"] for item in items):
+            if first.setdefault(item_id, row) != row:
                 raise RequestError(
-                    f"items {first[item.item_id]} and {row} have the same item_id {item.item_id!r}",
+                    f"items {first[item_id]} and {row} have the same item_id {item_id!r}",
                     field=f"items.{row}.item_id",
                 )
         bundle = self._service.current.bundle
 
         def write() -> int:
-            return self._log().append(changes_of([item.model_dump() for item in items], bundle))
+            return self._log().append(changes_of(items, bundle))
 
         return await self._turns.run(write)
 

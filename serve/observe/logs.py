@@ -7,9 +7,9 @@ import logging
 import os
 import sys
 from datetime import UTC, datetime
-from typing import Literal
 
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+from serve.config import LogLevel
+
 _OURS = ("recsys", "serve")
 _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 

@@ -87,8 +87,8 @@ def _imported(node: ast.AST, package: str) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """``jobs``, ``serve``, or the direct child of ``recsys`` that ``module`` is or is in."""
-    return ".".join(module.split(".")[: 2 if module.startswith("recsys.") else 1])
+    """The child of ``recsys``, ``jobs`` or ``serve`` that ``module`` is or is in."""
+    return ".".join(module.split(".")[:2])
 
 
 def circles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:

@@ -27,8 +27,8 @@ from recsys.models.retrievers.sequences.base import SequenceConfig, SequenceRetr
 from recsys.models.retrievers.sequences.cnn_lstm import CNNLSTM
 from recsys.models.retrievers.sequences.esasrec import ESASRec
 from recsys.models.retrievers.sequences.gru4rec import GRU4Rec
+from recsys.models.retrievers.sequences.text_two_tower import TextTwoTower
 from recsys.models.retrievers.towers.mind import MIND
-from recsys.models.retrievers.towers.text_two_tower import TextTwoTower
 from recsys.testing.planted import planted_chain, planted_clusters, planted_fashion
 from recsys.testing.retriever_contract import RetrieverContract, with_text_vectors
 from recsys.testing.samples import sample_of

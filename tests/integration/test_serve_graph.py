@@ -22,8 +22,8 @@ from recsys.bundle.store import BundleStore
 from recsys.models.retrievers.blend import Blend
 from recsys.models.retrievers.neighbours.item_knn import ItemKNN
 from recsys.models.retrievers.popularity import Popularity
+from recsys.models.retrievers.sequences.text_two_tower import TextTwoTower
 from recsys.models.retrievers.towers.mind import MIND
-from recsys.models.retrievers.towers.text_two_tower import TextTwoTower
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.recommender import Recommender
 from recsys.testing.tiny_bundle import make_bundle

@@ -23,10 +23,10 @@ from serve.access.keys import SCOPES, ApiKey, KeyFile, Keys, add_key, revoke_key
 from serve.access.middleware import Access, Rates
 from serve.config import KeyAccess, OpenAccess, ServeConfig
 from serve.graph.deployments import refuse_open_network
-from serve.http.middleware import PROBES, PROBLEM_JSON
 from serve.http.routes import Guarded, http_app
 from serve.keys import app
 from serve.live.service import Service
+from serve.problems import PROBES, PROBLEM_JSON
 
 
 @pytest.fixture(autouse=True)

@@ -28,9 +28,9 @@ from serve.config import GatewayConfig, OpenAccess, ServeConfig
 from serve.fastpath import fast_path
 from serve.http import middleware as middleware_module
 from serve.http import wire
-from serve.http.middleware import PROBLEM_JSON
 from serve.http.routes import QuickBody, http_app, needs
 from serve.live.service import Service
+from serve.problems import PROBLEM_JSON
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,10 +7,9 @@ from recsys.bundle.live import live_id
 from recsys.errors import BundleError
 from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.requests import RecommendRequest
-from serve.config import GatewayConfig, OpenAccess, ServeConfig
+from serve.config import CanaryLimits, GatewayConfig, OpenAccess, ServeConfig
 from serve.http.routes import http_app
 from serve.live import switch as switch_module
-from serve.live.canary import CanaryLimits
 from serve.live.shelf import Shelf, open_bundle
 from serve.live.switch import Switch
 

@@ -20,10 +20,9 @@ from recsys.pipeline.requests import RecommendRequest
 from recsys.pipeline.stage import StageOutput
 from recsys.testing.tiny_bundle import make_bundle
 from serve.access.keys import add_key
-from serve.config import GatewayConfig, KeyAccess, OpenAccess, ServeConfig
+from serve.config import CanaryLimits, GatewayConfig, KeyAccess, OpenAccess, ServeConfig
 from serve.http.routes import http_app
 from serve.live import switch as switch_module
-from serve.live.canary import CanaryLimits
 from serve.live.service import Service
 from serve.live.shelf import Shelf
 from serve.live.switch import Switch

@@ -9,10 +9,10 @@ import pytest
 from recsys.errors import BundleError, StageError
 from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.pipeline.requests import RecommendRequest
-from serve.config import OpenAccess, ServeConfig
+from serve.config import CanaryLimits, OpenAccess, ServeConfig
 from serve.live import shelf as shelf_module
 from serve.live import switch as switch_module
-from serve.live.canary import CanaryLimits, Tally, worse
+from serve.live.canary import Tally, worse
 from serve.live.shelf import Shelf, StageInfo
 from serve.live.switch import Switch
 

@@ -31,7 +31,7 @@ KINDS: Kinds[RetrieverConfig] = Kinds(
         "esasrec": "recsys.models.retrievers.sequences.esasrec:ESASRec",
         "hstu": "recsys.models.retrievers.sequences.hstu:HSTU",
         "mind": "recsys.models.retrievers.towers.mind:MIND",
-        "text_two_tower": "recsys.models.retrievers.towers.text_two_tower:TextTwoTower",
+        "text_two_tower": "recsys.models.retrievers.sequences.text_two_tower:TextTwoTower",
         "blend": "recsys.models.retrievers.blend:Blend",
     },
 )
