@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from recsys.bundle.reader import Bundle
 from recsys.bundle.slates import SLATES_SCHEMA
@@ -29,6 +27,7 @@ from recsys.models.base import Retriever
 from recsys.models.rankers import load_ranker
 from recsys.models.rankers.base import Ranker
 from recsys.models.retrievers import load_retriever
+from recsys.types import FloatArray
 
 FORMAT = 2
 """Raised when the meaning of what steps write changes, so that older folders are not reused."""
@@ -127,7 +126,7 @@ class Embedded(Artifact):
     FILE: ClassVar = "item_text.parquet"
     """``item_idx`` int32, in order, and ``vector``, a fixed-size list of float32, of unit length"""
 
-    def vectors(self) -> NDArray[np.float32]:
+    def vectors(self) -> FloatArray:
         """float32 [N, D], row = ``item_idx``."""
         return matrix(pq.read_table(self.path / self.FILE)["vector"])
 

@@ -24,7 +24,6 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markdown import Markdown
@@ -65,6 +64,7 @@ from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.offline import OfflinePipeline, retrieved_examples
 from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray
 
 ModelT = TypeVar("ModelT")
 SUITES = Path("configs/benchmark")
@@ -333,7 +333,7 @@ class _Training:
     system: SystemConfig
     seed: int
     dataset: Dataset
-    text: NDArray[np.float32] | None
+    text: FloatArray | None
     folder: Path
     """of the artefact"""
 

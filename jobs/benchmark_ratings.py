@@ -14,7 +14,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from pydantic import Field
 from rich.console import Console
 from rich.markdown import Markdown
@@ -31,6 +30,7 @@ from recsys.evaluation.significance import Interval, bootstrap
 from recsys.files import atomic_path, write_json
 from recsys.models.ratings import AnyRatingModel
 from recsys.models.ratings.base import Rated, RatingQuestions
+from recsys.types import FloatArray
 
 SUITES = Path("configs/ratings")
 console = Console(stderr=True)
@@ -60,9 +60,7 @@ class RatingResult:
     train_seconds: float
 
 
-def errors(
-    predicted: NDArray[np.float32], questions: RatingQuestions, config: RatingSuite
-) -> tuple[Interval, Interval]:
+def errors(predicted: FloatArray, questions: RatingQuestions, config: RatingSuite) -> tuple[Interval, Interval]:
     """RMSE and MAE, with intervals clustered by user."""
     error = predicted.astype(np.float64) - questions.answers
     square, absolute = bootstrap(

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.histories import Histories
 from recsys.errors import ConfigError, ModelError
 from recsys.evaluation.protocol import EvaluationConfig, RankFn
 from recsys.files import read_json, write_json, write_parquet
+from recsys.types import Int32Array, Int64Array
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def ranker(targets: Targets, ranked: pa.Table, command: str) -> RankFn:
     every, new = (np.stack(ranked[name].to_numpy()).astype(np.int32) for name in ("ranked", "ranked_new"))
     row_of = {int(stop): row for row, stop in enumerate(targets.histories.stops)}  # a query is where its history ends
 
-    def rank(batch: Targets) -> NDArray[np.int32]:
+    def rank(batch: Targets) -> Int32Array:
         rows = np.array([row_of[int(stop)] for stop in batch.histories.stops], np.int64)
         # Nothing is left out for a user who has seen nothing, or where repeats are asked for.
         return np.where(batch.left_out.lengths[:, None] > 0, new[rows], every[rows])
@@ -115,5 +115,5 @@ def _lists(histories: Histories) -> pa.Array:
     return _column(packed.item_idx, packed.offsets)
 
 
-def _column(values: NDArray[np.int32], offsets: NDArray[np.int64]) -> pa.Array:
+def _column(values: Int32Array, offsets: Int64Array) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))

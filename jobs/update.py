@@ -22,7 +22,6 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import typer
-from numpy.typing import NDArray
 from pydantic import Field
 from rich.console import Console
 
@@ -68,6 +67,7 @@ from recsys.pipeline.golden import golden_answer
 from recsys.pipeline.offline import OfflinePipeline
 from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray
 
 console = Console(stderr=True)
 _SCRATCH = "updating"
@@ -206,7 +206,7 @@ class _Models:
     """Those of the parent as it is served, and those of the child."""
 
     live: Bundle
-    text: NDArray[np.float32] | None
+    text: FloatArray | None
     retriever: Retriever
     ranker: Ranker | None
     names: tuple[str, ...]
@@ -274,7 +274,7 @@ def _taught_ranker(
     parts: Parts,
     split: Split,
     fitted: Ranker,
-    text: NDArray[np.float32] | None,
+    text: FloatArray | None,
     names: tuple[str, ...],
     config: UpdateJobConfig,
 ) -> tuple[Ranker, RankingExamples]:
@@ -284,7 +284,7 @@ def _taught_ranker(
     return teach_ranker(fitted, examples, known, config.compute.runtime(), config.online), examples
 
 
-def _texts(live: Bundle, dataset: Dataset) -> NDArray[np.float32]:
+def _texts(live: Bundle, dataset: Dataset) -> FloatArray:
     """float32 [N, X]: of all items; those that the Bundle holds as they are need not be encoded again."""
     base = _without_changes(live)
     words = base.words()

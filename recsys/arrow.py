@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys.types import Int32Array
+
 pc: Any = importlib.import_module("pyarrow.compute")
 
 
@@ -27,7 +29,7 @@ class Texts:
         """``column`` holds no null."""
         assert not column.null_count, "a column of texts has a null"
         _, offsets, data = column.buffers()
-        self._offsets: NDArray[np.int32] = _NOTHING
+        self._offsets: Int32Array = _NOTHING
         if offsets is not None:
             self._offsets = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
         self._data = memoryview(data if data is not None else b"")
@@ -43,4 +45,4 @@ class Texts:
         return [str(self._data[start:stop], "utf-8") for start, stop in zip(starts, stops, strict=True)]
 
 
-_NOTHING: NDArray[np.int32] = np.zeros(1, np.int32)
+_NOTHING: Int32Array = np.zeros(1, np.int32)

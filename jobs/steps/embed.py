@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 
 from jobs._parts import make_parts
 from jobs._ray import ComputeConfig
@@ -31,6 +30,7 @@ from recsys.errors import DataError
 from recsys.files import atomic_path, write_parquet
 from recsys.models.text.encoder import TextEncoder, TextEncoderConfig, item_texts
 from recsys.schema import ITEM_IDX
+from recsys.types import FloatArray
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def consolidate(parts: Path, target: Path, num_items: int) -> int:
     return dim
 
 
-def _in_order(rows: NDArray[np.float32], schema: pa.Schema, size: int = 65536) -> Iterator[pa.RecordBatch]:
+def _in_order(rows: FloatArray, schema: pa.Schema, size: int = 65536) -> Iterator[pa.RecordBatch]:
     for start in range(0, len(rows), size):
         block = np.array(rows[start : start + size])
         item_idx = pa.array(np.arange(start, start + len(block), dtype=np.int32))

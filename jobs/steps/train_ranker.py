@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from jobs._ray import discard, fit_distributed
 from jobs.artifacts import REFITS, Embedded, Prepared, TrainedRanker, TrainedRetriever
 from jobs.config import JobConfig
@@ -40,6 +37,7 @@ from recsys.models.rankers.queries import RankingCatalogue, RankingItems, item_c
 from recsys.pipeline.build import Parts
 from recsys.pipeline.offline import retrieved_examples
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ def fit(payload: Payload, runtime: Runtime) -> Callable[[Path], None]:
     return save
 
 
-def ranking_embeddings(retriever: Retriever, content: NDArray[np.float32]) -> NDArray[np.float32]:
+def ranking_embeddings(retriever: Retriever, content: FloatArray) -> FloatArray:
     """The space in which the ranker measures similarity: the retriever's, or the items' content where it has none."""
     return retriever.item_embeddings() if isinstance(retriever, VectorRetriever) else content
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from recsys.bundle import manifest as layout
 from recsys.bundle.reader import Bundle
+from recsys.types import FloatArray, Int32Array
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +89,7 @@ class LiveBundle(Bundle):
         return self._changed()
 
     @property
-    def changed_item_idx(self) -> NDArray[np.int32]:
+    def changed_item_idx(self) -> Int32Array:
         """int32 [C]: the items that were put or removed."""
         return self._changed().changed_item_idx
 
@@ -161,20 +161,20 @@ class LiveBundle(Bundle):
             )
         return StandIns.by_likeness(likeness.reshape(-1, k), found.reshape(-1, k), known)
 
-    def _demand(self, num_items: int) -> NDArray[np.float32]:
+    def _demand(self, num_items: int) -> FloatArray:
         demand = np.zeros(num_items, np.float32)
         if self.has(layout.POPULAR):
             item_idx, score = self.base.popular()
             demand[item_idx] = score
         return demand
 
-    def _text_vectors(self) -> NDArray[np.float32]:
+    def _text_vectors(self) -> FloatArray:
         """float32 [C, E]: of the texts of the changed items; as they came, or made here where they are another
         encoder's.
         """
         return self._load(layout.ENCODER, lambda _: self._made_text_vectors(), "changed texts")
 
-    def _made_text_vectors(self) -> NDArray[np.float32]:
+    def _made_text_vectors(self) -> FloatArray:
         from recsys.models.text.encoder import item_texts
 
         words = self.base.words()
@@ -222,11 +222,11 @@ class RuledBundle(Bundle):
 def _by_categories(
     base: Catalogue,
     catalogue: Catalogue,
-    new_item_idx: NDArray[np.int32],
+    new_item_idx: Int32Array,
     k: int,
-    demand: NDArray[np.float32],
-    known: dict[tuple[str, ...], tuple[NDArray[np.float32], NDArray[np.int32]]],
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    demand: FloatArray,
+    known: dict[tuple[str, ...], tuple[FloatArray, Int32Array]],
+) -> tuple[FloatArray, Int32Array]:
     """For each new item the ``k`` of ``base`` that share most of its categories, of equals those in most demand: how
     alike they are (0 to 1), float32 [M, k], and which, int32 [M, k]. ``known`` remembers what was found.
     """
@@ -240,9 +240,7 @@ def _by_categories(
     return likeness_Mk, found_Mk
 
 
-def _most_alike(
-    base: Catalogue, names: tuple[str, ...], k: int, demand: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+def _most_alike(base: Catalogue, names: tuple[str, ...], k: int, demand: FloatArray) -> tuple[FloatArray, Int32Array]:
     shared = [base.in_category(name) for name in names]
     rows, number = np.unique(np.concatenate([np.zeros(0, np.int32), *shared]), return_counts=True)
     alike = (number / np.sqrt(np.maximum(base.num_categories(rows), 1) * max(1, len(names)))).astype(np.float32)

@@ -19,7 +19,6 @@ Layout of a Bundle's folder::
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickletools
 import shutil
@@ -34,7 +33,7 @@ from pydantic import Field, field_validator
 
 from recsys.config import StrictConfig, parse
 from recsys.errors import BundleCorruptError, BundleError, BundleMismatchError, ConfigError
-from recsys.files import file_sha256
+from recsys.files import file_sha256, fingerprint
 
 SCHEMA_VERSION = 3
 """Raised when the layout or its meaning changes; a reader refuses all versions but its own."""
@@ -124,8 +123,7 @@ class Manifest(StrictConfig):
 
     def compute_checksum(self) -> str:
         """What :attr:`checksum` must be."""
-        tree = self.model_dump(mode="json", exclude={"checksum"})
-        return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return fingerprint(self.model_dump(mode="json", exclude={"checksum"}))
 
     @classmethod
     def from_bytes(cls, content: bytes, *, where: str) -> Manifest:
@@ -194,8 +192,7 @@ def check_part(name: str) -> None:
 
 def content_id(files: Mapping[str, FileEntry]) -> str:
     """SHA-256 (hex) over the sorted (path, hash) pairs, as compact JSON."""
-    pairs = sorted((path, entry.sha256) for path, entry in files.items())
-    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
+    return fingerprint(sorted((path, entry.sha256) for path, entry in files.items()))
 
 
 def list_files(folder: Path) -> list[str]:

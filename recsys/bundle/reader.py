@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from numpy.typing import NDArray
 
 from recsys.bundle import manifest as layout
 from recsys.bundle.golden import GoldenQuery
@@ -32,7 +29,8 @@ from recsys.config import StrictConfig
 from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.errors import BundleCorruptError, BundleMismatchError, BundleNotFoundError, ConfigError, ModelError
-from recsys.files import map_arrow, read_json
+from recsys.files import fingerprint, map_arrow, read_json
+from recsys.types import FloatArray, Int32Array
 
 if TYPE_CHECKING:
     from recsys.bundle.slates import Slates
@@ -184,8 +182,7 @@ class Bundle:
         files = {
             name: each.sha256 for name, each in self.manifest.files.items() if name.startswith(f"{layout.ENCODER}/")
         }
-        told = json.dumps([files, self.config["encoder"]], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
+        return fingerprint([files, self.config["encoder"]])
 
     def ranker(self) -> Ranker:
         """The fitted ranker, its item side as large as the manifest says."""
@@ -202,12 +199,12 @@ class Bundle:
 
         return self._load(layout.RANKER, load)
 
-    def popular(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def popular(self) -> tuple[Int32Array, FloatArray]:
         """Fallback candidates, best first: item_idx int32 [P], score float32 [P]."""
 
-        def load(path: Path) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        def load(path: Path) -> tuple[Int32Array, FloatArray]:
             table = map_arrow(path)
-            item_idx: NDArray[np.int32] = table["item_idx"].to_numpy()
+            item_idx: Int32Array = table["item_idx"].to_numpy()
             if len(item_idx) and not 0 <= item_idx.min() <= item_idx.max() < self.manifest.num_items:
                 raise BundleMismatchError(
                     f"{path}: names an item_idx outside the {self.manifest.num_items} items", part=layout.POPULAR

@@ -8,9 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from recsys.bundle import manifest as layout
 from recsys.bundle.histories import HISTORIES_SCHEMA
@@ -20,6 +18,7 @@ from recsys.bundle.reader import Bundle
 from recsys.data.dataset import DatasetInfo
 from recsys.errors import BundleError
 from recsys.files import link_or_copy, write_arrow, write_parquet
+from recsys.types import FloatArray, Int32Array
 
 
 class BundleWriter:
@@ -64,7 +63,7 @@ class BundleWriter:
         else:
             raise BundleError(f"{source}: there is nothing here to add as {name!r}", part=name, path=str(source))
 
-    def add_popular(self, item_idx: NDArray[np.int32], score: NDArray[np.float32]) -> None:
+    def add_popular(self, item_idx: Int32Array, score: FloatArray) -> None:
         """Fallback candidates, best first: int32 [P] and float32 [P]."""
         table = pa.table({"item_idx": pa.array(item_idx, pa.int32()), "score": pa.array(score, pa.float32())})
         write_arrow(self.part(layout.POPULAR), table)

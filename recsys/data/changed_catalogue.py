@@ -34,14 +34,14 @@ class ChangedIds(IdMap):
         """All of them, copied."""
         return pa.concat_arrays([self._base.ids, pa.array(self._more, pa.string())])
 
-    def rows(self, ids: Sequence[str]) -> NDArray[np.int32]:
+    def rows(self, ids: Sequence[str]) -> Int32Array:
         """See :meth:`IdMap.rows`."""
         rows = self._base.rows(ids)
         for place in np.flatnonzero(rows < 0).tolist():
             rows[place] = self._row_of.get(ids[place], -1)
         return rows
 
-    def take(self, rows: NDArray[np.int32]) -> list[str]:
+    def take(self, rows: Int32Array) -> list[str]:
         """See :meth:`IdMap.take`."""
         return _taken(rows, len(self._base), self._base.take, self._more)
 
@@ -150,7 +150,7 @@ class ChangedCatalogue(Catalogue):
         return self._patched(self.base.price, self._changes["price"].to_numpy(zero_copy_only=False))
 
 
-def _taken(rows: NDArray[np.int32], num_base: int, take: Any, more: list[str]) -> list[str]:
+def _taken(rows: Int32Array, num_base: int, take: Any, more: list[str]) -> list[str]:
     """Texts of ``rows``: from ``take`` those below ``num_base``, from ``more`` the others."""
     if not len(rows) or rows.max() < num_base:
         return take(rows)

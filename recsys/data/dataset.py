@@ -21,6 +21,7 @@ from recsys.data.histories import Histories
 from recsys.data.positives import PositivePolicy
 from recsys.errors import DataError
 from recsys.files import read_json, write_json, write_parquet
+from recsys.types import BoolArray, FloatArray, Int32Array, Int64Array
 
 ITEMS_FILE = "items.parquet"
 
@@ -60,12 +61,12 @@ class DatasetInfo(StrictConfig):
 class Log:
     """Interactions as arrays, sorted by user, then time, then original row. R rows."""
 
-    user_idx: NDArray[np.int32]
-    item_idx: NDArray[np.int32]
-    timestamp_ms: NDArray[np.int64] | None
-    weight: NDArray[np.float32]
+    user_idx: Int32Array
+    item_idx: Int32Array
+    timestamp_ms: Int64Array | None
+    weight: FloatArray
     split: NDArray[np.int8]
-    user_offsets: NDArray[np.int64]
+    user_offsets: Int64Array
     """int64 [num_users + 1]: rows ``user_offsets[u]`` to ``user_offsets[u + 1]`` are user ``u``"""
 
     def histories(self, until: Split) -> Histories:
@@ -79,17 +80,17 @@ class Log:
 class Targets:
     """Evaluation queries: given ``histories[b]``, the items ``relevant(b)`` came next. B queries."""
 
-    user_idx: NDArray[np.int32]
+    user_idx: Int32Array
     """int32 [B]: intervals are clustered by it"""
     histories: Histories
     """positives before the target"""
     seen: Histories
     """every interaction before the target, positives or not"""
-    relevant_item_idx: NDArray[np.int32]
+    relevant_item_idx: Int32Array
     """int32 [R]"""
-    relevant_offsets: NDArray[np.int64]
+    relevant_offsets: Int64Array
     """int64 [B+1]"""
-    now_ms: NDArray[np.int64] | None
+    now_ms: Int64Array | None
     """int64 [B]: when the target happened, or None where the data has order only"""
     repeats: bool = False
     """whether an item that was seen before may be an answer"""
@@ -106,7 +107,7 @@ class Targets:
         """A run of queries."""
         return self.select(np.arange(*rows.indices(len(self))))
 
-    def select(self, rows: NDArray[np.int64]) -> Targets:
+    def select(self, rows: Int64Array) -> Targets:
         """The queries at ``rows``, in that order."""
         relevant = Histories(self.relevant_item_idx, self.relevant_offsets[rows], self.relevant_offsets[rows + 1])
         packed = relevant.pack()
@@ -120,7 +121,7 @@ class Targets:
             self.repeats,
         )
 
-    def relevant(self, row: int) -> NDArray[np.int32]:
+    def relevant(self, row: int) -> Int32Array:
         """int32: the relevant items of query ``row``."""
         return self.relevant_item_idx[self.relevant_offsets[row] : self.relevant_offsets[row + 1]]
 
@@ -224,21 +225,21 @@ class Dataset:
             now_ms=None if now_ms is None else np.full(num_users, now_ms, np.int64),
         )
 
-    def hides(self, policy: PositivePolicy) -> NDArray[np.bool_]:
+    def hides(self, policy: PositivePolicy) -> BoolArray:
         """bool [R]: the rows of :attr:`log` that say that their user wants no more of an item."""
         return policy.judge(self.interactions[schema.EVENT], self.interactions[schema.VALUE])[1]
 
     @cached_property
-    def _is_positive(self) -> NDArray[np.bool_]:
+    def _is_positive(self) -> BoolArray:
         return self.interactions[schema.WEIGHT].to_numpy() > 0
 
-    def train_counts(self, until: Split = Split.TRAIN) -> NDArray[np.int64]:
+    def train_counts(self, until: Split = Split.TRAIN) -> Int64Array:
         """int64 [num_items]: positives per item up to and with ``until``."""
         log = self.positives
         return np.bincount(log.item_idx[log.split <= until], minlength=self.num_items)
 
 
-def _starts_basket(log: Log) -> NDArray[np.bool_]:
+def _starts_basket(log: Log) -> BoolArray:
     """bool [R]: whether a row is the first of its user at its time."""
     times = log.timestamp_ms
     assert times is not None, "preparation refuses next_basket without time"

@@ -25,6 +25,7 @@ from recsys.data.leaks import check_blind
 from recsys.errors import ModelError
 from recsys.files import map_arrow, write_arrow
 from recsys.schema import DAY_MS
+from recsys.types import Float64Array, FloatArray, Int32Array, Int64Array
 
 MAX_CATEGORIES = 64
 """The most frequent categories that get a column of their own; the rest share the last."""
@@ -101,13 +102,13 @@ _NO_BAND = 0.5
 class ItemFeatures:
     """What is known of every item at the cutoff."""
 
-    numeric: NDArray[np.float32]
+    numeric: FloatArray
     """float32 [N, I], columns as in ``ITEM_COLUMNS``"""
-    categories: NDArray[np.float32]
+    categories: FloatArray
     """float32 [N, G], rows of unit length (or zero)"""
-    creator: NDArray[np.int32]
+    creator: Int32Array
     """int32 [N], -1 where unknown"""
-    created_ms: NDArray[np.int64]
+    created_ms: Int64Array
     """int64 [N]: creation, else first interaction before the cutoff, else ``NO_TIME``"""
     category_names: tuple[str, ...] | None = None
     """G: what the columns of :attr:`categories` stand for; where there are :data:`MAX_CATEGORIES`, the last one stands
@@ -217,13 +218,13 @@ def fixed_size_list(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
-def matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+def matrix(column: pa.ChunkedArray) -> FloatArray:
     """A fixed-size-list column as a [N, D] matrix, without a copy where the column is one chunk."""
     array = one_chunk(column)
     return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
 
 
-def price_bands(price: NDArray[np.float64]) -> NDArray[np.float64]:
+def price_bands(price: Float64Array) -> Float64Array:
     """float64 [N] from 0 (the cheapest :data:`NUM_PRICE_BANDS`-th of ``price``) to 1; equal prices share a band, and
     NaN has none.
     """
@@ -242,7 +243,7 @@ def category_columns(categories: pa.ListArray) -> tuple[str, ...]:
     return tuple(names[place] for place in order[:MAX_CATEGORIES].tolist())
 
 
-def _category_rows(categories: pa.ListArray, num_items: int, names: tuple[str, ...]) -> NDArray[np.float32]:
+def _category_rows(categories: pa.ListArray, num_items: int, names: tuple[str, ...]) -> FloatArray:
     lengths = pc.fill_null(pc.list_value_length(categories), 0).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(num_items), lengths)
     encoded = categories.flatten().dictionary_encode()
@@ -259,14 +260,14 @@ def _category_rows(categories: pa.ListArray, num_items: int, names: tuple[str, .
 
 def candidate_features(
     items: ItemFeatures,
-    unit_vectors: NDArray[np.float32],
+    unit_vectors: FloatArray,
     *,
-    history_item_idx: NDArray[np.int32],
-    history_timestamp_ms: NDArray[np.int64] | None,
-    candidate_item_idx: NDArray[np.int32],
-    retrieval_score: NDArray[np.float32],
+    history_item_idx: Int32Array,
+    history_timestamp_ms: Int64Array | None,
+    candidate_item_idx: Int32Array,
+    retrieval_score: FloatArray,
     now_ms: int | None,
-) -> NDArray[np.float32]:
+) -> FloatArray:
     """float32 [C, F], columns as in ``FEATURE_NAMES``. A row depends on its own candidate only.
 
     Args:
@@ -284,7 +285,7 @@ def candidate_features(
     def put(name: str, values: Any) -> None:
         features_FC[_PLACE[name]] = values
 
-    def of_items(name: str) -> NDArray[np.float32]:
+    def of_items(name: str) -> FloatArray:
         return numeric[:, _COLUMN[name]]
 
     put("retrieval_score", retrieval_score)
@@ -338,7 +339,7 @@ def candidate_features(
     return np.ascontiguousarray(features_FC.T)
 
 
-def _band_number(bands: NDArray[np.float32]) -> NDArray[np.int64]:
+def _band_number(bands: FloatArray) -> Int64Array:
     """int64: 0 to :data:`NUM_PRICE_BANDS` - 1, and :data:`NUM_PRICE_BANDS` where there is no price."""
     number = np.clip(np.round(bands * (NUM_PRICE_BANDS - 1)), 0, NUM_PRICE_BANDS - 1)
     return np.nan_to_num(number, nan=NUM_PRICE_BANDS).astype(np.int64)

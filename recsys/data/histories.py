@@ -10,24 +10,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from recsys.types import NO_HISTORY, History
+from recsys.types import NO_HISTORY, BoolArray, History, Int32Array, Int64Array
 
 
 @dataclass(frozen=True)
 class PackedHistories:
     """Histories laid end to end: ``item_idx[offsets[b]:offsets[b+1]]`` is history ``b``, oldest first."""
 
-    item_idx: NDArray[np.int32]
+    item_idx: Int32Array
     """int32 [T]"""
-    offsets: NDArray[np.int64]
+    offsets: Int64Array
     """int64 [B+1], starts with 0, ends with T"""
-    timestamp_ms: NDArray[np.int64] | None
+    timestamp_ms: Int64Array | None
     """int64 [T], milliseconds since 1970 UTC, or None where the data has order only"""
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Int64Array:
         """int64 [B]"""
         return np.diff(self.offsets)
 
@@ -36,13 +35,13 @@ class PackedHistories:
 class Histories:
     """B views into one log; views may overlap and may be empty."""
 
-    item_idx: NDArray[np.int32]
+    item_idx: Int32Array
     """int32 [R], the whole log"""
-    starts: NDArray[np.int64]
+    starts: Int64Array
     """int64 [B]"""
-    stops: NDArray[np.int64]
+    stops: Int64Array
     """int64 [B], ``stops >= starts``"""
-    timestamp_ms: NDArray[np.int64] | None = None
+    timestamp_ms: Int64Array | None = None
     """int64 [R] or None"""
 
     @classmethod
@@ -68,18 +67,18 @@ class Histories:
         return cls(item_idx, starts, stops, timestamp_ms)
 
     @classmethod
-    def single(cls, item_idx: NDArray[np.int32], timestamp_ms: NDArray[np.int64] | None = None) -> Histories:
+    def single(cls, item_idx: Int32Array, timestamp_ms: Int64Array | None = None) -> Histories:
         """One history."""
         return cls(item_idx, np.zeros(1, np.int64), np.array([len(item_idx)], np.int64), timestamp_ms)
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, rows: slice | NDArray[np.int64] | NDArray[np.bool_]) -> Histories:
+    def __getitem__(self, rows: slice | Int64Array | BoolArray) -> Histories:
         """The histories at ``rows`` (a slice, indices or a mask), without copying the log."""
         return Histories(self.item_idx, self.starts[rows], self.stops[rows], self.timestamp_ms)
 
-    def items(self, row: int) -> NDArray[np.int32]:
+    def items(self, row: int) -> Int32Array:
         """int32 [L]: the items of history ``row``, oldest first."""
         return self.item_idx[self.starts[row] : self.stops[row]]
 
@@ -90,7 +89,7 @@ class Histories:
         return History(self.item_idx[rows], times)
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Int64Array:
         """int64 [B]"""
         return self.stops - self.starts
 
@@ -99,7 +98,7 @@ class Histories:
         starts = np.maximum(self.starts, self.stops - max_length)
         return Histories(self.item_idx, starts, self.stops, self.timestamp_ms)
 
-    def rows(self) -> NDArray[np.int64]:
+    def rows(self) -> Int64Array:
         """int64 [T]: the rows of the log that the histories cover, history after history."""
         lengths = self.lengths
         ends = np.cumsum(lengths)

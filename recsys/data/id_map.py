@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from recsys.arrow import Texts, one_chunk, pc
 from recsys.errors import SchemaError
+from recsys.types import Int32Array
 
 _HASH_ROWS = 1 << 18
 """rows hashed at once when the map is built, which bounds the memory it takes"""
@@ -29,7 +30,7 @@ class IdMap:
         self._bytes = ids.cast(pa.binary())
         self._texts = Texts(ids)
         self._hash: NDArray[np.uint64] = table["hash"].to_numpy()
-        self._row: NDArray[np.int32] = table["row"].to_numpy()
+        self._row: Int32Array = table["row"].to_numpy()
 
     @classmethod
     def build(cls, ids: pa.StringArray | pa.ChunkedArray) -> IdMap:
@@ -53,7 +54,7 @@ class IdMap:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self, ids: Sequence[str]) -> NDArray[np.int32]:
+    def rows(self, ids: Sequence[str]) -> Int32Array:
         """int32 [n]: the row of each id, -1 where it is unknown."""
         found = np.full(len(ids), -1, np.int32)
         if not len(ids) or not len(self):
@@ -78,7 +79,7 @@ class IdMap:
             at[pending] += 1
         return found
 
-    def take(self, rows: NDArray[np.int32]) -> list[str]:
+    def take(self, rows: Int32Array) -> list[str]:
         """The ids at ``rows``."""
         return self._texts.take(rows)
 

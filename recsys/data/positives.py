@@ -6,11 +6,11 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from recsys.arrow import pc
 from recsys.config import StrictConfig
+from recsys.types import BoolArray, FloatArray
 
 
 class EventRule(StrictConfig):
@@ -65,14 +65,14 @@ class PositivePolicy(StrictConfig):
         description="Rule per event name; other events weigh 0 (seen only). Replaces the default whole.",
     )
 
-    def weights(self, events: pa.Array | pa.ChunkedArray, values: Any) -> NDArray[np.float32]:
+    def weights(self, events: pa.Array | pa.ChunkedArray, values: Any) -> FloatArray:
         """float32 [R]: weight of each event. ``events`` hold text (or its dictionary form), ``values`` numbers or null.
 
         Values and bounds are compared as float32, the precision of the contract.
         """
         return self.judge(events, values)[0]
 
-    def judge(self, events: pa.Array | pa.ChunkedArray, values: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def judge(self, events: pa.Array | pa.ChunkedArray, values: Any) -> tuple[FloatArray, BoolArray]:
         """float32 [R] and bool [R]: the :meth:`weights`, and which events say that a user wants no more of an item."""
         names = events.combine_chunks() if isinstance(events, pa.ChunkedArray) else events
         if not pa.types.is_dictionary(names.type):

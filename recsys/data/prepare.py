@@ -36,6 +36,7 @@ from recsys.data.validation import (
 from recsys.errors import EmptyDataError, SchemaError
 from recsys.files import fingerprint, write_json
 from recsys.moments import milliseconds
+from recsys.types import FloatArray, Int32Array, Int64Array
 
 REPORT_FILE = "preparation.json"
 logger = logging.getLogger(__name__)
@@ -187,17 +188,17 @@ def _tell(report: PreparationReport, info: DatasetInfo, folder: Path) -> None:
 class _Log:
     """Accepted interactions as arrays of R rows; ids are codes into dictionaries in order of first appearance."""
 
-    row: NDArray[np.int64]
-    user: NDArray[np.int32]
-    item: NDArray[np.int32]
+    row: Int64Array
+    user: Int32Array
+    item: Int32Array
     user_ids: Any
     item_ids: Any
     event: Any
     """dictionary<string> [R]"""
-    time: NDArray[np.int64] | None
-    position: NDArray[np.int64] | None
+    time: Int64Array | None
+    position: Int64Array | None
     """as the source gives it, None where it gives none"""
-    value: NDArray[np.float32]
+    value: FloatArray
     """NaN where there is none"""
 
     def take(self, rows: NDArray[Any]) -> _Log:
@@ -365,9 +366,7 @@ def _index(log: _Log, items: pa.Table, *, keep_all: bool) -> tuple[_Log, Any, pa
     )
 
 
-def _ranks(
-    codes: NDArray[np.int32], num_codes: int, row: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _ranks(codes: Int32Array, num_codes: int, row: Int64Array) -> tuple[Int64Array, Int64Array]:
     """``(rank of each code, codes by rank)`` for the codes in use, ranked by the lowest row they appear in."""
     first = np.full(num_codes, np.iinfo(np.int64).max)
     np.minimum.at(first, codes, row)

@@ -25,6 +25,7 @@ from recsys.errors import SchemaError
 from recsys.files import atomic_path
 from recsys.ids import id_problems
 from recsys.moments import milliseconds
+from recsys.types import FloatArray, Int64Array
 
 MISSING_USER = "missing user_id"
 MISSING_ITEM = "missing item_id"
@@ -234,8 +235,8 @@ def clean_items(given: pa.Table | None, where: str) -> tuple[pa.Table, pa.Table,
 
 
 def equal_pairs(
-    user: NDArray[Any], item: NDArray[Any], time: NDArray[np.int64], event: NDArray[Any], value: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    user: NDArray[Any], item: NDArray[Any], time: Int64Array, event: NDArray[Any], value: FloatArray
+) -> tuple[Int64Array, Int64Array]:
     """``(earlier, later)`` int64 row numbers of equal rows that follow each other, among rows sorted by user and time.
 
     Equal means: the same in all five columns; NaN in ``value`` stands for null and equals itself.

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.features import FEATURE_NAMES
 from recsys.evaluation.significance import Interval, bootstrap
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.queries import PADDING, RankingBatch
+from recsys.types import Float64Array, FloatArray
 
-Score = Callable[[RankingBatch], NDArray[np.float32]]
+Score = Callable[[RankingBatch], FloatArray]
 _AT_ONCE = 128
 
 
@@ -43,7 +43,7 @@ def permutation_importance(
     return dict(zip(FEATURE_NAMES, found, strict=True))
 
 
-def ndcg10(score: Score, examples: RankingExamples) -> NDArray[np.float64]:
+def ndcg10(score: Score, examples: RankingExamples) -> Float64Array:
     """float64 [B]: of the order by ``score``."""
     starts = range(0, len(examples), _AT_ONCE)
     return examples.ndcg10(np.concatenate([score(examples.batch[at : at + _AT_ONCE]) for at in starts]))

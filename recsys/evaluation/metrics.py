@@ -24,11 +24,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from recsys.errors import DataError
 from recsys.ndcg import discounts
-from recsys.types import Float64Array, Int32Array, Int64Array
+from recsys.types import BoolArray, Float64Array, FloatArray, Int32Array, Int64Array
 
 ACCURACY = ("recall", "ndcg", "mrr", "hr")
 """Names of the per-query metrics, each reported at every ``k``."""
@@ -37,9 +36,7 @@ _CHUNK_CELLS = 1 << 24
 """Largest temporary array, in cells."""
 
 
-def hits(
-    ranked: Int32Array, relevant_item_idx: Int32Array, relevant_offsets: Int64Array, num_items: int
-) -> NDArray[np.bool_]:
+def hits(ranked: Int32Array, relevant_item_idx: Int32Array, relevant_offsets: Int64Array, num_items: int) -> BoolArray:
     """bool [Q, K]: whether the item at each rank is relevant to its query."""
     query_of = np.repeat(np.arange(len(relevant_offsets) - 1, dtype=np.int64), np.diff(relevant_offsets))
     wanted = query_of * num_items + relevant_item_idx
@@ -134,7 +131,7 @@ class CategoryTable:
         item, self.codes = np.divmod(pairs, len(codes.dictionary) + 1)
         self.offsets = np.searchsorted(item, np.arange(len(column) + 1)).astype(np.int64)
 
-    def one_hot(self, item_idx: Int64Array) -> NDArray[np.float32]:
+    def one_hot(self, item_idx: Int64Array) -> FloatArray:
         """float32 [len(item_idx), C']: over the categories that occur among ``item_idx``."""
         starts, lengths = self.offsets[item_idx], np.diff(self.offsets)[item_idx]
         ends = np.cumsum(lengths)

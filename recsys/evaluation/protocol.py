@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from recsys.config import StrictConfig
@@ -25,8 +24,9 @@ from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError, LeakageError, ModelError
 from recsys.evaluation import metrics
 from recsys.models.base import Retriever
+from recsys.types import BoolArray, Float64Array, FloatArray, Int32Array, Int64Array
 
-RankFn = Callable[[Targets], NDArray[np.int32]]
+RankFn = Callable[[Targets], Int32Array]
 """Targets (B queries) to item_idx int32 [B, K], best first, K >= the largest ``k``, -1 where there is nothing more."""
 
 View = Literal["new", "with_repeats"]
@@ -89,11 +89,11 @@ class EvaluationConfig(StrictConfig):
 class Segment:
     """Metrics of the queries of one segment."""
 
-    rows: NDArray[np.int64]
+    rows: Int64Array
     """int64 [Q]: rows of the split's targets, ascending"""
-    user_idx: NDArray[np.int32]
+    user_idx: Int32Array
     """int32 [Q]"""
-    values: Mapping[str, NDArray[np.float64]]
+    values: Mapping[str, Float64Array]
     """per metric float64 [Q]"""
 
 
@@ -147,7 +147,7 @@ def retriever_ranker(retriever: Retriever, dataset: Dataset, config: EvaluationC
     It raises :class:`ModelError` for scores that do not cover the catalogue.
     """
 
-    def rank(targets: Targets) -> NDArray[np.int32]:
+    def rank(targets: Targets) -> Int32Array:
         scores = retriever.score(targets.histories, targets.now_ms)
         if scores.shape != (len(targets), dataset.num_items):
             raise ModelError(
@@ -159,7 +159,7 @@ def retriever_ranker(retriever: Retriever, dataset: Dataset, config: EvaluationC
     return rank
 
 
-def rank_scores(scores: NDArray[np.float32], seen: Histories, k: int) -> NDArray[np.int32]:
+def rank_scores(scores: FloatArray, seen: Histories, k: int) -> Int32Array:
     """The ``k`` best items per row of ``scores`` float32 [B, N] without those of ``seen``: int32 [B, k], -1 padded.
 
     Equal scores are ordered by ``item_idx``, also at the cut, so that the result does not depend on the machine.
@@ -228,7 +228,7 @@ def check_no_leak(targets: Targets, dataset: Dataset) -> None:
         _refuse(targets.now_ms < dataset.info.borders_ms[0], "the query lies before the end of train")
 
 
-def _not_the_basket(targets: Targets, dataset: Dataset) -> NDArray[np.bool_]:
+def _not_the_basket(targets: Targets, dataset: Dataset) -> BoolArray:
     """bool [B]: where the relevant items are not, each once, the positives of the user at the query's time."""
     log = dataset.positives
     assert log.timestamp_ms is not None, "baskets are told apart by time"
@@ -244,13 +244,13 @@ def _not_the_basket(targets: Targets, dataset: Dataset) -> NDArray[np.bool_]:
     return np.isin(query, wrong)
 
 
-def _refuse(bad: NDArray[np.bool_], why: str) -> None:
+def _refuse(bad: BoolArray, why: str) -> None:
     if bad.any():
         row = int(np.argmax(bad))
         raise LeakageError(f"query {row}: {why} ({int(bad.sum())} of {len(bad)} queries)", row=row)
 
 
-def sample_queries(targets: Targets, config: EvaluationConfig) -> NDArray[np.int64]:
+def sample_queries(targets: Targets, config: EvaluationConfig) -> Int64Array:
     """int64 [Q]: the rows of ``targets`` to judge, ascending; all of a sampled user's queries, at least one user's.
 
     The sample depends on the targets, ``max_queries`` and the seed alone: every system gets the same one.
@@ -264,7 +264,7 @@ def sample_queries(targets: Targets, config: EvaluationConfig) -> NDArray[np.int
     return np.flatnonzero(np.isin(cluster, order[:num_users]))
 
 
-def _keep_relevant(targets: Targets, keep: NDArray[np.bool_]) -> tuple[Targets, NDArray[np.int64]]:
+def _keep_relevant(targets: Targets, keep: BoolArray) -> tuple[Targets, Int64Array]:
     """The queries with only the relevant items marked in ``keep`` bool [R], and which rows still have one."""
     query_of = np.repeat(np.arange(len(targets)), np.diff(targets.relevant_offsets))[keep]
     lengths = np.bincount(query_of, minlength=len(targets))
@@ -274,7 +274,7 @@ def _keep_relevant(targets: Targets, keep: NDArray[np.bool_]) -> tuple[Targets, 
     return kept.select(rows), rows
 
 
-def _distinct_relevant(targets: Targets, num_items: int) -> NDArray[np.bool_]:
+def _distinct_relevant(targets: Targets, num_items: int) -> BoolArray:
     """bool [R]: the first mention of each relevant item of a query."""
     query_of = np.repeat(np.arange(len(targets), dtype=np.int64), np.diff(targets.relevant_offsets))
     _, first = np.unique(query_of * num_items + targets.relevant_item_idx, return_index=True)
@@ -283,7 +283,7 @@ def _distinct_relevant(targets: Targets, num_items: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _not_seen(targets: Targets, num_items: int) -> NDArray[np.bool_]:
+def _not_seen(targets: Targets, num_items: int) -> BoolArray:
     """bool [R]: the relevant items that their user had not seen before."""
     new = np.empty(len(targets.relevant_item_idx), bool)
     for rows, batch in _batches(targets, 4096):
@@ -305,7 +305,7 @@ def _evaluate_view(
     name: str,
     rank_fn: RankFn,
     targets: Targets,
-    rows: NDArray[np.int64],
+    rows: Int64Array,
     dataset: Dataset,
     config: EvaluationConfig,
     view: View,
@@ -323,7 +323,7 @@ def _evaluate_view(
     for batch_rows, batch in _batches(asked, config.batch_size):
         ranked[batch_rows] = _checked(name, rank_fn(batch), batch, num_items, config.depth)
 
-    def judge(part: Targets, part_ranked: NDArray[np.int32], part_rows: NDArray[np.int64]) -> Segment:
+    def judge(part: Targets, part_ranked: Int32Array, part_rows: Int64Array) -> Segment:
         values = metrics.accuracy(
             part_ranked, part.relevant_item_idx, part.relevant_offsets, ks=config.all_ks, num_items=num_items
         )
@@ -353,10 +353,10 @@ def _evaluate_view(
     return ViewResult(view, segments, slates, len(targets) - len(asked))
 
 
-def _checked(name: str, ranked: NDArray[np.int32], targets: Targets, num_items: int, depth: int) -> NDArray[np.int32]:
+def _checked(name: str, ranked: Int32Array, targets: Targets, num_items: int, depth: int) -> Int32Array:
     """``ranked`` cut to ``depth``, or a :class:`ModelError` that names the first query with an unusable ranking."""
 
-    def refuse(bad: NDArray[np.bool_], why: str) -> None:
+    def refuse(bad: BoolArray, why: str) -> None:
         if bad.any():
             row = int(np.argmax(bad.any(axis=1)))
             raise ModelError(

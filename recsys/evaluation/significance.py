@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.errors import DataError
-from recsys.types import Float64Array
+from recsys.types import Float64Array, Int32Array
 
 _CHUNK_CELLS = 1 << 23
 """Largest temporary array, in cells."""
@@ -44,7 +43,7 @@ class Difference:
 
 def bootstrap(
     values: Float64Array,
-    user_idx: NDArray[np.int32],
+    user_idx: Int32Array,
     *,
     num_resamples: int = 1000,
     confidence: float = 0.95,
@@ -69,7 +68,7 @@ def bootstrap(
 def paired_difference(
     a: Float64Array,
     b: Float64Array,
-    user_idx: NDArray[np.int32],
+    user_idx: Int32Array,
     *,
     num_resamples: int = 1000,
     confidence: float = 0.95,
@@ -92,7 +91,7 @@ def paired_difference(
     return [Difference(i.mean, i.low, i.high, float(p)) for i, p in zip(intervals, p_values, strict=True)]
 
 
-def _by_user(values: Float64Array, user_idx: NDArray[np.int32]) -> tuple[Float64Array, Float64Array]:
+def _by_user(values: Float64Array, user_idx: Int32Array) -> tuple[Float64Array, Float64Array]:
     """Sums [U, M] and numbers of queries [U] of each user that occurs."""
     if values.ndim != 2 or len(values) != len(user_idx):
         raise DataError(f"values of shape {values.shape} do not fit {len(user_idx)} queries")

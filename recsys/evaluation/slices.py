@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.ndcg import discounts
 from recsys.schema import DAY_MS
+from recsys.types import Float64Array, Int32Array, Int64Array
 
 Edges = Sequence[int]
 ITEM_COUNT: Edges = (0, 1, 2, 5, 10, 50, 200)
@@ -37,7 +38,7 @@ class Slices:
     """None where a bucket is empty"""
 
 
-def slices(ranked: NDArray[np.int32], targets: Targets, dataset: Dataset, *, k: int = 10) -> list[Slices]:
+def slices(ranked: Int32Array, targets: Targets, dataset: Dataset, *, k: int = 10) -> list[Slices]:
     """Slices of ``ranked`` int32 [Q, K] by training interactions of the item, length of the history and, in data with
     time, age of the item (days since its first interaction in the data).
     """
@@ -59,7 +60,7 @@ def slices(ranked: NDArray[np.int32], targets: Targets, dataset: Dataset, *, k: 
     return found
 
 
-def _gain(ranked_QK: NDArray[np.int32], query_P: NDArray[np.int64], item_P: NDArray[np.int32]) -> NDArray[np.float64]:
+def _gain(ranked_QK: Int32Array, query_P: Int64Array, item_P: Int32Array) -> Float64Array:
     gain_P = np.zeros(len(item_P))
     discount = discounts(ranked_QK.shape[1])
     for start in range(0, len(item_P), 65536):
@@ -69,7 +70,7 @@ def _gain(ranked_QK: NDArray[np.int32], query_P: NDArray[np.int64], item_P: NDAr
     return gain_P
 
 
-def _slice(quantity: str, value_P: NDArray[np.generic], gain_P: NDArray[np.float64], edges: Edges) -> Slices:
+def _slice(quantity: str, value_P: NDArray[np.generic], gain_P: Float64Array, edges: Edges) -> Slices:
     bucket_P = np.searchsorted(np.asarray(edges), value_P.astype(np.float64), side="right") - 1
     num = np.bincount(bucket_P, minlength=len(edges))
     total = np.bincount(bucket_P, weights=gain_P, minlength=len(edges))

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.config import StrictConfig
@@ -25,6 +24,7 @@ from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker
 from recsys.evaluation.significance import Difference, Interval, bootstrap, paired_difference
 from recsys.evaluation.slices import Slices, slices
 from recsys.files import atomic_path, read_json, write_json, write_parquet
+from recsys.types import Float64Array, Int32Array
 
 FORMAT = 1
 """Raised when the meaning of ``suite.json`` changes."""
@@ -62,9 +62,9 @@ class Run:
     system: str
     seed: int
     is_baseline: bool
-    views: Mapping[str, Mapping[str, NDArray[np.float64]]]
+    views: Mapping[str, Mapping[str, Float64Array]]
     """per view and metric, float64 [Q]"""
-    user_idx: Mapping[str, NDArray[np.int32]]
+    user_idx: Mapping[str, Int32Array]
     """per view, int32 [Q]"""
     slates: Mapping[str, Mapping[str, float]]
     slices: Sequence[Slices]
@@ -95,8 +95,8 @@ class Run:
         """Read what :meth:`save` wrote."""
         folder = Path(folder)
         record = read_json(folder / "run.json")
-        views: dict[str, dict[str, NDArray[np.float64]]] = {}
-        users: dict[str, NDArray[np.int32]] = {}
+        views: dict[str, dict[str, Float64Array]] = {}
+        users: dict[str, Int32Array] = {}
         for view in record["views"]:
             table = pq.read_table(folder / f"{view}.parquet")
             columns = {name: table[name].to_numpy() for name in table.column_names}
@@ -128,9 +128,9 @@ def judge(
     is_baseline: bool = False,
 ) -> Run:
     """Judge one trained system; see :func:`recsys.evaluation.protocol.evaluate_ranker` for what it refuses."""
-    ranked: list[NDArray[np.int32]] = []
+    ranked: list[Int32Array] = []
 
-    def recorded(batch: Targets) -> NDArray[np.int32]:
+    def recorded(batch: Targets) -> Int32Array:
         found = rank_fn(batch)
         ranked.append(found[:, : config.depth])
         return found
@@ -329,9 +329,7 @@ def build_suite_report(
     )
 
 
-def ratio_interval(
-    a: NDArray[np.float64], b: NDArray[np.float64], user_idx: NDArray[np.int32], config: EvaluationConfig
-) -> Interval:
+def ratio_interval(a: Float64Array, b: Float64Array, user_idx: Int32Array, config: EvaluationConfig) -> Interval:
     """Mean of ``a`` over mean of ``b``, both float64 [Q] on the same queries, with its interval clustered by user.
 
     By the linearisation of a ratio: ``a - r b`` has mean zero at the ratio ``r``, and its interval over the mean of
@@ -347,7 +345,7 @@ def _slices(record: Mapping[str, Any]) -> Slices:
     return Slices(record["quantity"], tuple(record["labels"]), tuple(record["num_pairs"]), tuple(record["gain"]))
 
 
-def _mean_over_seeds(group: Sequence[Run], view: str, first: Run) -> dict[str, NDArray[np.float64]]:
+def _mean_over_seeds(group: Sequence[Run], view: str, first: Run) -> dict[str, Float64Array]:
     for run in group:
         if view not in run.views or not np.array_equal(run.user_idx[view], first.user_idx[view]):
             raise DataError(f"{run.system} (seed {run.seed}) and {first.system} were judged on different queries")
@@ -357,9 +355,9 @@ def _mean_over_seeds(group: Sequence[Run], view: str, first: Run) -> dict[str, N
 def _summary(
     group: Sequence[Run],
     view: str,
-    mean: Mapping[str, NDArray[np.float64]],
-    best: Mapping[str, NDArray[np.float64]] | None,
-    users: NDArray[np.int32],
+    mean: Mapping[str, Float64Array],
+    best: Mapping[str, Float64Array] | None,
+    users: Int32Array,
     config: EvaluationConfig,
 ) -> SystemSummary:
     intervals = bootstrap(np.stack(list(mean.values()), axis=1), users, **config.resampling)

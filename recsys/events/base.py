@@ -20,13 +20,13 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys import schema
 from recsys.errors import EventStoreError, RequestError, SchemaError
 from recsys.ids import id_problem
 from recsys.kinds import Kind
+from recsys.types import FloatArray, Int64Array
 
 RESTORED_GAP = 1 << 32
 """A restored log goes on so many positions later, behind all that the first one may have given after the backup."""
@@ -70,10 +70,10 @@ class UserState:
     version: int
     """differs from every earlier version of this user's state when the state differs"""
     item_ids: tuple[str, ...]
-    timestamps_ms: NDArray[np.int64]
+    timestamps_ms: Int64Array
     """int64 [L], milliseconds since 1970 UTC; 0 for seeded entries that have order only"""
     events: tuple[str, ...]
-    values: NDArray[np.float32]
+    values: FloatArray
     """float32 [L], NaN where the event has no value"""
 
     def __len__(self) -> int:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.errors import ModelError
 from recsys.files import atomic_path, write_json
 from recsys.kinds import Kind
-from recsys.types import BoolArray, FloatArray
+from recsys.types import BoolArray, FloatArray, Int32Array, Int64Array
 
 faiss: Any = import_module("faiss")
 """FAISS untyped: its own stubs lack most of what is used here"""
@@ -98,9 +97,7 @@ class VectorIndex:
     def dim(self) -> int:
         return self._index.d
 
-    def search(
-        self, queries: FloatArray, k: int, allowed: BoolArray | None = None
-    ) -> tuple[FloatArray, NDArray[np.int32]]:
+    def search(self, queries: FloatArray, k: int, allowed: BoolArray | None = None) -> tuple[FloatArray, Int32Array]:
         """The ``k`` items with the highest inner product: scores float32 [B, k] descending, item_idx int32 [B, k].
 
         ``allowed`` (bool [N]) limits the items. Where fewer than ``k`` items are allowed the rest is item_idx -1 with
@@ -146,7 +143,7 @@ class VectorIndex:
 
     def _exhaustive(
         self, queries_BD: FloatArray, k: int, num_allowed: int, selector: Any
-    ) -> tuple[FloatArray, NDArray[np.int64]]:
+    ) -> tuple[FloatArray, Int64Array]:
         """The ``k`` best allowed items, and more where a tie goes on beyond them, so that the caller can order it."""
         index, parameters = self.config.exhaustive(self._index, selector)
         if selector is None and self._gpu is not None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.errors import ModelError
 from recsys.index.base import VectorIndex
-from recsys.types import BoolArray, FloatArray
+from recsys.types import BoolArray, FloatArray, Int32Array
 
 
 class ExtendedIndex(VectorIndex):
     """``base`` and a few more rows, which are scored exactly: their number is what changed since it was built."""
 
-    def __init__(self, base: VectorIndex, item_idx: NDArray[np.int32], vectors: FloatArray, num_items: int) -> None:
+    def __init__(self, base: VectorIndex, item_idx: Int32Array, vectors: FloatArray, num_items: int) -> None:
         """``vectors`` float32 [E, D] are those of ``item_idx`` int32 [E]: of items beyond the base, or in place of what
         the base has. ``num_items`` counts all of them.
 
@@ -37,9 +36,7 @@ class ExtendedIndex(VectorIndex):
     def dim(self) -> int:
         return self._base.dim
 
-    def search(
-        self, queries: FloatArray, k: int, allowed: BoolArray | None = None
-    ) -> tuple[FloatArray, NDArray[np.int32]]:
+    def search(self, queries: FloatArray, k: int, allowed: BoolArray | None = None) -> tuple[FloatArray, Int32Array]:
         if allowed is not None and allowed.shape != (self.num_items,):
             raise ModelError(f"a mask of shape {allowed.shape} does not fit {self.num_items} items")
         inside = self._kept if allowed is None else self._kept & allowed[: len(self._kept)]

@@ -27,6 +27,7 @@ from recsys.files import write_json
 from recsys.kinds import Kind
 from recsys.models.stand_in import StandIns
 from recsys.training.runtime import Runtime
+from recsys.types import BoolArray, FloatArray, Int32Array, Int64Array
 
 SampleReads = Literal["ids", "text_vectors", "words"]
 """What tells the items of planted data apart: interactions alone, their text vectors, or the words of their titles."""
@@ -38,9 +39,9 @@ class Lesson:
 
     histories: Histories
     """B stretches of the log"""
-    heads: NDArray[np.bool_]
+    heads: BoolArray
     """bool [B]: whether a stretch begins with its user's first interaction"""
-    weight: NDArray[np.float32]
+    weight: FloatArray
     """float32 [R]: by what the weight of each row of the log is multiplied"""
     stand_ins: StandIns | None = None
     """known items as which new ones begin, where there is no text to begin from"""
@@ -52,11 +53,11 @@ class FitData:
 
     histories: Histories
     """positives, one history per user (B = num_users), oldest first"""
-    weights: NDArray[np.float32]
+    weights: FloatArray
     """float32 [R]: weight of each row of ``histories``' log"""
     items: pa.Table
     """``ITEMS`` rows in order of ``item_idx``"""
-    text_vectors: NDArray[np.float32] | None = None
+    text_vectors: FloatArray | None = None
     """float32 [num_items, D_text], unit length, or None where items have no text"""
     valid: Targets | None = None
     """for choosing the number of epochs; None when refitting with a number already chosen"""
@@ -74,7 +75,7 @@ class FitData:
         dataset: Dataset,
         until: Split,
         *,
-        text_vectors: NDArray[np.float32] | None = None,
+        text_vectors: FloatArray | None = None,
         valid: Targets | None = None,
         seed: int = 0,
     ) -> FitData:
@@ -164,7 +165,7 @@ class Retriever(ABC):
     """the learning curve, one row per epoch; empty for families without epochs and after loading"""
 
     @abstractmethod
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, num_items]: higher is better; finite for every history, the empty one included.
 
         ``now_ms`` (int64 [B]) is the time of the request; families that do not use time ignore it.
@@ -186,19 +187,19 @@ class Retriever(ABC):
 class ItemBonus:
     """What the scores of a few items of each user have beyond the inner product; those of all others have nothing."""
 
-    item_idx: NDArray[np.int32]
+    item_idx: Int32Array
     """int32 [E]: ``offsets[b]`` to ``offsets[b + 1]`` are the items of user ``b``, each once"""
-    offsets: NDArray[np.int64]
+    offsets: Int64Array
     """int64 [B + 1]"""
-    bonus: NDArray[np.float32]
+    bonus: FloatArray
     """float32 [E], of either sign"""
 
-    def of(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def of(self, row: int) -> tuple[Int32Array, FloatArray]:
         """Items (int32) and bonuses (float32) of user ``row``."""
         part = slice(self.offsets[row], self.offsets[row + 1])
         return self.item_idx[part], self.bonus[part]
 
-    def add_to(self, scores_BN: NDArray[np.float32]) -> None:
+    def add_to(self, scores_BN: FloatArray) -> None:
         """Add each bonus to its score, in place."""
         rows = np.repeat(np.arange(len(scores_BN)), np.diff(self.offsets))
         scores_BN[rows, self.item_idx] += self.bonus
@@ -219,27 +220,25 @@ class VectorRetriever(Retriever):
         return False
 
     @abstractmethod
-    def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def encode_users(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, K, D]: K vectors per user (1 for most families)."""
 
     @abstractmethod
-    def item_vectors(self) -> NDArray[np.float32]:
+    def item_vectors(self) -> FloatArray:
         """float32 [num_items, D], in order of ``item_idx``."""
 
-    def item_embeddings(self) -> NDArray[np.float32]:
+    def item_embeddings(self) -> FloatArray:
         """float32 [num_items, E]: what two items are compared by, the first E dimensions of the item vectors.
 
         Dimensions that say how much in demand an item is, not what it is, come after them.
         """
         return self.item_vectors()
 
-    def bonus(
-        self, histories: Histories, users_BKD: NDArray[np.float32], now_ms: NDArray[np.int64] | None = None
-    ) -> ItemBonus | None:
+    def bonus(self, histories: Histories, users_BKD: FloatArray, now_ms: Int64Array | None = None) -> ItemBonus | None:
         """What is added to inner products, given what :meth:`encode_users` said; None for a family without it."""
         return None
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """The best inner product over the user's K vectors, and the bonus."""
         users = self.encode_users(histories, now_ms)
         batch, vectors, dim = users.shape

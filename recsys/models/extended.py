@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
 from recsys.errors import ModelError
@@ -22,7 +21,7 @@ from recsys.models.rankers.base import Ranker
 from recsys.models.rankers.queries import RankingBatch, RankingCatalogue, RankingQuery
 from recsys.models.retrievers.blend import BlendRetriever
 from recsys.models.stand_in import StandIns
-from recsys.types import FloatArray
+from recsys.types import FloatArray, Int64Array
 
 
 def with_new_items(retriever: Retriever, stand_ins: StandIns) -> Retriever:
@@ -51,7 +50,7 @@ class StandInScores(_Unsaved, Retriever):
         self.num_items = stand_ins.num_items
         self._base, self._stand_ins = base, stand_ins
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> FloatArray:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         scores_BN = self._base.score(_known(histories, self._stand_ins), now_ms)
         return np.concatenate([scores_BN, self._stand_ins.mean(scores_BN.T).T], axis=1)
 
@@ -74,7 +73,7 @@ class StandInVectors(_Unsaved, VectorRetriever):
     def reads_clock(self) -> bool:
         return self._base.reads_clock
 
-    def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> FloatArray:
+    def encode_users(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         return self._base.encode_users(_known(histories, self._stand_ins), now_ms)
 
     def item_vectors(self) -> FloatArray:
@@ -83,9 +82,7 @@ class StandInVectors(_Unsaved, VectorRetriever):
     def item_embeddings(self) -> FloatArray:
         return self._vectors[:, : self._num_compared]
 
-    def bonus(
-        self, histories: Histories, users_BKD: FloatArray, now_ms: NDArray[np.int64] | None = None
-    ) -> ItemBonus | None:
+    def bonus(self, histories: Histories, users_BKD: FloatArray, now_ms: Int64Array | None = None) -> ItemBonus | None:
         """Of what was really in the history: a stand-in was not."""
         return self._base.bonus(_without_new(histories, self._stand_ins.num_known), users_BKD, now_ms)
 

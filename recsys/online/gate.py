@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.dataset import Dataset, Split, Targets
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, evaluate_ranker, sample_queries
 from recsys.evaluation.significance import paired_difference
 from recsys.models.base import Retriever, VectorRetriever
 from recsys.online.config import GateConfig
+from recsys.types import Float64Array, Int32Array
 
 _CALIBRATION_QUERIES = 512
 _TOP = 10
@@ -56,7 +56,7 @@ def judge(
     targets = dataset.targets(Split.TEST)
     evaluation = evaluation.model_copy(update={"max_queries": gate.max_queries})
     metric = evaluation.main_metric
-    values: list[NDArray[np.float64]] = []
+    values: list[Float64Array] = []
     user_idx = np.zeros(0, np.int32)
     for name, one in (("parent", parent), ("child", child)):
         view = evaluate_ranker(name, one.rank, targets, dataset, evaluation).views[0].segments["all"]
@@ -104,7 +104,7 @@ def unsettled(dataset: Dataset, gate: GateConfig) -> Verdict | None:
     return Verdict(False, (why,), {"num_queries": number})
 
 
-def _overlap(a: NDArray[np.int32], b: NDArray[np.int32]) -> float:
+def _overlap(a: Int32Array, b: Int32Array) -> float:
     """The mean share of the ten best that two rankings, int32 [B, K], have in common."""
     a, b = a[:, :_TOP], b[:, :_TOP]
     same = (a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from recsys.data.dataset import Dataset, Split
 from recsys.data.features import ItemFeatures
 from recsys.evaluation.protocol import EvaluationConfig, sample_queries
@@ -23,7 +20,7 @@ from recsys.pipeline.build import Parts
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.offline import retrieved_examples
 from recsys.training.runtime import Runtime
-from recsys.types import FloatArray
+from recsys.types import BoolArray, FloatArray
 
 
 def lesson_data(
@@ -33,7 +30,7 @@ def lesson_data(
     text: FloatArray | None,
     online: OnlineConfig,
     stand_ins: StandIns | None = None,
-    late: NDArray[np.bool_] | None = None,
+    late: BoolArray | None = None,
 ) -> FitData:
     """What a retriever learns when ``split`` is new to it and all before it is not, but the rows of the interactions
     that are ``late`` (bool [R]).

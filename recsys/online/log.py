@@ -18,6 +18,7 @@ from recsys.bundle.reader import Bundle
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.id_map import IdMap
 from recsys.files import fingerprint
+from recsys.types import BoolArray, Int32Array, Int64Array
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class GrownLog:
     """What :func:`grow` found."""
 
     dataset: Dataset
-    late: NDArray[np.bool_]
+    late: BoolArray
     """bool [R], of the rows of ``dataset.interactions``: new, and yet ``TRAIN``, as they lie among what was there"""
     unknown: pa.Table
     """interactions with items that no catalogue knows: user_id, item_id, timestamp_ms, event, value"""
@@ -146,10 +147,10 @@ def with_unknown(histories: pa.Table, unknown: pa.Table, max_history: int) -> pa
 
 
 def _splits(
-    user: NDArray[np.int64],
-    time_ms: NDArray[np.int64],
-    is_new: NDArray[np.bool_],
-    positive: NDArray[np.bool_],
+    user: Int64Array,
+    time_ms: Int64Array,
+    is_new: BoolArray,
+    positive: BoolArray,
     judge_share: float,
 ) -> NDArray[np.int8]:
     split = np.zeros(len(user), np.int8)
@@ -165,7 +166,7 @@ def _splits(
     return split
 
 
-def _rows(id_map: IdMap, ids: pa.ChunkedArray) -> NDArray[np.int32]:
+def _rows(id_map: IdMap, ids: pa.ChunkedArray) -> Int32Array:
     """The row of each id, -1 for unknown ones; every different id is looked up once."""
     encoded = ids.combine_chunks().dictionary_encode()
     rows = id_map.rows(encoded.dictionary.to_pylist())

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
 from recsys.models.base import Lesson
 from recsys.models.stand_in import StandIns
 from recsys.training.sampling import rng_for
+from recsys.types import BoolArray
 
 
 def lesson_of(
     histories: Histories,
-    fresh: NDArray[np.bool_],
+    fresh: BoolArray,
     *,
     max_length: int,
     replay: float,

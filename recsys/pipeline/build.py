@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.bundle import Bundle
 from recsys.bundle import manifest as layout
@@ -29,9 +28,9 @@ from recsys.pipeline.stage import RANKING, RERANKING, RETRIEVAL, STAGES, AsyncSt
 from recsys.pipeline.stages.ranking import RankingStage
 from recsys.pipeline.stages.reranking import RerankingStage
 from recsys.pipeline.stages.retrieval import RetrievalStage
-from recsys.types import NO_HISTORY, Candidates, FloatArray, History, Query
+from recsys.types import NO_HISTORY, Candidates, FloatArray, History, Int32Array, Query
 
-Popular = tuple[NDArray[np.int32], NDArray[np.float32]]
+Popular = tuple[Int32Array, FloatArray]
 """popular items, best first: int32 [P], and their scores float32 [P]"""
 NO_POPULAR: Popular = (np.zeros(0, np.int32), np.zeros(0, np.float32))
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.dataset import Targets
 from recsys.models.rankers.examples import RankingExamples, ranking_examples
@@ -16,7 +15,7 @@ from recsys.pipeline.build import Parts, build_selection, build_stages
 from recsys.pipeline.config import PipelineConfig
 from recsys.pipeline.stage import NEEDS_RETRIEVAL, RETRIEVAL, STAGES, StageName
 from recsys.pipeline.users import Profile, query_of
-from recsys.types import Candidates, Query
+from recsys.types import BoolArray, Candidates, Int32Array, Query
 
 PROGRESS_S = 5.0
 _BATCH_SIZE = 128
@@ -34,7 +33,7 @@ class OfflinePipeline:
         config: PipelineConfig,
         *,
         stages: Sequence[StageName] = STAGES,
-        hides: NDArray[np.bool_] | None = None,
+        hides: BoolArray | None = None,
     ) -> None:
         """``stages`` are those to run. ``hides`` (bool [R], see :meth:`~recsys.pipeline.users.Profile.of_target`) is
         needed where items may be repeated and users can hide some.
@@ -73,7 +72,7 @@ class OfflinePipeline:
             for query, (candidates, before) in zip(queries, found, strict=True)
         ]
 
-    def rank(self, targets: Targets, depth: int) -> NDArray[np.int32]:
+    def rank(self, targets: Targets, depth: int) -> Int32Array:
         """int32 [B, depth]: the items of each slate, best first, -1 where there are fewer."""
         ranked = np.full((len(targets), depth), -1, np.int32)
         for row, slate in enumerate(self.slates(targets, depth)):
@@ -112,7 +111,7 @@ class OfflinePipeline:
         return list(zip(found, before, strict=True))
 
 
-def retrieval_alone(parts: Parts, config: PipelineConfig, *, hides: NDArray[np.bool_] | None = None) -> OfflinePipeline:
+def retrieval_alone(parts: Parts, config: PipelineConfig, *, hides: BoolArray | None = None) -> OfflinePipeline:
     """What retrieval finds, whoever asks: newcomers, too, are answered by the model."""
     config = config.model_copy(update={"newcomers": "models"})
     return OfflinePipeline(parts, config, stages=(RETRIEVAL,), hides=hides)

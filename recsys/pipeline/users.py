@@ -7,7 +7,6 @@ from typing import Protocol, Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from recsys.data.catalogue import Catalogue
 from recsys.data.dataset import Targets
@@ -17,7 +16,7 @@ from recsys.events import UserState
 from recsys.pipeline.cache import Cache
 from recsys.pipeline.config import PipelineConfig
 from recsys.schema import DAY_MS
-from recsys.types import NO_FILTERS, NO_HISTORY, Filters, History, Int32Array, Int64Array, Query
+from recsys.types import NO_FILTERS, NO_HISTORY, BoolArray, Filters, History, Int32Array, Int64Array, Query
 
 
 class UserStates(Protocol):
@@ -76,8 +75,8 @@ class Profile:
         cls,
         item_idx: Int32Array,
         timestamp_ms: Int64Array,
-        is_positive: NDArray[np.bool_],
-        is_negative: NDArray[np.bool_],
+        is_positive: BoolArray,
+        is_negative: BoolArray,
         max_history: int,
     ) -> Self:
         """Of interactions in order of time (aligned); those with ``item_idx`` -1 are left out."""
@@ -104,7 +103,7 @@ class Profile:
         return np.union1d(self.seen_item_idx[recent], self.hidden_item_idx)
 
     @classmethod
-    def of_target(cls, targets: Targets, row: int, max_history: int, hides: NDArray[np.bool_] | None) -> Self:
+    def of_target(cls, targets: Targets, row: int, max_history: int, hides: BoolArray | None) -> Self:
         """Of query ``row``, as it was just before its target; ``hides`` (bool [R]) marks the rows of the log that say
         that their user wants no more of an item, None for none.
         """

@@ -10,6 +10,7 @@ from recsys import schema
 from recsys.data.dataset import Dataset, DatasetInfo, Split
 from recsys.data.features import ITEM_COLUMNS, NUM_PRICE_BANDS
 from recsys.testing.pipeline import items_table
+from recsys.types import FloatArray
 
 CLUSTER_ITEMS = 12
 """items of a planted cluster"""
@@ -90,7 +91,7 @@ def planted_fashion(
     return dataset_of(np.array(users), np.array(items), split, num_items=num_items, timestamp_ms=time)
 
 
-def random_numeric(generator: np.random.Generator, num_items: int) -> NDArray[np.float32]:
+def random_numeric(generator: np.random.Generator, num_items: int) -> FloatArray:
     """float32 [N, I]: what :attr:`recsys.data.features.ItemFeatures.numeric` may be, drawn at random."""
     numeric = generator.normal(size=(num_items, len(ITEM_COLUMNS))).astype(np.float32)
     numeric[:, ITEM_COLUMNS.index("price_band")] = generator.integers(0, NUM_PRICE_BANDS, num_items) / (

@@ -39,6 +39,7 @@ from recsys.testing.planted import CLUSTER_ITEMS, dataset_of, planted_clusters, 
 from recsys.testing.samples import sample_of
 from recsys.training.loop import Score, validation_ndcg
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray, Int64Array
 
 _TOLERANCE = 1e-4
 _COLOURS = ("red", "blue", "green", "white")
@@ -287,7 +288,7 @@ class RetrieverContract:
         assert np.isfinite(scores).all()
         np.testing.assert_array_equal(second.score(histories, now_ms), scores)
 
-        def known_items(part: Histories, times: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        def known_items(part: Histories, times: Int64Array | None) -> FloatArray:
             return first.score(part, times)[:, : data.num_items]
 
         assert self.ndcg(known_items) >= self.min_ndcg

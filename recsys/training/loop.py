@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from rich.progress import (
     BarColumn,
@@ -37,13 +36,14 @@ from recsys.ndcg import ndcg
 from recsys.training.checkpoint import load_checkpoint, read_progress, save_checkpoint
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import rng_for
+from recsys.types import FloatArray, Int64Array
 
 logger = logging.getLogger(__name__)
 _VALIDATION_SCORES = 1 << 25
 """scores of validation that are held at once, however many items there are"""
 
 Row = dict[str, float]
-Score = Callable[[Histories, NDArray[np.int64] | None], NDArray[np.float32]]
+Score = Callable[[Histories, Int64Array | None], FloatArray]
 
 
 class TrainConfig(StrictConfig):

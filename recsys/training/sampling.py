@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
 from recsys.errors import NoTimeError
 from recsys.schema import DAY_MS
+from recsys.types import BoolArray, Float64Array, FloatArray, Int64Array
 
 _NO_INPUT = -1
 
@@ -25,21 +25,21 @@ _NO_INPUT = -1
 class Windows:
     """Stretches of the log to be predicted: the rows ``[starts, stops)``, each given the ones before it."""
 
-    starts: NDArray[np.int64]
+    starts: Int64Array
     """int64 [W]"""
-    stops: NDArray[np.int64]
+    stops: Int64Array
     """int64 [W]"""
-    heads: NDArray[np.bool_]
+    heads: BoolArray
     """bool [W]: True where the window begins with the user's first interaction, predicted from nothing"""
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> Windows:
+    def __getitem__(self, rows: Int64Array) -> Windows:
         return Windows(self.starts[rows], self.stops[rows], self.heads[rows])
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Int64Array:
         """int64 [W]"""
         return self.stops - self.starts
 
@@ -48,18 +48,18 @@ class Windows:
 class PackedWindows:
     """One worker's part of a step. Token ``t`` reads ``input_row`` and must predict ``target_row``."""
 
-    input_row: NDArray[np.int64]
+    input_row: Int64Array
     """int64 [T], row of the log, or -1 for the start of a history"""
-    target_row: NDArray[np.int64]
+    target_row: Int64Array
     """int64 [T]"""
-    lengths: NDArray[np.int64]
+    lengths: Int64Array
     """int64 [W]"""
     counts: bool
     """False for a part that only keeps its worker in step: it must weigh nothing"""
 
 
 def cut_windows(
-    histories: Histories, max_length: int, rng: np.random.Generator, heads: NDArray[np.bool_] | None = None
+    histories: Histories, max_length: int, rng: np.random.Generator, heads: BoolArray | None = None
 ) -> Windows:
     """Cut every non-empty history into windows of at most ``max_length`` targets.
 
@@ -108,7 +108,7 @@ def _pack(windows: Windows, counts: bool) -> PackedWindows:
     return PackedWindows(input_row, target_row, windows.lengths, counts)
 
 
-def first_of_basket(part: PackedWindows, timestamp_ms: NDArray[np.int64]) -> NDArray[np.int64]:
+def first_of_basket(part: PackedWindows, timestamp_ms: Int64Array) -> Int64Array:
     """int64 [T]: the first token of the basket that each token's target is in.
 
     A basket is what one user did at one time (``timestamp_ms``: int64 [R], of the log). What the first token has read
@@ -125,7 +125,7 @@ def first_of_basket(part: PackedWindows, timestamp_ms: NDArray[np.int64]) -> NDA
 class NegativeSampler:
     """Draws items with probability proportional to ``count ** power`` over the ``eligible`` items, with replacement."""
 
-    def __init__(self, counts: NDArray[np.float64], power: float, eligible: NDArray[np.bool_] | None = None) -> None:
+    def __init__(self, counts: Float64Array, power: float, eligible: BoolArray | None = None) -> None:
         """``counts``: float64 [N], items with 0 are drawn as rarely as those with 1; ``power`` 0 draws uniformly.
 
         ``eligible``: bool [N], None for all.
@@ -137,11 +137,11 @@ class NegativeSampler:
         """float64 [N]"""
         self._cumulative = np.cumsum(self.probability)
 
-    def draw(self, num: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    def draw(self, num: int, rng: np.random.Generator) -> Int64Array:
         """int64 [S]"""
         return np.searchsorted(self._cumulative, rng.random(num) * self._cumulative[-1], side="right").astype(np.int64)
 
-    def log_correction(self, items: NDArray[np.int64]) -> NDArray[np.float32]:
+    def log_correction(self, items: Int64Array) -> FloatArray:
         """float32 [S]: ``-log(S q)`` of each drawn item, for :func:`recsys.training.losses.softmax_loss`."""
         return -np.log(len(items) * self.probability[items]).astype(np.float32)
 
@@ -151,12 +151,12 @@ def rng_for(seed: int, *names: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, *names]))
 
 
-def token_weight(part: PackedWindows, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+def token_weight(part: PackedWindows, weights: FloatArray) -> FloatArray:
     """float32 [T]: the weight of each target of ``part``."""
     return weights[part.target_row] * np.float32(part.counts)
 
 
-def total_weight(batch: Windows, running: NDArray[np.float64]) -> float:
+def total_weight(batch: Windows, running: Float64Array) -> float:
     """The sum of all target weights of a global batch: what its loss is divided by, on every worker alike.
 
     ``running`` (float64 [R + 1]) is the weight of all rows before each.
@@ -164,9 +164,7 @@ def total_weight(batch: Windows, running: NDArray[np.float64]) -> float:
     return float((running[batch.stops] - running[batch.starts]).sum())
 
 
-def recency_weight(
-    weights: NDArray[np.float32], histories: Histories, half_life_days: float | None
-) -> NDArray[np.float32]:
+def recency_weight(weights: FloatArray, histories: Histories, half_life_days: float | None) -> FloatArray:
     """float32 [R]: ``weights`` of the log's rows, halved for every ``half_life_days`` before the newest history's end.
 
     The mean over the rows of ``histories`` stays, so that a learning rate keeps its meaning. None leaves all as is.

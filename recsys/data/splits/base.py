@@ -24,6 +24,7 @@ from recsys.data.validation import equal_pairs
 from recsys.errors import EmptyDataError, LeakageError, NoTimeError
 from recsys.kinds import Kind
 from recsys.moments import milliseconds
+from recsys.types import BoolArray, FloatArray, Int32Array, Int64Array
 
 Borders = tuple[int, int]
 
@@ -46,9 +47,7 @@ class SplitPolicy(Kind, ABC):
     """How the split is evaluated; see :class:`~recsys.data.dataset.DatasetInfo`"""
 
     @abstractmethod
-    def assign(
-        self, user_idx: NDArray[np.int32], timestamp_ms: NDArray[np.int64] | None, positive: NDArray[np.bool_]
-    ) -> Labels:
+    def assign(self, user_idx: Int32Array, timestamp_ms: Int64Array | None, positive: BoolArray) -> Labels:
         """Label R interactions that are sorted by user, time and position; ``timestamp_ms`` is None without time.
 
         Raises :class:`~recsys.errors.NoTimeError` where the split needs time and there is none.
@@ -96,9 +95,7 @@ class TimeSplit(SplitPolicy, ABC):
             raise ValueError("valid_fraction and test_fraction leave nothing to train on: their sum must be below 1")
         return self
 
-    def assign(
-        self, user_idx: NDArray[np.int32], timestamp_ms: NDArray[np.int64] | None, positive: NDArray[np.bool_]
-    ) -> Labels:
+    def assign(self, user_idx: Int32Array, timestamp_ms: Int64Array | None, positive: BoolArray) -> Labels:
         if timestamp_ms is None:
             raise NoTimeError(f"split {self.kind} needs timestamps, but this data has order only: use leave_one_out")
         if self.valid_from is not None and self.test_from is not None:
@@ -112,7 +109,7 @@ class TimeSplit(SplitPolicy, ABC):
         return Labels(split.astype(np.int8), (valid_from, test_from))
 
     @staticmethod
-    def _quantile(timestamp_ms: NDArray[np.int64], share: float) -> int:
+    def _quantile(timestamp_ms: Int64Array, share: float) -> int:
         rank = min(int(len(timestamp_ms) * share), len(timestamp_ms) - 1)
         return int(np.partition(timestamp_ms, rank)[rank])
 
@@ -130,13 +127,13 @@ class TimeSplit(SplitPolicy, ABC):
 class LogColumns:
     """The columns of a prepared log as arrays of R rows."""
 
-    user: NDArray[np.int32]
-    item: NDArray[np.int32]
-    time: NDArray[np.int64] | None
-    position: NDArray[np.int64]
-    event: NDArray[np.int32]
-    value: NDArray[np.float32]
-    positive: NDArray[np.bool_]
+    user: Int32Array
+    item: Int32Array
+    time: Int64Array | None
+    position: Int64Array
+    event: Int32Array
+    value: FloatArray
+    positive: BoolArray
     split: NDArray[np.int8]
 
     @classmethod
@@ -191,7 +188,7 @@ def check_labels_advance(log: LogColumns) -> None:
     refuse(wrong, log, "belongs to an earlier part than the one before it: the future would be in the past")
 
 
-def check_not_empty(split: NDArray[np.int8], positive: NDArray[np.bool_]) -> None:
+def check_not_empty(split: NDArray[np.int8], positive: BoolArray) -> None:
     """Every part has a positive to learn from or to be judged on; else :class:`~recsys.errors.EmptyDataError`."""
     for part in Split:
         if not (positive & (split == part)).any():
@@ -202,7 +199,7 @@ def check_not_empty(split: NDArray[np.int8], positive: NDArray[np.bool_]) -> Non
             )
 
 
-def refuse(wrong: NDArray[np.bool_], log: LogColumns, what: str) -> None:
+def refuse(wrong: BoolArray, log: LogColumns, what: str) -> None:
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         user, item = int(log.user[row]), int(log.item[row])

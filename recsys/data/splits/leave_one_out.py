@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.data.dataset import Split
 from recsys.data.splits.base import Borders, Labels, LogColumns, SplitPolicy
 from recsys.errors import LeakageError
+from recsys.types import BoolArray, Int32Array, Int64Array
 
 
 class LeaveOneOutSplit(SplitPolicy):
@@ -32,9 +32,7 @@ class LeaveOneOutSplit(SplitPolicy):
     def sample(cls, folder: Path) -> Self:
         return cls()
 
-    def assign(
-        self, user_idx: NDArray[np.int32], timestamp_ms: NDArray[np.int64] | None, positive: NDArray[np.bool_]
-    ) -> Labels:
+    def assign(self, user_idx: Int32Array, timestamp_ms: Int64Array | None, positive: BoolArray) -> Labels:
         counts = np.bincount(user_idx[positive], minlength=int(user_idx.max(initial=-1)) + 1)
         done = np.cumsum(positive) - (np.cumsum(counts) - counts)[user_idx]
         """positives of the user up to and with each row"""

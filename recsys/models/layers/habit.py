@@ -15,27 +15,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
 from recsys.errors import NoTimeError
 from recsys.schema import DAY_MS
+from recsys.types import FloatArray, Int32Array, Int64Array
 
 
 @dataclass(frozen=True)
 class Habits:
     """The counts of each query, item by item."""
 
-    item_idx: NDArray[np.int32]
+    item_idx: Int32Array
     """int32 [E]: ``offsets[q]`` to ``offsets[q + 1]`` are the items of query ``q``, ascending, each once"""
-    offsets: NDArray[np.int64]
+    offsets: Int64Array
     """int64 [Q + 1]"""
-    count_EF: NDArray[np.float32]
+    count_EF: FloatArray
     """float32: ``log(1 + faded count)``"""
 
     @classmethod
     def of(
-        cls, histories: Histories, now_ms: NDArray[np.int64] | None, half_lives_days: Sequence[float], num_items: int
+        cls, histories: Histories, now_ms: Int64Array | None, half_lives_days: Sequence[float], num_items: int
     ) -> Habits:
         """Count each history (Q of them) as of ``now_ms`` (int64 [Q]), or of its own end without it.
 
@@ -58,7 +58,7 @@ class Habits:
         offsets = np.searchsorted(pair, np.arange(len(histories) + 1) * num_items)
         return cls((pair % max(1, num_items)).astype(np.int32), offsets, count_EF)
 
-    def count(self, query_T: NDArray[np.int64], item_T: NDArray[np.int64], num_items: int) -> NDArray[np.float32]:
+    def count(self, query_T: Int64Array, item_T: Int64Array, num_items: int) -> FloatArray:
         """float32 [T, F]: the counts of one item for one query each, 0 where it is not in the history."""
         if not len(self.item_idx):
             return np.zeros((len(query_T), self.count_EF.shape[1]), np.float32)
@@ -67,7 +67,7 @@ class Habits:
         place = np.minimum(np.searchsorted(pair, asked), len(pair) - 1)
         return np.where((pair[place] == asked)[:, None], self.count_EF[place], np.float32(0))
 
-    def among(self, candidate_C: NDArray[np.int64]) -> Habits:
+    def among(self, candidate_C: Int64Array) -> Habits:
         """The same for places in a list of candidates instead of items; a candidate that comes twice counts twice."""
         order = np.argsort(candidate_C, kind="stable")
         ordered = candidate_C[order]
@@ -85,9 +85,9 @@ class PastOfTargets:
 
     histories: Histories
     """what the log is of, one history per user"""
-    starts: NDArray[np.int64]
+    starts: Int64Array
     """int64 [R]"""
-    stops: NDArray[np.int64]
+    stops: Int64Array
     """int64 [R]"""
 
     @classmethod
@@ -107,8 +107,8 @@ class PastOfTargets:
         return cls(histories, starts, stops)
 
     def habits(
-        self, target_row: NDArray[np.int64], half_lives_days: Sequence[float], num_items: int
-    ) -> tuple[Habits, NDArray[np.int64]]:
+        self, target_row: Int64Array, half_lives_days: Sequence[float], num_items: int
+    ) -> tuple[Habits, Int64Array]:
         """Those of the targets (int64 [T]), and for each target its query (int64 [T]): targets of one past share it."""
         stops, query_T = np.unique(self.stops[target_row], return_inverse=True)
         assert self.histories.timestamp_ms is not None

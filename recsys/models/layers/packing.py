@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
+
+from recsys.types import Int64Array
 
 _BUCKET_RATIO = 1.3
 """Longest over shortest sequence of one bucket: at most 30 % of a bucket is padding, on average far less."""
@@ -36,7 +37,7 @@ class PackedLayout:
     """int64 [T, 2], ms: when what a token read happened, and when its answer is asked for; None without times"""
 
     @classmethod
-    def of(cls, lengths: NDArray[np.int64], time_T2: NDArray[np.int64] | None = None) -> PackedLayout:
+    def of(cls, lengths: Int64Array, time_T2: Int64Array | None = None) -> PackedLayout:
         """The layout of sequences of ``lengths`` (int64 [B], each at least 1) laid end to end in this order."""
         assert lengths.min(initial=1) > 0, "a packed sequence holds at least one token"
         starts = np.cumsum(lengths) - lengths

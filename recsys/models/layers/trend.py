@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recsys.data.histories import Histories
 from recsys.errors import ModelError, NoTimeError
 from recsys.schema import DAY_MS
+from recsys.types import FloatArray, Int64Array
 
 _MAX_ELEMENTS = 1 << 28
 """1 GiB of float32"""
@@ -29,15 +29,13 @@ _MAX_ELEMENTS = 1 << 28
 class Trends:
     """The counts at equally spaced moments, half of the shortest half-life apart."""
 
-    table_MFN: NDArray[np.float32]
+    table_MFN: FloatArray
     """float32, ``log(1 + faded count)``: at moment ``m`` of what came before it; the last is the end of the log"""
     origin_ms: int
     spacing_ms: int
 
     @classmethod
-    def of(
-        cls, histories: Histories, weights: NDArray[np.float32], num_items: int, half_lives_days: Sequence[float]
-    ) -> Trends:
+    def of(cls, histories: Histories, weights: FloatArray, num_items: int, half_lives_days: Sequence[float]) -> Trends:
         """Count what ``histories`` hold, each row of their log by its weight (float32 [R]).
 
         :raises NoTimeError: when the data has order only.
@@ -71,7 +69,7 @@ class Trends:
             counted_FN = (counted_FN + np.bincount(items[during], amounts[during], num_items)) * fade_F1
         return cls(table_MFN, origin_ms, spacing_ms)
 
-    def moment(self, timestamp_ms: NDArray[np.int64]) -> NDArray[np.int64]:
+    def moment(self, timestamp_ms: Int64Array) -> Int64Array:
         """int64: the newest moment that is not after each time of the log."""
         return (timestamp_ms - self.origin_ms) // self.spacing_ms
 

@@ -21,7 +21,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from recsys.models.rankers.export import load_exported
 from recsys.models.rankers.loop import listwise_loss, train_ranker
 from recsys.models.rankers.queries import PADDING, RankingBatch, RankingCatalogue, load_ranking_items
 from recsys.training.runtime import Runtime
+from recsys.types import BoolArray
 
 
 class AttentionRankerConfig(RankerConfig):
@@ -133,7 +133,7 @@ class AttentionRankerConfig(RankerConfig):
             projected = project(network, content)
             return AttentionRanker(self, network, catalogue.items, projected, history, uses_time=examples.uses_time)
 
-        def loss(model: nn.Module, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+        def loss(model: nn.Module, batch: RankingBatch, relevant: BoolArray) -> Tensor:
             return listwise_loss(model(*inputs_of(batch, content, runtime.device)), batch, relevant)
 
         history = train_ranker(

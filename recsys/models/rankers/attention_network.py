@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +30,7 @@ from recsys.models.rankers.queries import (
     RankingItems,
     save_ranking_items,
 )
+from recsys.types import FloatArray
 
 NUM_AGE_BUCKETS = 12
 MASKED = -20.0
@@ -135,7 +135,7 @@ class AttentionRanker(Ranker):
         config: RankerConfig,
         network: RankerNetwork,
         items: RankingItems,
-        projected: NDArray[np.float32],
+        projected: FloatArray,
         history: Sequence[Mapping[str, float]] = (),
         *,
         uses_time: bool,
@@ -155,7 +155,7 @@ class AttentionRanker(Ranker):
             self.config, self.network, catalogue.items, projected, self.history, uses_time=self.uses_time
         )
 
-    def score(self, batch: RankingBatch) -> NDArray[np.float32]:
+    def score(self, batch: RankingBatch) -> FloatArray:
         with torch.inference_mode():
             return self.network.score(*inputs_of(batch, self.projected, self.network.null_key.device)).cpu().numpy()
 
@@ -171,14 +171,14 @@ class AttentionRanker(Ranker):
 
 
 @torch.inference_mode()
-def project(network: RankerNetwork, content: NDArray[np.float32], chunk: int = 65536) -> NDArray[np.float32]:
+def project(network: RankerNetwork, content: FloatArray, chunk: int = 65536) -> FloatArray:
     """float32 [N, D]: ``network.item`` of every row of ``content``."""
     device = network.null_key.device
     parts = [network.item(torch.tensor(content[row : row + chunk]).to(device)) for row in range(0, len(content), chunk)]
     return torch.cat(parts).cpu().numpy()
 
 
-def inputs_of(batch: RankingBatch, table: NDArray[np.float32], device: torch.device) -> tuple[Tensor, ...]:
+def inputs_of(batch: RankingBatch, table: FloatArray, device: torch.device) -> tuple[Tensor, ...]:
     """The network's arguments for a batch, items looked up in ``table`` (which may be memory-mapped)."""
     tensors = (
         torch.from_numpy(table[np.maximum(batch.candidate_item_idx, 0)]),

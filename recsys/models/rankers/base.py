@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.kinds import Kind
@@ -22,6 +20,7 @@ from recsys.models.base import UpdateConfig
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.queries import RankingBatch, RankingCatalogue, RankingItems, RankingQuery, ranking_batch
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray
 
 SAMPLE_WORDS = ("red", "blue", "green", "white", "black", "thing")
 """of which the titles of planted items are made"""
@@ -99,13 +98,13 @@ class Ranker(ABC):
         best = max(range(len(self.history)), key=lambda epoch: self.history[epoch].get("ndcg@10", float(epoch)))
         return int(self.history[best]["epoch"])
 
-    def rank(self, queries: list[RankingQuery]) -> list[NDArray[np.float32]]:
+    def rank(self, queries: list[RankingQuery]) -> list[FloatArray]:
         """Per query float32 [C]: higher is better; each score is independent of the other candidates and queries."""
         scores = self.score(ranking_batch(queries, self.items, self.max_history))
         return [scores[row, : len(query.candidate_item_idx)] for row, query in enumerate(queries)]
 
     @abstractmethod
-    def score(self, batch: RankingBatch) -> NDArray[np.float32]:
+    def score(self, batch: RankingBatch) -> FloatArray:
         """float32 [B, C]; what stands in padded slots means nothing."""
 
     @abstractmethod

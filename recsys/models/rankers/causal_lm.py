@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -30,6 +28,7 @@ from recsys.models.rankers.text_ranker import TextInputs, TextRankerConfig, Text
 from recsys.models.text.adapters import adapt, is_adapted, places, with_saved_adapter
 from recsys.models.text.encoder import model_folder, pad
 from recsys.training.freezing import learn_top_layers
+from recsys.types import BoolArray
 
 _BEGIN, _UNKNOWN = "<s>", "<unk>"
 
@@ -91,7 +90,7 @@ class CausalLMConfig(TextRankerConfig):
         end: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
         return [[*ids, *end] for ids in batch["input_ids"]]
 
-    def loss(self, output: Any, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+    def loss(self, output: Any, batch: RankingBatch, relevant: BoolArray) -> Tensor:
         read: _Read = output
         ranking = listwise_loss(read.scores_BC, batch, relevant)
         return ranking + self.language_loss * read.language(torch.from_numpy(relevant))

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from recsys.models.text.adapters import Prefix, adapt, places, with_saved_adapte
 from recsys.models.text.encoder import model_folder, pad, read_encoder
 from recsys.models.text.tiny_encoder import tiny_encoder
 from recsys.training.freezing import learn_top_layers
+from recsys.types import BoolArray
 
 
 class CrossEncoderConfig(TextRankerConfig):
@@ -82,7 +81,7 @@ class CrossEncoderConfig(TextRankerConfig):
         )  # fmt: skip
         return [[*ids, tokenizer.sep_token_id] for ids in batch["input_ids"]]
 
-    def loss(self, output: Any, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+    def loss(self, output: Any, batch: RankingBatch, relevant: BoolArray) -> Tensor:
         scores_BC: Tensor = output
         real = torch.from_numpy(batch.candidate_item_idx != PADDING).to(scores_BC.device)
         score, target = scores_BC[real], torch.from_numpy(relevant).to(scores_BC.device)[real].float()

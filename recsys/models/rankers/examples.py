@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recsys.data.dataset import Targets
 from recsys.models.rankers.queries import PADDING, RankingBatch, RankingItems, RankingQuery, ranking_batch
 from recsys.ndcg import ndcg
-from recsys.types import Candidates
+from recsys.types import BoolArray, Candidates, Float64Array, FloatArray, Int32Array, Int64Array
 
 
 @dataclass(frozen=True)
@@ -22,20 +21,20 @@ class RankingExamples:
     """Queries with known answers, from the retriever's own candidates."""
 
     batch: RankingBatch
-    relevant: NDArray[np.bool_]
+    relevant: BoolArray
     """bool [B, C]: which candidates the user chose; at least one per query"""
-    user_idx: NDArray[np.int32]
+    user_idx: Int32Array
     """int32 [B]"""
     num_missed: int
     """queries left out because retrieval did not bring the target"""
-    num_relevant: NDArray[np.int64]
+    num_relevant: Int64Array
     """int64 [B]: relevant items of the query, retrieved or not (the ideal of NDCG)"""
     uses_time: bool
 
     def __len__(self) -> int:
         return len(self.batch)
 
-    def __getitem__(self, rows: NDArray[np.int64]) -> RankingExamples:
+    def __getitem__(self, rows: Int64Array) -> RankingExamples:
         return RankingExamples(
             self.batch[rows], self.relevant[rows], self.user_idx[rows], 0, self.num_relevant[rows], self.uses_time
         )
@@ -63,7 +62,7 @@ class RankingExamples:
         )
         return replace(self, batch=batch, relevant=np.pad(self.relevant, extra))
 
-    def ndcg10(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    def ndcg10(self, scores: FloatArray) -> Float64Array:
         """float64 [B]: NDCG@10 of the order by ``scores`` (ties by place in the retriever's order)."""
         scores = np.where(self.batch.candidate_item_idx == PADDING, -np.inf, scores)
         top = np.argsort(-scores, axis=1, kind="stable")[:, :10]
@@ -77,8 +76,8 @@ class RankingExamples:
         return self[np.flatnonzero(~mask)], self[np.flatnonzero(mask)]
 
     def sample(
-        self, rows: NDArray[np.int64], num_negatives: int, generator: np.random.Generator
-    ) -> tuple[RankingBatch, NDArray[np.bool_]]:
+        self, rows: Int64Array, num_negatives: int, generator: np.random.Generator
+    ) -> tuple[RankingBatch, BoolArray]:
         """The relevant candidates and ``num_negatives`` others of each query, drawn without replacement."""
         batch, relevant = self.batch[rows], self.relevant[rows]
         keys = generator.random(relevant.shape)

@@ -35,6 +35,7 @@ from recsys.models.rankers.attention_network import HOUR_MS, MASKED, NUM_AGE_BUC
 from recsys.models.rankers.base import Ranker
 from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.queries import PADDING, RankingBatch, RankingCatalogue
+from recsys.types import FloatArray, Int32Array
 
 Precision = Literal["f32", "bf16", "int8"]
 
@@ -61,19 +62,19 @@ class ItemRows:
 
     codes: NDArray[np.int8]
     """int8 [N, S]"""
-    scales: NDArray[np.float32]
+    scales: FloatArray
     """float32 [N]"""
 
     @classmethod
-    def quantize(cls, values: NDArray[np.float32]) -> ItemRows:
+    def quantize(cls, values: FloatArray) -> ItemRows:
         scales = np.maximum(np.abs(values).max(axis=1), 1e-12) / 127.0
         return cls(np.rint(values / scales[:, None]).astype(np.int8), scales.astype(np.float32))
 
-    def gather(self, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
+    def gather(self, item_idx: Int32Array) -> FloatArray:
         """float32 [..., S]"""
         return self.codes[item_idx] * self.scales[item_idx][..., None]
 
-    def gather_into(self, item_idx: NDArray[np.int32], first: NDArray[np.float32], second: NDArray[np.float32]) -> None:
+    def gather_into(self, item_idx: Int32Array, first: FloatArray, second: FloatArray) -> None:
         """Write the two halves of the rows (a padded slot gets some row) into float32 [C, S1] and [C, S2]."""
         rows = np.maximum(item_idx, 0)
         codes, scales = self.codes[rows], self.scales[rows][:, None]
@@ -105,7 +106,7 @@ class _SingleQuery:
         for number, buffer in enumerate(self.buffers):
             self._request.set_input_tensor(number, ov.Tensor(buffer, shared_memory=True))
 
-    def infer(self) -> NDArray[np.float32]:
+    def infer(self) -> FloatArray:
         """float32 [1, num_candidates], a copy."""
         self._request.infer()
         return np.array(self._request.get_output_tensor(0).data)
@@ -152,7 +153,7 @@ class ExportedRanker(Ranker):
         self._compiled_single = _compile(fixed, precision)
         self._local = threading.local()
 
-    def inputs(self, batch: RankingBatch) -> list[NDArray[np.float32]]:
+    def inputs(self, batch: RankingBatch) -> list[FloatArray]:
         """The graph's arguments: gathered int8 rows as float32, the null entry first, biases and features."""
         dim, (num_queries, length) = self._dim, batch.history_item_idx.shape
         candidate = self._candidate_rows.gather(np.maximum(batch.candidate_item_idx, 0))
@@ -171,7 +172,7 @@ class ExportedRanker(Ranker):
         ]
         return [np.ascontiguousarray(part) for part in parts]
 
-    def score(self, batch: RankingBatch) -> NDArray[np.float32]:
+    def score(self, batch: RankingBatch) -> FloatArray:
         num_queries, num_candidates = batch.candidate_item_idx.shape
         if num_queries == 1 and num_candidates <= self.num_candidates:
             return self._score_single(batch)
@@ -180,7 +181,7 @@ class ExportedRanker(Ranker):
             self._local.request = self._compiled.create_infer_request()
         return np.array(self._local.request.infer(self.inputs(batch), share_inputs=True)[0])
 
-    def _score_single(self, batch: RankingBatch) -> NDArray[np.float32]:
+    def _score_single(self, batch: RankingBatch) -> FloatArray:
         if not hasattr(self._local, "single"):
             self._local.single = _SingleQuery(self._compiled_single, self.num_candidates)
         single: _SingleQuery = self._local.single
@@ -193,7 +194,7 @@ class ExportedRanker(Ranker):
         features[:count] = batch.features[0]
         return single.infer()[:, :count]
 
-    def _bias(self, age_ms: NDArray[np.float32], history_item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
+    def _bias(self, age_ms: FloatArray, history_item_idx: Int32Array) -> FloatArray:
         """float32 [..., L, H]: see :meth:`RankerNetwork.history_bias`."""
         bucket = np.minimum(np.log2(age_ms / HOUR_MS + 1.0).astype(np.int64), NUM_AGE_BUCKETS - 1)
         bias = self._rank_bias + self._age_bias[bucket]
@@ -271,7 +272,7 @@ def choose_export(
         return ranker, {"served": "fp32", "reason": "no holdout query to judge an export on"}
     reference_ndcg = holdout.ndcg10(_in_batches(ranker.score, holdout.batch))
     single = holdout.batch[:1]
-    forms: dict[str, Callable[[RankingBatch], NDArray[np.float32]]] = {"fp32": ranker.score}
+    forms: dict[str, Callable[[RankingBatch], FloatArray]] = {"fp32": ranker.score}
     forms.update({form.precision: form.score for form in exported})
     p50_ms = interleaved_p50_ms(
         {name: lambda call=call: call(single) for name, call in forms.items()}, config.num_timed
@@ -308,9 +309,7 @@ def interleaved_p50_ms(calls: Mapping[str, Callable[[], object]], repeats: int) 
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def _in_batches(
-    score: Callable[[RankingBatch], NDArray[np.float32]], batch: RankingBatch, size: int = 64
-) -> NDArray[np.float32]:
+def _in_batches(score: Callable[[RankingBatch], FloatArray], batch: RankingBatch, size: int = 64) -> FloatArray:
     return np.concatenate([score(batch[start : start + size]) for start in range(0, len(batch), size)])
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recsys.models.rankers.base import RankerConfig
@@ -21,11 +20,12 @@ from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.queries import PADDING, RankingBatch
 from recsys.training.freezing import freeze_unreached
 from recsys.training.runtime import Runtime
+from recsys.types import BoolArray, FloatArray
 
 logger = logging.getLogger(__name__)
 _QUERIES_AT_ONCE = 128
 
-Loss = Callable[[nn.Module, RankingBatch, NDArray[np.bool_]], Tensor]
+Loss = Callable[[nn.Module, RankingBatch, BoolArray], Tensor]
 """The mean loss of a batch, given the network (data-parallel where there are several workers) and who was chosen"""
 
 
@@ -34,7 +34,7 @@ def train_ranker(
     examples: RankingExamples,
     *,
     loss: Loss,
-    scorer: Callable[[], Callable[[RankingBatch], NDArray[np.float32]]],
+    scorer: Callable[[], Callable[[RankingBatch], FloatArray]],
     config: RankerConfig,
     runtime: Runtime,
     holdout: RankingExamples | None,
@@ -137,7 +137,7 @@ def one_cycle(
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rates, total_steps=total, pct_start=max(0.1, 2 / total))
 
 
-def listwise_loss(scores_BC: Tensor, batch: RankingBatch, relevant_BC: NDArray[np.bool_]) -> Tensor:
+def listwise_loss(scores_BC: Tensor, batch: RankingBatch, relevant_BC: BoolArray) -> Tensor:
     """Softmax over the candidates of a query (ListNet top-one, Cao et al., ICML 2007), the mean over queries."""
     padded = torch.from_numpy(batch.candidate_item_idx == PADDING).to(scores_BC.device)
     target = torch.from_numpy(relevant_BC).to(scores_BC.device).float()

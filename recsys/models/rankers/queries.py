@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from recsys.data.features import NUM_FEATURES, ItemFeatures, candidate_features, fixed_size_list, matrix
 from recsys.errors import ModelError
 from recsys.files import map_arrow, write_arrow
 from recsys.models.base import check_items
-from recsys.types import History
+from recsys.types import FloatArray, History, Int32Array, Int64Array
 
 PADDING = -1
 """``item_idx`` of a slot that holds no candidate or no history entry"""
@@ -27,19 +26,19 @@ PADDING = -1
 class RankingBatch:
     """Candidates and histories of B queries, padded to the longest of each."""
 
-    candidate_item_idx: NDArray[np.int32]
+    candidate_item_idx: Int32Array
     """int32 [B, C], ``PADDING`` where a query has fewer"""
-    history_item_idx: NDArray[np.int32]
+    history_item_idx: Int32Array
     """int32 [B, L], the newest entry last (right-aligned), ``PADDING`` before the first"""
-    history_age_ms: NDArray[np.float32]
+    history_age_ms: FloatArray
     """float32 [B, L]: how long before the request each entry was; 0 where the data has order only"""
-    features: NDArray[np.float32]
+    features: FloatArray
     """float32 [B, C, F]; see ``recsys.data.features.FEATURE_NAMES``; column 0 is the retrieval score"""
 
     def __len__(self) -> int:
         return len(self.candidate_item_idx)
 
-    def __getitem__(self, rows: slice | NDArray[np.int64]) -> RankingBatch:
+    def __getitem__(self, rows: slice | Int64Array) -> RankingBatch:
         return RankingBatch(
             self.candidate_item_idx[rows], self.history_item_idx[rows], self.history_age_ms[rows], self.features[rows]
         )
@@ -50,11 +49,11 @@ class RankingItems:
     """The item side of the features: rebuilt for each Bundle, while the network's weights stay."""
 
     features: ItemFeatures
-    unit_vectors: NDArray[np.float32]
+    unit_vectors: FloatArray
     """float32 [N, D]: the retriever's item vectors, scaled to unit length"""
 
     @classmethod
-    def of(cls, features: ItemFeatures, item_embeddings: NDArray[np.float32]) -> RankingItems:
+    def of(cls, features: ItemFeatures, item_embeddings: FloatArray) -> RankingItems:
         norm = np.linalg.norm(item_embeddings, axis=1, keepdims=True)
         return cls(features, (item_embeddings / np.maximum(norm, 1e-12)).astype(np.float32))
 
@@ -64,13 +63,13 @@ class RankingCatalogue:
     """All that a ranker may read of the items of a Bundle."""
 
     items: RankingItems
-    content: NDArray[np.float32]
+    content: FloatArray
     """float32 [N, E]: text vector (where items have text) beside the category row; see :func:`item_content`"""
     table: pa.Table
     """``ITEMS`` rows in order of ``item_idx``"""
 
 
-def item_content(text_vectors: NDArray[np.float32] | None, features: ItemFeatures) -> NDArray[np.float32]:
+def item_content(text_vectors: FloatArray | None, features: ItemFeatures) -> FloatArray:
     """float32 [N, E]: text vector (unit length, where items have text) beside the category row."""
     if text_vectors is None:
         return features.categories
@@ -82,8 +81,8 @@ class RankingQuery:
     """One query before its features are computed."""
 
     history: History
-    candidate_item_idx: NDArray[np.int32]
-    retrieval_score: NDArray[np.float32]
+    candidate_item_idx: Int32Array
+    retrieval_score: FloatArray
     now_ms: int | None
     """milliseconds since 1970 UTC; None where times are not to be read"""
 
@@ -121,7 +120,7 @@ def ranking_batch(queries: list[RankingQuery], items: RankingItems, max_history:
     return RankingBatch(candidates, history, age, features)
 
 
-def _check(query: RankingQuery, newest: NDArray[np.int32], num_items: int) -> None:
+def _check(query: RankingQuery, newest: Int32Array, num_items: int) -> None:
     for what, item_idx in (("candidate", query.candidate_item_idx), ("history entry", newest)):
         check_items(item_idx, num_items, f"a {what} is")
     if not np.isfinite(query.retrieval_score).all():

@@ -17,7 +17,6 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from recsys.models.rankers.queries import (
 from recsys.models.text.adapters import Adapter, merged, save_transformer
 from recsys.models.text.encoder import TextEncoderConfig, TextField, item_texts
 from recsys.training.runtime import Runtime
+from recsys.types import BoolArray, FloatArray
 
 _TRANSFORMER = "transformer"
 
@@ -72,7 +72,7 @@ class TextRankerConfig(RankerConfig, ABC):
         """A tokenizer and a network with the transformer of ``folder``."""
 
     @abstractmethod
-    def loss(self, output: Any, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+    def loss(self, output: Any, batch: RankingBatch, relevant: BoolArray) -> Tensor:
         """The mean loss of what the network's forward pass returned."""
 
     @abstractmethod
@@ -116,7 +116,7 @@ class TextRankerConfig(RankerConfig, ABC):
         tokens = self.tokens_of(tokenizer, catalogue.table)
         ranker = TextRanker(self, tokenizer, network, catalogue.items, tokens, uses_time=examples.uses_time)
 
-        def loss(model: nn.Module, batch: RankingBatch, relevant: NDArray[np.bool_]) -> Tensor:
+        def loss(model: nn.Module, batch: RankingBatch, relevant: BoolArray) -> Tensor:
             return self.loss(model(ranker.inputs(batch), runtime.device), batch, relevant)
 
         ranker.history = train_ranker(
@@ -222,7 +222,7 @@ class TextRanker(Ranker):
         """What the network reads of ``batch``."""
         return TextInputs(batch, self._tokens)
 
-    def score(self, batch: RankingBatch) -> NDArray[np.float32]:
+    def score(self, batch: RankingBatch) -> FloatArray:
         scores = np.zeros(batch.candidate_item_idx.shape, np.float32)
         device = self.network.bias.device
         with torch.inference_mode():

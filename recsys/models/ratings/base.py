@@ -27,6 +27,7 @@ from recsys.kinds import Kind
 from recsys.models.base import check_items
 from recsys.models.retrievers.matrices.base import Sparse
 from recsys.training.checkpoint import load_tensors, save_tensors
+from recsys.types import FloatArray, Int32Array
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rated:
     """Histories with what was thought of each item."""
 
     histories: Histories
-    values: NDArray[np.float32]
+    values: FloatArray
     """float32 [R]: the rating of each row of ``histories``' log"""
     num_items: int
 
@@ -78,11 +79,11 @@ class RatingQuestions:
 
     rated: Rated
     """histories, one per question"""
-    item_idx: NDArray[np.int32]
+    item_idx: Int32Array
     """int32 [Q]"""
-    answers: NDArray[np.float32]
+    answers: FloatArray
     """float32 [Q]: what was rated"""
-    user_idx: NDArray[np.int32]
+    user_idx: Int32Array
     """int32 [Q]: intervals are clustered by it"""
 
     @classmethod
@@ -121,7 +122,7 @@ class RatingModel(ABC):
     num_items: int
 
     @abstractmethod
-    def predict(self, rated: Rated, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
+    def predict(self, rated: Rated, item_idx: Int32Array) -> FloatArray:
         """float32 [Q]: what the user of each history would rate the item (int32 [Q]) beside it; always finite."""
 
     @abstractmethod
@@ -153,7 +154,7 @@ def some_ratings(data: Rated) -> Sparse:
     return matrix
 
 
-def _values(dataset: Dataset) -> NDArray[np.float32]:
+def _values(dataset: Dataset) -> FloatArray:
     column = dataset.interactions[schema.VALUE]
     if column.null_count:
         row = int(np.argmax(np.asarray(column.is_null())))

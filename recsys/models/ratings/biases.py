@@ -18,6 +18,7 @@ from pydantic import Field
 from recsys.models.base import check_items
 from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, saved_arrays, some_ratings
 from recsys.models.retrievers.matrices.base import Sparse
+from recsys.types import Float64Array, FloatArray, Int32Array
 
 
 class Biases(RatingConfig):
@@ -48,12 +49,12 @@ class Biases(RatingConfig):
 class BiasModel(RatingModel):
     """A fitted :class:`Biases`."""
 
-    def __init__(self, config: Biases, mean: float, item_N: NDArray[np.float64]) -> None:
+    def __init__(self, config: Biases, mean: float, item_N: Float64Array) -> None:
         self.config: Biases = config
         self.num_items = len(item_N)
         self.mean, self.item_N = mean, item_N
 
-    def residuals(self, rated: Rated) -> tuple[Sparse, NDArray[np.float64]]:
+    def residuals(self, rated: Rated) -> tuple[Sparse, Float64Array]:
         """What the deviations leave of the ratings, float64 [B, N] with the rated places only; the users', [B]."""
         left_BN = rated.matrix()
         left_BN.data -= self.mean + self.item_N[left_BN.indices]
@@ -62,7 +63,7 @@ class BiasModel(RatingModel):
         left_BN.data -= np.repeat(user_B, counts_B)
         return left_BN, user_B
 
-    def predict(self, rated: Rated, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
+    def predict(self, rated: Rated, item_idx: Int32Array) -> FloatArray:
         check_items(item_idx, self.num_items, "a question is about")
         _, user_Q = self.residuals(rated)
         return (self.mean + self.item_N[item_idx] + user_Q).astype(np.float32)

@@ -19,6 +19,7 @@ from recsys.models.base import check_items
 from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, saved_arrays
 from recsys.models.ratings.biases import Biases, BiasModel
 from recsys.models.retrievers.matrices.base import Sparse
+from recsys.types import Float64Array, FloatArray, Int32Array
 
 
 class Factors(RatingConfig):
@@ -55,12 +56,12 @@ class Factors(RatingConfig):
 class FactorModel(RatingModel):
     """A fitted :class:`Factors`."""
 
-    def __init__(self, config: Factors, biases: BiasModel, item_ND: NDArray[np.float64]) -> None:
+    def __init__(self, config: Factors, biases: BiasModel, item_ND: Float64Array) -> None:
         self.config: Factors = config
         self.num_items = len(item_ND)
         self._biases, self._item_ND = biases, item_ND
 
-    def predict(self, rated: Rated, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
+    def predict(self, rated: Rated, item_idx: Int32Array) -> FloatArray:
         check_items(item_idx, self.num_items, "a question is about")
         left_QN, user_Q = self._biases.residuals(rated)
         user_QD = _solve(left_QN, self._item_ND, self.config.regularization)
@@ -71,7 +72,7 @@ class FactorModel(RatingModel):
         return {**self._biases.tensors(), "factors": self._item_ND}
 
 
-def _solve(ratings: Sparse, other: NDArray[np.float64], regularization: float) -> NDArray[np.float64]:
+def _solve(ratings: Sparse, other: Float64Array, regularization: float) -> Float64Array:
     """Factors of the rows of ``ratings`` by ridge regression on the factors ``other`` of its columns."""
     dim = other.shape[1]
     found = np.zeros((ratings.shape[0], dim))

@@ -21,6 +21,7 @@ from recsys.models.base import check_items
 from recsys.models.ratings.base import Rated, RatingConfig, RatingModel, saved_arrays
 from recsys.models.ratings.biases import Biases, BiasModel
 from recsys.models.retrievers.matrices.base import Sparse
+from recsys.types import FloatArray, Int32Array
 
 _ITEMS_AT_ONCE = 1024
 
@@ -79,7 +80,7 @@ class NeighbourModel(RatingModel):
         self.num_items = similar_NN.shape[0]
         self._biases, self._similar_NN = biases, similar_NN
 
-    def predict(self, rated: Rated, item_idx: NDArray[np.int32]) -> NDArray[np.float32]:
+    def predict(self, rated: Rated, item_idx: Int32Array) -> FloatArray:
         check_items(item_idx, self.num_items, "a question is about")
         left_QN, user_Q = self._biases.residuals(rated)
         similar_QN = self._similar_NN[item_idx]

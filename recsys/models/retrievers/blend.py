@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, SerializeAsAny, StringConstraints, field_validator
 
 from recsys.config import StrictConfig
@@ -24,6 +23,7 @@ from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig
 from recsys.models.retrievers import KINDS, load_retriever
 from recsys.models.retrievers.phases import Phase
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray, Int64Array
 
 RANK_OFFSET = 60
 """from the paper: the larger, the less the first places count over those after them"""
@@ -115,7 +115,7 @@ class BlendRetriever(Retriever):
         self.parts = dict(parts)
         self.num_items = next(iter(self.parts.values())).num_items
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """Fused over the ranks of all items; equal scores of a source rank in the order of ``item_idx``."""
         fused = np.zeros((len(histories), self.num_items))
         ranks = np.arange(1, self.num_items + 1)

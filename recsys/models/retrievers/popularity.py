@@ -11,7 +11,6 @@ from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.data.histories import Histories
@@ -20,6 +19,7 @@ from recsys.models.base import FitData, Retriever, RetrieverConfig
 from recsys.schema import DAY_MS
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray, Int64Array
 
 
 class Popularity(RetrieverConfig):
@@ -62,13 +62,13 @@ class Popularity(RetrieverConfig):
 class PopularityRetriever(Retriever):
     """A fitted :class:`Popularity`."""
 
-    def __init__(self, config: Popularity, counts: NDArray[np.float32]) -> None:
+    def __init__(self, config: Popularity, counts: FloatArray) -> None:
         self.config: Popularity = config
         self.counts = counts
         """float32 [N]"""
         self.num_items = len(counts)
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """The counts, once per history."""
         return np.repeat(self.counts[None], len(histories), axis=0)
 

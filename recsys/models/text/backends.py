@@ -14,15 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from recsys.errors import ConfigError
 from recsys.libraries import installed
+from recsys.types import FloatArray, Int64Array
 
 BackendName = Literal["auto", "torch", "openvino"]
-Ids = NDArray[np.int64]
-Vectors = NDArray[np.float32]
 
 
 class Backend(ABC):
@@ -31,10 +29,10 @@ class Backend(ABC):
     threads: int
 
     @abstractmethod
-    def forward(self, ids_BL: Ids) -> Vectors:
+    def forward(self, ids_BL: Int64Array) -> FloatArray:
         """float32 [B, D] of int64 [B, L], on the calling thread."""
 
-    def run(self, batches: Iterable[Ids]) -> Iterator[Vectors]:
+    def run(self, batches: Iterable[Int64Array]) -> Iterator[FloatArray]:
         """The vectors of each batch, in order."""
         if self.threads == 1:
             yield from map(self.forward, batches)
@@ -57,7 +55,7 @@ class TorchBackend(Backend):
         self._module = module.to(self._device)
         self.threads = 1 if self._on_gpu else torch.get_num_threads()
 
-    def forward(self, ids_BL: Ids) -> Vectors:
+    def forward(self, ids_BL: Int64Array) -> FloatArray:
         with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._on_gpu):
             return self._module(torch.from_numpy(ids_BL).to(self._device)).float().cpu().numpy()
 
@@ -77,7 +75,7 @@ class OpenVinoBackend(Backend):
         self._model = ov.Core().compile_model(ov.convert_model(program), "CPU", properties)
         self._local = threading.local()
 
-    def forward(self, ids_BL: Ids) -> Vectors:
+    def forward(self, ids_BL: Int64Array) -> FloatArray:
         if not hasattr(self._local, "request"):
             self._local.request = self._model.create_infer_request()
         # Copied: the request owns its output and overwrites it in the next call.

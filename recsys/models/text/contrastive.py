@@ -31,8 +31,9 @@ from recsys.models.text.encoder import SentenceModule, TextEncoder, TextEncoderC
 from recsys.training.freezing import freeze_unreached, learn_top_layers
 from recsys.training.loop import Row, TrainConfig, train
 from recsys.training.runtime import Runtime
+from recsys.types import BoolArray, Int32Array, Int64Array
 
-Pairs = NDArray[np.int32]
+Pairs = Int32Array
 """int32 [N, 2], the smaller item_idx first, sorted, no pair twice"""
 
 
@@ -74,7 +75,7 @@ def consecutive_pairs(histories: Histories, window: int) -> Pairs:
     """Pairs of different items at most ``window`` steps apart in one history."""
     packed = histories.pack()
     owner = np.repeat(np.arange(len(histories)), packed.lengths)
-    found: list[NDArray[np.int32]] = []
+    found: list[Int32Array] = []
     for step in range(1, window + 1):
         left, right = packed.item_idx[:-step], packed.item_idx[step:]
         keep = (owner[:-step] == owner[step:]) & (left != right)
@@ -99,7 +100,7 @@ class PairShare:
 class PairStep:
     """One optimizer step: a global batch of pairs."""
 
-    def __init__(self, pairs: Pairs, tokens: Sequence[Sequence[int]], known: NDArray[np.int64], pad_id: int) -> None:
+    def __init__(self, pairs: Pairs, tokens: Sequence[Sequence[int]], known: Int64Array, pad_id: int) -> None:
         self._pairs, self._tokens, self._known, self._pad_id = pairs, tokens, known, pad_id
 
     @property
@@ -120,12 +121,12 @@ class PairStep:
         return PairShare(ids_UL.to(device), mask_UL.to(device), rows[:, 0], rows[:, 1], forbidden.to(device))
 
 
-def pair_keys(left: NDArray[np.int32], right: NDArray[np.int32], num_items: int) -> NDArray[np.int64]:
+def pair_keys(left: Int32Array, right: Int32Array, num_items: int) -> Int64Array:
     """One int64 per unordered pair; broadcasts."""
     return np.minimum(left, right).astype(np.int64) * num_items + np.maximum(left, right)
 
 
-def false_negatives(pairs: Pairs, known: NDArray[np.int64], num_items: int) -> NDArray[np.bool_]:
+def false_negatives(pairs: Pairs, known: Int64Array, num_items: int) -> BoolArray:
     """bool [P, P]: the second item of pair j is no negative for the first of pair i: it is that item itself, the
     positive of i, or ``known`` (sorted keys) to be consumed together with it. The diagonal, the positive, is False.
     """

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from recsys.config import StrictConfig
 from recsys.errors import ConfigError, ModelError
 from recsys.models.text.adapters import Adapter, is_adapted, places_taken, save_transformer, with_saved_adapter
 from recsys.models.text.backends import Backend, BackendName, choose_backend
+from recsys.types import FloatArray, Int64Array
 
 TextField = Literal["title", "categories", "creator", "description"]
 
@@ -241,7 +241,7 @@ class TextEncoder:
         )
         return [ids or [self.tokenizer.pad_token_id] for ids in batch["input_ids"]]
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str]) -> FloatArray:
         """float32 [B, D], unit length, in order of ``texts``; equal texts are computed once."""
         unique = list(dict.fromkeys(texts))
         vectors_BD = np.empty((len(unique), self.dim), np.float32)
@@ -261,7 +261,7 @@ class TextEncoder:
         return vectors_BD[[row_of[text] for text in texts]]
 
 
-def equal_length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+def equal_length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[Int64Array]:
     """Rows that share one length, at most ``batch_tokens`` tokens (but at least one row) at a time, longest first."""
     lengths_B = np.asarray(lengths)
     order = np.argsort(-lengths_B, kind="stable")

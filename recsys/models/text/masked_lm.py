@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recsys.errors import ConfigError, EmptyDataError
@@ -25,12 +24,13 @@ from recsys.training.freezing import freeze_unreached
 from recsys.training.loop import Row, TrainConfig, train
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import rng_for
+from recsys.types import Int64Array
 
 _SEEDS = 21
 """sets the random numbers of this training apart from those of others with the same seed"""
 
 
-Asked = tuple[NDArray[np.int64], NDArray[np.int64]]
+Asked = tuple[Int64Array, Int64Array]
 """places of a text that are hidden, and the tokens that stood there"""
 _NOTHING: Asked = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 

@@ -25,12 +25,11 @@ from pydantic import Field, model_validator
 from recsys.ids import Id
 from recsys.kinds import Kind
 from recsys.moments import Moment, milliseconds
-from recsys.pipeline.rules.draft import Draft, Float64Array, ItemSet
-from recsys.types import FloatArray, Int32Array, Query
+from recsys.pipeline.rules.draft import Draft, ItemSet
+from recsys.types import BoolArray, Float64Array, FloatArray, Int32Array, Query
 
 if TYPE_CHECKING:
     from recsys.data.catalogue import Catalogue
-    from recsys.types import BoolArray
 
 _ROUND_UP = timedelta(microseconds=999)
 _HOOKS = ("enter", "begin", "value", "choose", "placed", "left", "scores")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from recsys.pipeline.rules.base import ItemRule, Resolved, Rule, RuleItems
 from recsys.pipeline.rules.draft import LAST, Draft, ItemSet
-
-if TYPE_CHECKING:
-    from recsys.types import BoolArray
+from recsys.types import BoolArray
 
 
 class BuryRule(ItemRule):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field
 
 from recsys.pipeline.rules.base import Resolved, Rule, RuleConfig, RuleItems
 from recsys.pipeline.rules.draft import LATE, Draft
-from recsys.types import Int32Array
-
-if TYPE_CHECKING:
-    from recsys.types import BoolArray
+from recsys.types import BoolArray, Int32Array
 
 
 class CreatorCapRule(RuleConfig):

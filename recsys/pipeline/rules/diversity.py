@@ -11,17 +11,14 @@ Shape legend: C candidates, D dimensions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
 from recsys.pipeline.rules.base import Resolved, Rule, RuleConfig, RuleItems
-from recsys.pipeline.rules.draft import Draft, Float64Array
-from recsys.types import Query
-
-if TYPE_CHECKING:
-    from recsys.types import BoolArray
+from recsys.pipeline.rules.draft import Draft
+from recsys.types import BoolArray, Float64Array, Query
 
 
 class DiversityRule(RuleConfig):

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.types import Candidates, FloatArray, Int32Array, Int64Array, Query, Removal
+from recsys.types import BoolArray, Candidates, Float64Array, FloatArray, Int32Array, Int64Array, Query, Removal
 
 if TYPE_CHECKING:
     from recsys.data.catalogue import Catalogue
-    from recsys.types import BoolArray
 
-Float64Array = NDArray[np.float64]
 LATE = 1e3
 """handicap of what comes after everything else: larger than any relevance"""
 LAST = 1e6

@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 
 from recsys.data.histories import Histories
 from recsys.errors import EmptyDataError
 from recsys.models.base import FitData, RetrieverConfig, VectorRetriever, check_items
 from recsys.training.checkpoint import load_tensors, save_tensors
+from recsys.types import Float64Array, FloatArray, Int64Array
 
 TIE_BREAK = 1e-6
 """so much do the most popular item's count add to its score: it orders what a family leaves equal"""
@@ -52,12 +52,12 @@ def history_matrix(histories: Histories, num_items: int, half_life: float | None
     return sp.csr_matrix((weights, packed.item_idx, packed.offsets), (len(histories), num_items))
 
 
-def tie_break(popularity: NDArray[np.float32]) -> NDArray[np.float32]:
+def tie_break(popularity: FloatArray) -> FloatArray:
     """float32 [N], 0 to :data:`TIE_BREAK`, in the order of ``popularity`` (float32 [N], not negative)."""
     return TIE_BREAK * popularity / max(1.0, float(popularity.max(initial=0)))
 
 
-def popularity_of(matrix_UN: Sparse) -> NDArray[np.float32]:
+def popularity_of(matrix_UN: Sparse) -> FloatArray:
     """float32 [N]: the summed weight of each item."""
     return np.asarray(matrix_UN.sum(axis=0)).ravel().astype(np.float32)
 
@@ -90,8 +90,8 @@ class FactorRetriever(VectorRetriever):
     def __init__(
         self,
         config: RetrieverConfig,
-        factors_ND: NDArray[np.float32],
-        popularity: NDArray[np.float32],
+        factors_ND: FloatArray,
+        popularity: FloatArray,
         *,
         alpha: float,
         regularization: float,
@@ -103,7 +103,7 @@ class FactorRetriever(VectorRetriever):
         self._alpha, self._regularization = alpha, regularization
         self._gram_DD = factors_ND.T.astype(np.float64) @ factors_ND
 
-    def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def encode_users(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, 1, D + 1]."""
         dim = self.factors_ND.shape[1]
         users = np.ones((len(histories), 1, dim + 1), np.float32)
@@ -111,7 +111,7 @@ class FactorRetriever(VectorRetriever):
             users[rows, 0, :dim] = self._fold_in(history_matrix(batch, self.num_items))
         return users
 
-    def _fold_in(self, history_BN: Sparse) -> NDArray[np.float64]:
+    def _fold_in(self, history_BN: Sparse) -> Float64Array:
         dim = self.factors_ND.shape[1]
         base_DD = self._gram_DD + self._regularization * np.eye(dim)
         users = np.zeros((history_BN.shape[0], dim))
@@ -127,11 +127,11 @@ class FactorRetriever(VectorRetriever):
             )
         return users
 
-    def item_vectors(self) -> NDArray[np.float32]:
+    def item_vectors(self) -> FloatArray:
         """float32 [N, D + 1]."""
         return np.concatenate([self.factors_ND, tie_break(self.popularity)[:, None]], axis=1)
 
-    def item_embeddings(self) -> NDArray[np.float32]:
+    def item_embeddings(self) -> FloatArray:
         """float32 [N, D]."""
         return self.factors_ND
 
@@ -141,7 +141,7 @@ class FactorRetriever(VectorRetriever):
         save_tensors(folder / "model.safetensors", {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-def load_factors(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def load_factors(folder: Path) -> tuple[FloatArray, FloatArray]:
     """Factors [N, D] and popularity [N] that :meth:`FactorRetriever.save_weights` wrote."""
     tensors = load_tensors(folder / "model.safetensors")
     return tensors["factors"].numpy(), tensors["popularity"].numpy()

@@ -10,7 +10,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.data.histories import Histories
@@ -19,6 +18,7 @@ from recsys.models.base import FitData, Retriever, RetrieverConfig
 from recsys.models.retrievers.matrices.base import history_matrix, interaction_matrix, popularity_of, tie_break
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray, Int64Array
 
 _MAX_ITEMS = 40_000
 """the matrix between all items is inverted in float64 (13 GB here) and kept in float32"""
@@ -62,13 +62,13 @@ class EASE(RetrieverConfig):
 class EASERetriever(Retriever):
     """A fitted :class:`EASE`."""
 
-    def __init__(self, config: EASE, weights_NN: NDArray[np.float32], popularity: NDArray[np.float32]) -> None:
+    def __init__(self, config: EASE, weights_NN: FloatArray, popularity: FloatArray) -> None:
         self.config: EASE = config
         self.num_items = len(popularity)
         self._weights_NN = weights_NN
         self._popularity = popularity
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """The history's row times the weights; popularity orders what that leaves equal."""
         history_BN = history_matrix(histories, self.num_items)
         if self.config.binary:

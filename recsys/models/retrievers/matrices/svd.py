@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import scipy.sparse.linalg
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.data.histories import Histories
@@ -25,6 +24,7 @@ from recsys.models.retrievers.matrices.base import (
     popularity_of,
 )
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray, Int64Array
 
 
 class SVD(RetrieverConfig):
@@ -55,10 +55,10 @@ class SVD(RetrieverConfig):
 class SVDRetriever(FactorRetriever):
     """A fitted :class:`SVD`."""
 
-    def __init__(self, config: SVD, factors_ND: NDArray[np.float32], popularity: NDArray[np.float32]) -> None:
+    def __init__(self, config: SVD, factors_ND: FloatArray, popularity: FloatArray) -> None:
         super().__init__(config, factors_ND, popularity, alpha=1.0, regularization=0.0)
 
-    def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def encode_users(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, 1, D + 1]: the summed vectors of the history's items."""
         users_BD = history_matrix(histories, self.num_items) @ self.factors_ND
         return np.concatenate([users_BD, np.ones((len(users_BD), 1), np.float32)], axis=1)[:, None]

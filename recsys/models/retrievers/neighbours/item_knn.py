@@ -15,7 +15,6 @@ from typing import Any, Literal, Self
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.data.histories import Histories
@@ -31,6 +30,7 @@ from recsys.models.retrievers.matrices.base import (
 )
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray, Int64Array
 
 _ROWS_AT_ONCE = 1024
 
@@ -83,13 +83,13 @@ class ItemKNN(RetrieverConfig):
 class ItemKNNRetriever(Retriever):
     """A fitted :class:`ItemKNN`."""
 
-    def __init__(self, config: ItemKNN, similarity_NN: Sparse, popularity: NDArray[np.float32]) -> None:
+    def __init__(self, config: ItemKNN, similarity_NN: Sparse, popularity: FloatArray) -> None:
         self.config: ItemKNN = config
         self.num_items = len(popularity)
         self._similarity_NN = similarity_NN
         self._popularity = popularity
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """Summed similarity to the history; popularity orders what it leaves equal, so the empty history too."""
         history_BN = history_matrix(histories, self.num_items, self.config.half_life)
         scores = (history_BN @ self._similarity_NN).toarray().astype(np.float32)

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.data.histories import Histories
@@ -33,6 +32,7 @@ from recsys.models.retrievers.matrices.base import (
 from recsys.models.text.encoder import TextEncoderConfig, TextField, item_texts
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.runtime import Runtime
+from recsys.types import FloatArray, Int64Array
 
 
 class TfIdf(RetrieverConfig):
@@ -80,14 +80,14 @@ class TfIdf(RetrieverConfig):
 class TfIdfRetriever(Retriever):
     """A fitted :class:`TfIdf`."""
 
-    def __init__(self, config: TfIdf, words_NW: Sparse, popularity: NDArray[np.float32]) -> None:
+    def __init__(self, config: TfIdf, words_NW: Sparse, popularity: FloatArray) -> None:
         self.config: TfIdf = config
         self.num_items = words_NW.shape[0]
         self._words_NW = words_NW
         self._words_WN = words_NW.T.tocsr()
         self._popularity = popularity
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """Cosine of the history's words and each item's, 0 to 1; popularity orders what that leaves equal."""
         users_BW = history_matrix(histories, self.num_items, self.config.half_life) @ self._words_NW
         length_B = np.sqrt(np.asarray(users_BW.multiply(users_BW).sum(axis=1))).ravel()

@@ -13,7 +13,6 @@ from typing import Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 from pydantic import Field
 
 from recsys.data.histories import Histories
@@ -29,6 +28,7 @@ from recsys.models.retrievers.matrices.base import (
 )
 from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.runtime import Runtime
+from recsys.types import Float64Array, FloatArray, Int64Array
 
 _HISTORIES_AT_ONCE = 512
 
@@ -64,7 +64,7 @@ class UserKNNRetriever(Retriever):
         self._popularity = popularity_of(matrix_UN)
         self._sum_U, self._square_U = _moments(matrix_UN)
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """Similarity times weight, summed over the neighbours; popularity orders what that leaves equal."""
         scores = np.empty((len(histories), self.num_items), np.float32)
         for rows, batch in histories.batches(_HISTORIES_AT_ONCE):
@@ -96,7 +96,7 @@ class UserKNNRetriever(Retriever):
         save_tensors(folder / "model.safetensors", save_csr(self._matrix_UN, "interactions"))
 
 
-def _moments(matrix: Sparse) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(matrix: Sparse) -> tuple[Float64Array, Float64Array]:
     """float64 each: sums and sums of squares of the rows."""
     wide = matrix.astype(np.float64)
     return np.asarray(wide.sum(axis=1)).ravel(), np.asarray(wide.multiply(wide).sum(axis=1)).ravel()

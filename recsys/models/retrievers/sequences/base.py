@@ -58,6 +58,7 @@ from recsys.training.sampling import (
     token_weight,
     total_weight,
 )
+from recsys.types import BoolArray, Float64Array, FloatArray, Int64Array
 
 _SMALL: Mapping[str, Any] = {
     "dim": 16,
@@ -110,7 +111,7 @@ class SequenceConfig(TowerConfig, ABC):
     def encoder(self) -> Encoder:
         """A fresh one, its weights drawn from torch's generator."""
 
-    def blanks(self, windows: PackedWindows, chance: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def blanks(self, windows: PackedWindows, chance: Float64Array) -> BoolArray:
         """bool [T], for a model that reads both ways: the targets that training hides and asks for.
 
         ``chance``: float64 [R], uniform in [0, 1), one of each row of the log.
@@ -170,7 +171,7 @@ class SequenceRetriever(TowerRetriever):
     def reads_clock(self) -> bool:
         return self.config.reads_time
 
-    def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def encode_users(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, 1, V]: the last position's output; the start vector's for an empty history."""
         packed_lengths = np.minimum(histories.lengths + 1, self.config.max_length)
         users = np.empty((len(histories), 1, self._num_dimensions), np.float32)
@@ -183,7 +184,7 @@ class SequenceRetriever(TowerRetriever):
                 users[rows, 0] = output[np.cumsum(lengths) - 1]
         return users
 
-    def encode_prefixes(self, histories: Histories) -> NDArray[np.float32]:
+    def encode_prefixes(self, histories: Histories) -> FloatArray:
         """float32 [B, V], for validation: histories that begin at one row of the log share their passes.
 
         Rolling evaluation asks for every prefix of a user's log. A prefix is read from a stretch of ``max_length``
@@ -208,9 +209,7 @@ class SequenceRetriever(TowerRetriever):
             users[mine] = output[place[inverse[mine] - rows[0]] + histories.stops[mine]]
         return users
 
-    def score_for_validation(
-        self, histories: Histories, now_ms: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
+    def score_for_validation(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, N]: scores of :meth:`encode_prefixes`, where prefixes can share a pass."""
         if self.config.reads_both_ways or self.config.reads_time or self.config.max_length == 1:
             return self.score(histories, now_ms)
@@ -224,9 +223,9 @@ class SequenceRetriever(TowerRetriever):
     def _encode(
         self,
         histories: Histories,
-        has_start: NDArray[np.bool_] | None = None,
-        now_ms: NDArray[np.int64] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        has_start: BoolArray | None = None,
+        now_ms: Int64Array | None = None,
+    ) -> tuple[FloatArray, Int64Array]:
         """User vectors [T, V] at every token, and the number of tokens of each history (its blank included)."""
         both_ways = self.config.reads_both_ways
         if both_ways:
@@ -256,9 +255,7 @@ class SequenceRetriever(TowerRetriever):
             weights = [part(user_TD) for part in (self._network.trend, self._network.habit) if part is not None]
             return torch.cat([user_TD, *weights], dim=1).float().cpu().numpy(), lengths
 
-    def bonus(
-        self, histories: Histories, users_BKD: NDArray[np.float32], now_ms: NDArray[np.int64] | None = None
-    ) -> ItemBonus | None:
+    def bonus(self, histories: Histories, users_BKD: FloatArray, now_ms: Int64Array | None = None) -> ItemBonus | None:
         """What the user's habits add to the scores of the items of the history."""
         half_lives = self.config.habit_half_lives_days
         if not half_lives:
@@ -276,11 +273,11 @@ _INFERENCE_TOKENS = 1 << 15
 
 
 def _token_times(
-    item_time: NDArray[np.int64],
-    is_item: NDArray[np.bool_],
-    lengths: NDArray[np.int64],
-    now_ms: NDArray[np.int64] | None,
-) -> NDArray[np.int64]:
+    item_time: Int64Array,
+    is_item: BoolArray,
+    lengths: Int64Array,
+    now_ms: Int64Array | None,
+) -> Int64Array:
     """int64 [T, 2]: a token answers when the next one happens; the last at ``now_ms``, or at once without it.
 
     A start is read when its first item happens, and where there is none, now.
@@ -414,9 +411,9 @@ class _Step:
     batch: Windows
     epoch: int
     number: int
-    shown: NDArray[np.bool_] | None
+    shown: BoolArray | None
     """bool [R]: the rows of the log that this epoch shows"""
-    chance: NDArray[np.float64] | None
+    chance: Float64Array | None
     """float64 [R]: what decides which rows are blank"""
 
     @property

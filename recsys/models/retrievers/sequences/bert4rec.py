@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from recsys.models.layers.packing import PackedLayout, packed_attention
 from recsys.models.retrievers.sequences.base import AttentionConfig
 from recsys.models.retrievers.towers.base import SAMPLE_TRAIN
 from recsys.training.sampling import PackedWindows
+from recsys.types import BoolArray, Float64Array
 
 
 class BERT4Rec(AttentionConfig):
@@ -51,7 +51,7 @@ class BERT4Rec(AttentionConfig):
     def encoder(self) -> Encoder:
         return _BothWays(self)
 
-    def blanks(self, windows: PackedWindows, chance: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def blanks(self, windows: PackedWindows, chance: Float64Array) -> BoolArray:
         """A random share, and the last of a window where none was drawn."""
         blank = chance[windows.target_row] < self.blank_share
         ends = np.cumsum(windows.lengths)

@@ -18,7 +18,6 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from recsys.training.checkpoint import load_tensors, save_tensors
 from recsys.training.loop import Step, TrainConfig, best_epoch, sample_targets, train, validation_ndcg
 from recsys.training.runtime import Runtime
 from recsys.training.sampling import NegativeSampler, recency_weight
+from recsys.types import BoolArray, FloatArray, Int64Array
 
 SAMPLE_TRAIN = TrainConfig(epochs=6, batch_tokens=64, learning_rate=1e-2, warmup_steps=5, patience=6)
 """how samples are trained"""
@@ -247,9 +247,7 @@ class NetworkRetriever(Retriever):
                 self._items_NV = self._network.item_vectors().float().clone()
         return self._items_NV
 
-    def score_for_validation(
-        self, histories: Histories, now_ms: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
+    def score_for_validation(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, N]: what :meth:`score` says, or what is close to it and sooner there."""
         return self.score(histories, now_ms)
 
@@ -262,11 +260,11 @@ class NetworkRetriever(Retriever):
 class TowerRetriever(NetworkRetriever, VectorRetriever):
     """One whose score is the inner product of a user vector and an item vector."""
 
-    def item_vectors(self) -> NDArray[np.float32]:
+    def item_vectors(self) -> FloatArray:
         """float32 [N, V]: what the item tower says; then the trends, if any."""
         return self._items().cpu().numpy()
 
-    def item_embeddings(self) -> NDArray[np.float32]:
+    def item_embeddings(self) -> FloatArray:
         """float32 [N, D]: the item vectors without what was added to them."""
         return self.item_vectors()[:, : self.config.dim]
 
@@ -300,12 +298,12 @@ def sampler_of(config: TowerConfig, data: FitData) -> NegativeSampler:
     return NegativeSampler(counts, config.negative_power, None if data.text_vectors is None else counts > 0)
 
 
-def target_weights(config: TowerConfig, data: FitData) -> NDArray[np.float32]:
+def target_weights(config: TowerConfig, data: FitData) -> FloatArray:
     """float32 [R]: the weight of each row of the log as a target."""
     return recency_weight(data.weights, data.histories, config.recency_half_life_days)
 
 
-def hidden_ids(config: TowerConfig, data: FitData, rng: np.random.Generator) -> NDArray[np.bool_] | None:
+def hidden_ids(config: TowerConfig, data: FitData, rng: np.random.Generator) -> BoolArray | None:
     """bool [N]: False for items whose ID is hidden in a step, where that is asked for."""
     if not config.id_dropout or data.text_vectors is None:
         return None

@@ -20,12 +20,13 @@ from recsys.data.histories import Histories
 from recsys.models.base import FitData, check_items
 from recsys.models.retrievers.towers.base import TowerConfig, hidden_ids, sampler_of, target_weights
 from recsys.training.sampling import rng_for
+from recsys.types import Int64Array
 
 PADDING, START = -2, -1
 """in place of an ``item_idx``: nothing, and the beginning of the history"""
 
 
-def newest_first(histories: Histories, max_length: int, num_items: int) -> NDArray[np.int64]:
+def newest_first(histories: Histories, max_length: int, num_items: int) -> Int64Array:
     """int64 [B, L]: items newest first, then the start where there is room, then padding; at least one column.
 
     :raises ModelError: when what is read of a history is not one of the ``num_items``.
@@ -77,8 +78,8 @@ class DrawnTargets:
 @dataclass(frozen=True)
 class _Step:
     plan: DrawnTargets
-    target_row: NDArray[np.int64]
-    begin: NDArray[np.int64]
+    target_row: Int64Array
+    begin: Int64Array
     """int64: where the history of each target begins in the log"""
     epoch: int
     number: int

@@ -17,7 +17,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from recsys.models.layers.items import ItemTower
 from recsys.models.retrievers.towers.base import SAMPLE_TRAIN, Plan, TowerConfig, TowerNetwork, TowerRetriever
 from recsys.models.retrievers.towers.drawn_targets import PADDING, START, DrawnTargets, Part, newest_first
 from recsys.training.losses import interests_softmax_loss
+from recsys.types import FloatArray, Int64Array
 
 _HISTORIES_AT_ONCE = 2048
 
@@ -69,7 +69,7 @@ class MINDRetriever(TowerRetriever):
         self._max_length = config.max_length
         self.num_vectors = config.num_interests
 
-    def encode_users(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def encode_users(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """float32 [B, K, D]; a short history has fewer interests, and its first one several times."""
         items_ND = self._items()
         users = np.empty((len(histories), self.num_vectors, items_ND.shape[1]), np.float32)

@@ -18,7 +18,6 @@ from typing import Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from recsys.models.retrievers.towers.base import (
     text_of,
 )
 from recsys.models.retrievers.towers.drawn_targets import PADDING, START, DrawnTargets, Part, newest_first
+from recsys.types import FloatArray, Int64Array
 
 _NUMBERS_AT_ONCE = 1 << 24
 """numbers of the hidden layer [B, C, H] held at a time"""
@@ -81,7 +81,7 @@ class NeuMFRetriever(NetworkRetriever):
         self._network: _Fused = network
         self._at_once = max(1, _NUMBERS_AT_ONCE // max(1, num_items * max(config.dim, *config.hidden_dims)))
 
-    def score(self, histories: Histories, now_ms: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def score(self, histories: Histories, now_ms: Int64Array | None = None) -> FloatArray:
         """Logits of being taken next."""
         items_NV = self._items()
         scores = np.empty((len(histories), self.num_items), np.float32)
