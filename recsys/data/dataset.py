@@ -213,7 +213,9 @@ class Dataset:
         )
 
     def everybody(self) -> Targets:
-        """One query per user, with all they did, as of a minute after the end of the data; nothing is relevant."""
+        """One query per user, with all they did, as of a minute after the end of the data. Nothing is relevant, and
+        nothing left out: whether items come again is the pipeline's to say.
+        """
         log, num_users = self.positives, self.num_users
         now_ms = None if self.log.timestamp_ms is None else int(self.log.timestamp_ms.max()) + 60_000
         return Targets(
@@ -223,6 +225,7 @@ class Dataset:
             relevant_item_idx=np.zeros(0, np.int32),
             relevant_offsets=np.zeros(num_users + 1, np.int64),
             now_ms=None if now_ms is None else np.full(num_users, now_ms, np.int64),
+            repeats=True,
         )
 
     def hides(self, policy: PositivePolicy) -> BoolArray:
