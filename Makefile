@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house peers wheel clean same-behaviour
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house peers wheel clean same-behaviour schemas
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -109,6 +109,12 @@ bench-house: .venv/.installed-dev  ## measure the code itself: circles, blocks t
 AGAINST ?= HEAD
 same-behaviour: .venv/.installed-dev  ## show what behaves otherwise than at a revision, to the last bit (AGAINST=REV, else HEAD); minutes
 	python tests/benchmarks/same_behaviour.py --against $(AGAINST)
+
+schemas: .venv/.installed-dev  ## write the JSON schemas of configuration files, which editors read, into configs/schema
+	mkdir -p configs/schema
+	for name in run benchmark ratings serve; do \
+	  recsys config schema "$$(grep -rl --include='*.yaml' "schema/$$name.json" configs | head -n 1)" > configs/schema/$$name.json; \
+	done
 
 wheel: .venv/.installed-dev  ## build dist/recsys-*.whl
 	python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -1,4 +1,4 @@
-"""Train and judge what a suite lists, over several seeds: ``python -m jobs.benchmark --suite NAME``.
+"""Train and judge what a suite lists, over several seeds.
 
 A suite is a file of ``configs/benchmark``. Every system and seed is an artefact of its own: what is there is not
 trained again, so a run that was stopped goes on, and trainings resume from their checkpoints. The report (JSON,
@@ -33,11 +33,11 @@ from jobs import cli
 from jobs._ray import ComputeConfig, PayloadT, TrainFunction, discard, fit_distributed, ray_session
 from jobs.artifacts import Artifact, Embedded, Prepared
 from jobs.config import JobConfig
-from jobs.errors import readable_errors
 from jobs.external import run_program
 from jobs.steps import embed, prepare
 from jobs.steps.base import Results
 from jobs.steps.train_ranker import ranking_embeddings
+from recsys.cli import command, readable_errors
 from recsys.config import StrictConfig
 from recsys.data.catalogue import Catalogue
 from recsys.data.config import DataConfig
@@ -466,5 +466,7 @@ def main(
     console.print(f"report: {folder}/suite.html", highlight=False)
 
 
+app = command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,4 +1,4 @@
-"""Hold models that foretell ratings against each other: ``python -m jobs.benchmark_ratings --suite NAME``.
+"""Compare models that predict ratings, by RMSE and MAE.
 
 A suite is a file of ``configs/ratings``. Every rating of the TEST split is a question: what would this user, given
 all they rated before, rate this item? Models learn from TRAIN; the report (JSON, Markdown) goes to
@@ -21,8 +21,8 @@ from rich.markdown import Markdown
 from jobs import cli
 from jobs.benchmark import hardware
 from jobs.config import JobConfig
-from jobs.errors import readable_errors
 from jobs.steps import prepare
+from recsys.cli import command, readable_errors
 from recsys.config import StrictConfig
 from recsys.data.config import DataConfig
 from recsys.data.dataset import Split
@@ -121,5 +121,7 @@ def main(
     Console().print(Markdown((folder / "ratings.md").read_text()))
 
 
+app = command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
-from jobs._ray import ComputeConfig
 from jobs.config import JobConfig
-from recsys.config import load_config
-from recsys.kinds import parts_of
+from recsys.cli import readable_errors
+from recsys.config import annotated_yaml, load_config
 
 ConfigPath = Annotated[Path, typer.Option("--config", help="YAML configuration; see configs/ for complete ones")]
 Overrides = Annotated[
@@ -29,13 +25,39 @@ SuiteOverrides = Annotated[
     list[str] | None, typer.Option("--set", help="override one key of the suite's file", metavar="K=V")
 ]
 ConfigT = TypeVar("ConfigT")
+_ARGUMENTS = "recsys.arguments"
 
 
-def application(name: str, summary: str, section: str | None, command: Callable[..., None]) -> typer.Typer:
-    """``command`` as ``python -m jobs.NAME``; its help is the summary, and every key of ``section``, or of all."""
-    command.__doc__ = f"{summary}\n\n{_keys_of(section)}"
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(name=f"jobs.{name}")(command)
+def application(
+    main: Callable[..., None], section_of: Callable[[list[str]], str | None], name: str | None = None
+) -> typer.Typer:
+    """``main``, which reads a configuration, as a command. Its help is its docstring and, where the command line has a
+    configuration file, the keys of that file, for the kinds that it chooses.
+
+    ``section_of`` says for a command line in which section they stand; None for all.
+    """
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            ctx.meta[_ARGUMENTS] = list(args)
+            return super().parse_args(ctx, args)
+
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
+            words: list[str] = ctx.meta[_ARGUMENTS]
+            section = section_of(words)
+            below = f" {section}" if section else ""
+            file = next((Path(word) for word in words if word.endswith((".yaml", ".yml"))), None)
+            formatter.write_paragraph()
+            if file is None or not file.exists():
+                formatter.write_text(f"Keys for --set, with what they mean: recsys config show FILE{below}")
+                return
+            with readable_errors():
+                config = load_config(JobConfig, file)
+            keys = annotated_yaml(getattr(config, section) if section else config)
+            formatter.write(f"Keys for --set, as {file} has them{below and ' below' + below}:\n\n{keys}")
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name, cls=Command)(main)
     return app
 
 
@@ -60,43 +82,3 @@ def show_progress() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for room in ("jobs", "recsys"):
         logging.getLogger(room).setLevel(logging.INFO)
-
-
-def _keys_of(section: str | None) -> str:
-    if section is None:
-        return "\b\nKeys of the configuration (--set KEY=VALUE):\n" + "\n".join(_keys(JobConfig, "", depth=4))
-    lines = [
-        line for model in _models(JobConfig.model_fields[section]) for line in _keys(model, f"{section}.", depth=3)
-    ]
-    lines += _keys(ComputeConfig, "compute.", depth=1)
-    return "\b\nKeys of this step (--set KEY=VALUE):\n" + "\n".join(lines)
-
-
-def _keys(model: type[BaseModel], prefix: str, *, depth: int) -> list[str]:
-    lines: list[str] = []
-    for name, field in model.model_fields.items():
-        nested = _models(field)
-        if nested and depth > 1 and name != "kind":
-            for one in nested:
-                kind = one.model_fields.get("kind")
-                label = f" (kind {kind.default})" if kind is not None else ""
-                lines.append(f"  {prefix}{name}{label}: {field.description or one.__doc__}")
-                lines.extend(_keys(one, f"{prefix}{name}.", depth=depth - 1))
-            continue
-        default = "required" if field.is_required() else f"default {_show(field.default)}"
-        lines.append(f"  {prefix}{name}: {field.description or ''} [{default}]")
-    return lines
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        kind = value.model_dump().get("kind")
-        return "see its keys" if kind is None else f"kind {kind}"
-    return repr(value)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The configuration classes inside a field or an annotation: itself, the members of a union or of a room."""
-    if isinstance(annotation, FieldInfo) or typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
-        return [model for part in parts_of(annotation) for model in _models(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -1,4 +1,4 @@
-"""The whole way on real data: train, publish, serve, ask. ``make demo`` runs it on MovieLens-small."""
+"""Train, publish and serve on real data, and ask for a recommendation. ``make demo`` runs it on MovieLens-small."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rich.table import Table
 
 from jobs.cli import show_progress
 from jobs.config import JobConfig
-from jobs.errors import readable_errors
 from jobs.pipeline import run
 from jobs.steps import publish
 from recsys.bundle.reader import Bundle
+from recsys.cli import command, readable_errors
 from recsys.config import load_config
 
 console = Console()
@@ -134,5 +134,7 @@ def answer(response: httpx.Response) -> dict[str, Any]:
     return response.json()
 
 
+app = command(demo)
+
 if __name__ == "__main__":
-    typer.run(demo)
+    app()

@@ -1,4 +1,4 @@
-"""``python -m jobs.events``: the log of events of an event store, in and out of files.
+"""Events: the log of an event store, in and out of files.
 
 ``--events`` is the file of the embedded store or the URL of a Redis server (``redis://HOST:6379/0``, the password in
 ``RECSYS_REDIS_PASSWORD``). Where the gateways' ``event_store`` has settings of its own (``max_history``, ``log_only``,
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from jobs.errors import readable_errors
+from recsys.cli import group, readable_errors
 from recsys.errors import DataError, EventStoreError, RequestError
 from recsys.events import AnyEventLog, AnyEventStore, EventStore
 from recsys.events.base import events_of
@@ -26,7 +26,7 @@ from recsys.events.redis import RedisEventStoreConfig
 from recsys.events.sqlite import SqliteEventStoreConfig
 from recsys.schema import DAY_MS
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = group(__doc__)
 Where = Annotated[str, typer.Option("--events", help="file of the embedded event store, or redis://HOST:PORT/DB")]
 Settings = Annotated[
     list[str] | None,

@@ -1,4 +1,4 @@
-"""``python -m jobs.features``: what each feature is worth to the ranker, and which of them it can do without.
+"""Measure what each feature is worth to the ranker, and which of them it can do without.
 
 Trains what ``--config`` says as far as the ranker (finished steps are reused); judges on the users that decide when its
 training stops, from whom it does not learn otherwise. The features that are not shown to be worth anything are left out
@@ -10,15 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from jobs import cli, pipeline
 from jobs.artifacts import Artifact
 from jobs.config import JobConfig
-from jobs.errors import readable_errors
 from jobs.steps import embed, prepare, train_ranker, train_retriever
+from recsys.cli import command, readable_errors
 from recsys.errors import ConfigError
 from recsys.evaluation.importance import Selection, ndcg10, permutation_importance, worthless
 from recsys.evaluation.significance import Interval, bootstrap
@@ -121,5 +120,7 @@ def main(config: cli.ConfigPath, set_: cli.Overrides = None) -> None:
     console.print(f"{artifact.path}/features.md", highlight=False, soft_wrap=True)
 
 
+app = command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -19,9 +19,9 @@ from rich.table import Table
 from jobs import cli
 from jobs._ray import ray_session
 from jobs.config import JobConfig
-from jobs.errors import readable_errors
 from jobs.steps import publish
 from jobs.steps.base import Results, Step, plan
+from recsys.cli import readable_errors
 
 console = Console(stderr=True)
 
@@ -57,19 +57,19 @@ def main(name: str, module: str) -> None:
     """The command line of the step ``name``, where ``module`` (``__name__``) is what Python was asked to run."""
     if module == "__main__":
         step: Step[Any] = import_module(f"jobs.steps.{name}").STEP
-        application(name, step.help, step.section, step)()
+        application(name, step, step.section)()
 
 
-def application(name: str, summary: str, section: str | None, until: Step[Any]) -> typer.Typer:
-    """The command line that runs ``until``."""
+def application(name: str, until: Step[Any], section: str | None) -> typer.Typer:
+    """The command line that runs ``until``; overrides may leave out the name of ``section``."""
 
     def command(config: cli.ConfigPath, set_: cli.Overrides = None) -> None:
         with readable_errors():
             run(cli.read(config, set_, section), until)
 
-    return cli.application(name, summary, section, command)
+    command.__doc__ = until.help
+    return cli.application(command, lambda _: section, f"jobs.{name}")
 
 
 if __name__ == "__main__":
-    summary = "Run every step, from interactions to a published Bundle; finished steps are reused."
-    application("pipeline", summary, None, publish.STEP)()
+    application("pipeline", publish.STEP, None)()

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from jobs import cli, pipeline
-from jobs.errors import readable_errors
 from jobs.steps.publish import STEP, point_to
 from recsys.bundle.store import BundleStore
+from recsys.cli import readable_errors
 from recsys.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def publish(
             point_to(settings, published.bundle_id)
 
 
-app = cli.application(STEP.name, STEP.help, STEP.section, publish)
+app = cli.application(publish, lambda _: STEP.section, f"jobs.{STEP.name}")
 
 if __name__ == "__main__":
     app()

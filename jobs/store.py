@@ -1,4 +1,4 @@
-"""``python -m jobs.store``: what a store of Bundles holds, and which one answers. Gateways follow within seconds."""
+"""Bundles: list those of a store, choose which one answers, and by which rules. Gateways follow within seconds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.errors import readable_errors
 from recsys.bundle.live import live_id
 from recsys.bundle.pointer import Pointer
 from recsys.bundle.rule_log import RuleChange
 from recsys.bundle.store import BundleStore
+from recsys.cli import group, readable_errors
 from recsys.config import parse
 from recsys.errors import BundleError, BundleNotFoundError, ConfigError
 from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.rules import AnyRules
 from recsys.pipeline.rules.changes import plain, rule_history, unknown_names
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-rules = typer.Typer(help="By which rules the Bundles of a store answer, whichever is current.", no_args_is_help=True)
+app = group(__doc__)
+rules = group("By which rules the Bundles of a store answer, whichever is current.")
 app.add_typer(rules, name="rules")
 Store = Annotated[str, typer.Option("--store", help="folder or fsspec URI of the store, such as runs/NAME/bundles")]
 Which = Annotated[str, typer.Argument(help="bundle_id, or as much of its beginning as tells it from the others")]

@@ -1,4 +1,4 @@
-"""Choose hyper-parameters on VALID with Ray Tune: ``python -m jobs.tune --suite NAME --system NAME --trials N``.
+"""Choose hyper-parameters of a suite's system on VALID, with Ray Tune.
 
 The search space stands beside the system in its suite. Trials are drawn at random from a seed and the hopeless ones
 are stopped early (ASHA: Li et al., MLSys 2020). TEST is never read. A run that was stopped goes on where it was, trial
@@ -25,7 +25,7 @@ from jobs import cli
 from jobs._ray import ray_session
 from jobs.artifacts import Embedded, Prepared
 from jobs.benchmark import SUITES, BenchmarkConfig, Range, SystemConfig
-from jobs.errors import readable_errors
+from recsys.cli import command, readable_errors
 from recsys.config import parse, to_yaml
 from recsys.data.dataset import Split
 from recsys.errors import ConfigError
@@ -218,5 +218,7 @@ def main(
     console.print(f"chosen: {folder}/best.yaml", highlight=False)
 
 
+app = command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

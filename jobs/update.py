@@ -1,4 +1,4 @@
-"""``python -m jobs.update``: the served models go on learning from the event log, once or as a loop.
+"""Let the served models go on learning from the event log, once or as a loop.
 
 Reads the log from the Bundle's watermark; teaches retriever and ranker what is new; judges the result, beside the
 parent, on the newest events before it learns them too; and where it passes the gate, publishes a child Bundle, which
@@ -27,7 +27,6 @@ from rich.console import Console
 
 from jobs._ray import ComputeConfig, discard, fit_distributed
 from jobs.cli import show_progress
-from jobs.errors import readable_errors, show_error
 from jobs.events import log_config
 from recsys import schema
 from recsys.arrow import pc
@@ -38,6 +37,7 @@ from recsys.bundle.histories import histories_table
 from recsys.bundle.live import LiveBundle
 from recsys.bundle.reader import Bundle
 from recsys.bundle.store import BundleStore
+from recsys.cli import command, readable_errors, show_error
 from recsys.config import StrictConfig, apply_override
 from recsys.data.dataset import Dataset, Split
 from recsys.errors import BundleError, PointerConflictError, RecsysError
@@ -464,5 +464,7 @@ def main(
                 time.sleep(every)
 
 
+app = command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -33,11 +34,57 @@ ConfigT = TypeVar("ConfigT")
 
 def parse(config_type: type[ConfigT] | Any, tree: Any, *, where: str) -> Any:
     """Validate ``tree`` as ``config_type`` (a class or an annotated union), with errors that name key and file."""
+    adapter: TypeAdapter[Any] = TypeAdapter(config_type)
     try:
-        return TypeAdapter(config_type).validate_python(tree)
+        return adapter.validate_python(tree)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top level)'}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, each['loc'])) or '(top level)'}: {_message(each, adapter.core_schema)}"
+            for each in error.errors()
+        ]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines), where=where) from error
+
+
+def _message(error: Any, schema: Any) -> str:
+    """What is wrong, and where a name is unknown, which one was meant."""
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(schema, error["loc"][:-1])
+        return f"there is no such key; {nearest(str(error['loc'][-1]), known)}"
+    if error["type"] == "union_tag_invalid":
+        known = [name.strip("' ") for name in error["ctx"]["expected_tags"].split(",")]
+        return f"there is no kind {error['ctx']['tag']!r}; {nearest(error['ctx']['tag'], known)}"
+    return error["msg"]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not among those that are known."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def _keys_at(schema: Any, location: Sequence[str | int]) -> list[str]:
+    """The keys that a configuration has at ``location``, as pydantic's own schema of it says."""
+    definitions: dict[str, Any] = {each["ref"]: each for each in schema.get("definitions", ())}
+    left = list(location)
+    while True:
+        match schema["type"]:
+            case "definition-ref":
+                schema = definitions[schema["schema_ref"]]
+            case "model-fields":
+                if not left:
+                    return list(schema["fields"])
+                schema = schema["fields"][left.pop(0)]
+            case "tagged-union":
+                schema = schema["choices"][left.pop(0)]
+            case "tuple" | "list" | "dict" if left:
+                left.pop(0)
+                schema = schema.get("values_schema") or schema["items_schema"]
+                schema = schema[0] if isinstance(schema, list) else schema
+            case _:
+                if "schema" not in schema:
+                    return []
+                schema = schema["schema"]
 
 
 def load_config(
@@ -91,3 +138,24 @@ def to_yaml(config: StrictConfig | Mapping[str, Any]) -> str:
     """The YAML form of a configuration, defaults included."""
     tree = config.model_dump(mode="json") if isinstance(config, StrictConfig) else dict(config)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def annotated_yaml(config: StrictConfig) -> str:
+    """The YAML form of a configuration, defaults included, with what each key means behind it."""
+    return "\n".join(_annotated(config, "")) + "\n"
+
+
+def _annotated(config: StrictConfig, indent: str) -> list[str]:
+    lines: list[str] = []
+    fields = type(config).model_fields
+    for name in sorted(fields, key=lambda each: each != "kind"):
+        field, value = fields[name], getattr(config, name)
+        comment = f"  # {' '.join(field.description.split())}" if field.description else ""
+        if isinstance(value, StrictConfig) and type(value).model_fields:
+            lines += [f"{indent}{name}:{comment}", *_annotated(value, indent + "  ")]
+        else:
+            tree = config.model_dump(mode="json", include={name})[name]
+            # In a list, as a plain scalar would end with a line of its own.
+            text = yaml.safe_dump([tree], sort_keys=False, allow_unicode=True, default_flow_style=True, width=1 << 20)
+            lines.append(f"{indent}{name}: {text.strip()[1:-1]}{comment}")
+    return lines

@@ -173,3 +173,15 @@ class ServeConfig(StrictConfig):
     def stage(self, name: str) -> StageConfig:
         """The settings of one stage."""
         return getattr(self, name)
+
+
+class Application(StrictConfig, extra="allow"):
+    """One application of a file for ``serve run`` and ``serve deploy``; other keys are Ray Serve's own."""
+
+    args: ServeConfig = Field(description="arguments of serve.app:build")
+
+
+class DeployFile(StrictConfig, extra="allow"):
+    """A file for ``serve run`` and ``serve deploy``; other keys are Ray Serve's own."""
+
+    applications: tuple[Application, ...] = Field(min_length=1, description="what is served")

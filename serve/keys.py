@@ -1,4 +1,4 @@
-"""``python -m serve.keys``: add, rotate, revoke and list the API keys of the gateway."""
+"""API keys of the gateway: add, rotate, revoke and list them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from recsys.errors import RecsysError
+from recsys.cli import group, readable_errors
 from serve.access.keys import SCOPES, KeyFile, add_key, revoke_keys, rotate_keys
 
-app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True, add_completion=False)
+app = group("API keys of the gateway.")
 File = Annotated[Path, typer.Option("--file", help="the file of hashes")]
 
 
@@ -68,11 +68,8 @@ def show(file: File = Path("keys.json")) -> None:
 
 
 def _say(work: Any) -> None:
-    try:
+    with readable_errors():
         said = work()
-    except RecsysError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     if isinstance(said, str):
         typer.echo(said)
     else:

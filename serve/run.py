@@ -1,4 +1,4 @@
-"""``python -m serve.run --bundle URI``: the whole graph on this machine, until Ctrl-C.
+"""Serve a Bundle, or a store of Bundles, on this machine until Ctrl-C.
 
 Sets the fast path's environment before Ray is imported, starts a Ray of its own (or joins the one at ``--address``),
 deploys, waits until a recommendation can be asked for, and on the way out ends every process it started.
@@ -22,7 +22,8 @@ from typing import Annotated, Literal
 import typer
 
 from recsys.bundle.manifest import MANIFEST
-from recsys.errors import ConfigError, RecsysError
+from recsys.cli import command, readable_errors
+from recsys.errors import ConfigError
 from serve import fastpath
 from serve.access.keys import SCOPES, KeyFile, add_key
 from serve.config import ServeConfig
@@ -107,32 +108,30 @@ def main(
 ) -> None:
     """Serve recommendations until Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        events_path = Path(events).absolute() if events else _beside(bundle)
-        keys_path = Path(keys).absolute() if keys else events_path.with_name("keys.json")
-        tree = {
-            "bundle_uri": bundle if "://" in bundle else str(Path(bundle).absolute()),
-            "topology": topology,
-            "event_store": {"kind": "sqlite", "path": str(events_path)},
-            "access": {"kind": "open"} if open_ else {"kind": "keys", "file": str(keys_path)},
-        }
-        if not open_ and keys_path.exists():
-            KeyFile.read(keys_path)  # refused now, and not by a gateway in a minute
-        elif not open_:
-            key = add_key(keys_path, "first", SCOPES)
-            sys.stdout.write(f"{keys_path} has its first API key; it may do everything and is shown once:\n{key}\n")
-        config = ServeConfig.parse(tree, where="command line")
-        with serving(config, port=port, num_cpus=num_cpus or None, address=address or None) as url:
-            sys.stdout.write("".join(f"metrics: {each}\n" for each in metrics_urls()) + f"ready: {url}/docs\n")
-            sys.stdout.flush()
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in between
-            while True:
-                time.sleep(3600)
-    except KeyboardInterrupt:
-        sys.stdout.write("stopped\n")
-    except RecsysError as error:
-        sys.stderr.write(f"{error}\n")
-        raise typer.Exit(1) from error
+    with readable_errors():
+        try:
+            events_path = Path(events).absolute() if events else _beside(bundle)
+            keys_path = Path(keys).absolute() if keys else events_path.with_name("keys.json")
+            tree = {
+                "bundle_uri": bundle if "://" in bundle else str(Path(bundle).absolute()),
+                "topology": topology,
+                "event_store": {"kind": "sqlite", "path": str(events_path)},
+                "access": {"kind": "open"} if open_ else {"kind": "keys", "file": str(keys_path)},
+            }
+            if not open_ and keys_path.exists():
+                KeyFile.read(keys_path)  # refused now, and not by a gateway in a minute
+            elif not open_:
+                key = add_key(keys_path, "first", SCOPES)
+                sys.stdout.write(f"{keys_path} has its first API key; it may do everything and is shown once:\n{key}\n")
+            config = ServeConfig.parse(tree, where="command line")
+            with serving(config, port=port, num_cpus=num_cpus or None, address=address or None) as url:
+                sys.stdout.write("".join(f"metrics: {each}\n" for each in metrics_urls()) + f"ready: {url}/docs\n")
+                sys.stdout.flush()
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in between
+                while True:
+                    time.sleep(3600)
+        except KeyboardInterrupt:
+            sys.stdout.write("stopped\n")
 
 
 def metrics_urls() -> list[str]:
@@ -214,5 +213,7 @@ def processes_marked(variable: str, value: str) -> list[int]:
     return found
 
 
+app = command(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, SerializeAsAny, StringConstraints, field_validator
+from pydantic import Field, SerializeAsAny, StringConstraints, WithJsonSchema, field_validator
 
 from recsys.config import StrictConfig
 from recsys.data.histories import Histories
@@ -27,12 +27,15 @@ from recsys.types import FloatArray, Int64Array
 
 RANK_OFFSET = 60
 """from the paper: the larger, the less the first places count over those after them"""
+_ANY = {"type": "object", "properties": {"kind": {"type": "string"}}, "required": ["kind"]}
 
 
 class SourceConfig(StrictConfig):
     """One source."""
 
-    retriever: SerializeAsAny[RetrieverConfig] = Field(..., description="any retriever but another blend")
+    retriever: Annotated[SerializeAsAny[RetrieverConfig], WithJsonSchema(_ANY)] = Field(
+        ..., description="any retriever but another blend"
+    )
     share: float = Field(default=1.0, gt=0, description="share of the candidates, relative to those of the others")
 
     @field_validator("retriever", mode="before")
