@@ -459,7 +459,7 @@ def main(
             config.system(name)
         changed = "".join(f" --set {override}" for override in set_ or ())
         changed += "".join(f" --only {name}" for name in only or ())
-        folder = run(config, f"python -m jobs.benchmark --suite {suite}{changed}", tuple(only or ())).folder
+        folder = run(config, f"recsys benchmark --suite {suite}{changed}", tuple(only or ())).folder
     text, output = (folder / "suite.md").read_text(), Console()
     # The tables are wide: where they do not fit, their source is easier to read than what would be left of them.
     output.print(Markdown(text)) if output.width >= _TABLE_WIDTH else output.print(text, soft_wrap=True, markup=False)

@@ -117,7 +117,7 @@ def main(
     with readable_errors():
         config = cli.read_suite(RatingSuite, SUITES, suite, set_)
         changed = "".join(f" --set {override}" for override in set_ or ())
-        folder, _ = run(config, f"python -m jobs.benchmark_ratings --suite {suite}{changed}")
+        folder, _ = run(config, f"recsys ratings --suite {suite}{changed}")
     Console().print(Markdown((folder / "ratings.md").read_text()))
 
 

@@ -44,7 +44,7 @@ def export(
 ) -> None:
     """Write events to a Parquet file, in the order they arrived, and say up to which watermark.
 
-    ``python -m jobs.update`` reads it in place of the store. An export of everything is a backup (see ``restore``), and
+    ``recsys update`` reads it in place of the store. An export of everything is a backup (see ``restore``), and
     a ``parquet`` source for training: the Bundle then says up to where it contains the log.
     """
     with _store(events, settings) as store:

@@ -1,4 +1,4 @@
-"""Steps and what they read, as one job: ``python -m jobs.STEP --config FILE [--set key=value ...]``.
+"""Run steps and what they read, as one job: ``python -m jobs.STEP --config FILE [--set key=value ...]``.
 
 ``python -m jobs.pipeline`` is all that a published Bundle needs. What is run by its name lies in a file of its own,
 which holds nothing else: what Ray's workers are sent must not be of the module ``__main__``.

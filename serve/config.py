@@ -103,7 +103,7 @@ class OpenAccess(StrictConfig):
 
 
 class KeyAccess(StrictConfig):
-    """Every request shows an API key of ``file``, which ``python -m serve.keys`` writes."""
+    """Every request shows an API key of ``file``, which ``recsys keys`` writes."""
 
     kind: Literal["keys"] = "keys"
     file: str = Field(min_length=1, description="JSON file of hashed keys that every gateway can read")

@@ -4,7 +4,7 @@ HAProxy in front of the replicas and gRPC between them; measured, a hop costs a 
 What of HAProxy's configuration Ray has no setting for, the script that starts it here changes: see :data:`EDITS`.
 Nothing here imports Ray.
 
-``python -m serve.run`` sets all of it. For a Ray of your own, in the shell that starts it::
+``recsys serve`` sets all of it. For a Ray of your own, in the shell that starts it::
 
     eval "$(python -m serve.fastpath)"
 """

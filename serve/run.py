@@ -100,7 +100,7 @@ def main(
         str, typer.Option(help="file of the embedded event store; left out: events.sqlite beside the store of Bundles")
     ] = "",
     keys: Annotated[
-        str, typer.Option(help="file of API keys, see python -m serve.keys; left out: keys.json beside the events")
+        str, typer.Option(help="file of API keys, see recsys keys; left out: keys.json beside the events")
     ] = "",
     open_: Annotated[bool, typer.Option("--open", help="ask nobody on this machine for an API key")] = False,
     num_cpus: Annotated[int, typer.Option(help="CPUs of a Ray started here; 0 for all of this machine", min=0)] = 0,

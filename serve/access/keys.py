@@ -1,4 +1,4 @@
-"""API keys: a file of hashes, which ``python -m serve.keys`` edits.
+"""API keys: a file of hashes, which ``recsys keys`` edits.
 
 A key reads ``rk_ID_SECRET``. The id names its entry; of the secret, 32 random bytes, the file holds the SHA-256 alone.
 A slow hash would protect passwords that can be guessed, and nobody guesses 256 bits. Gateways read the file again when
@@ -74,7 +74,7 @@ class KeyFile(StrictConfig):
         try:
             tree = read_json(path)
         except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no file of API keys; `python -m serve.keys add` makes one") from None
+            raise ConfigError(f"{path}: there is no file of API keys; `recsys keys add` makes one") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read as a file of API keys: {error}") from error
         return cls.parse(tree, where=str(path))

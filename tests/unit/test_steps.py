@@ -131,7 +131,7 @@ def test_one_more_step_runs_with_those_that_it_reads(toy, tmp_path, capsys):
     assert "prepare reused" in said and "toy reused" in said
     assert toy("--help") == 0
     said = capsys.readouterr().out
-    assert "Count users." in said and "slates.top_k" in said and "retriever.kind" not in said
+    assert "Count users." in said and "recsys config show FILE slates" in said
 
 
 def test_results_are_found_by_step(tmp_path):

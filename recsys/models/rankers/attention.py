@@ -47,7 +47,7 @@ class AttentionRankerConfig(RankerConfig):
     hidden: int = Field(default=64, ge=8, description="width of the MLP's first layer; the second has half")
     dropout: float = Field(default=0.2, ge=0, lt=1, description="dropout of attention output and MLP, share of units")
     left_out: tuple[str, ...] = Field(
-        default=(), description="features that are not read, by name; `python -m jobs.features` says which"
+        default=(), description="features that are not read, by name; `recsys features` says which"
     )
 
     @classmethod
