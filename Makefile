@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house peers wheel clean same-behaviour schemas
+.PHONY: help demo test lint audit fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house bench-front peers wheel clean same-behaviour schemas
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -105,6 +105,9 @@ bench-training: .venv/.installed-dev .venv-peers/.installed  ## measure training
 
 bench-house: .venv/.installed-dev  ## measure the code itself: circles, blocks that stand twice, lines, what a new kind costs
 	python tests/benchmarks/house.py
+
+bench-front: .venv/.installed-dev  ## measure what a newcomer meets first: imports, help, what the demo prints
+	python tests/benchmarks/front.py
 
 AGAINST ?= HEAD
 same-behaviour: .venv/.installed-dev  ## show what behaves otherwise than at a revision, to the last bit (AGAINST=REV, else HEAD); minutes
