@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ PayloadT = TypeVar("PayloadT")
 SaveResult = Callable[[Path], None]
 TrainFunction = Callable[[PayloadT, Runtime], SaveResult]
 
+_LOOPBACK = "127.0.0.1"
 _STATE, _RESULT, _METRICS = "state", "result", "metrics.json"
 
 
@@ -95,11 +97,15 @@ def ray_session() -> Generator[None]:
     if address:
         ray.init()
     else:
-        # The dashboard holds the state API, without which Ray Train's own watchers complain every second.
+        # The dashboard holds the state API, without which Ray Train's own watchers complain every second. They look for
+        # it on the one Ray of the machine, and print a traceback where there are two, unless they are told where it is.
+        port = _free_port()
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{_LOOPBACK}:{port}"
         ray.init(
             address="local",  # not one that somebody else has left running on this machine
             include_dashboard=True,
-            dashboard_host="127.0.0.1",
+            dashboard_host=_LOOPBACK,
+            dashboard_port=port,
             log_to_driver=True,
             logging_level=logging.WARNING,
         )
@@ -107,6 +113,14 @@ def ray_session() -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+        if not address:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
