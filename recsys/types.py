@@ -37,6 +37,7 @@ class Filters:
 
     @property
     def empty(self) -> bool:
+        """Whether nothing is filtered."""
         return self is NO_FILTERS or self == NO_FILTERS
 
 

@@ -92,6 +92,7 @@ class Bundle:
 
     @property
     def bundle_id(self) -> str:
+        """SHA-256 (hex) over the files; ``+N.R`` follows where changes of items and rules lie on it."""
         return self.manifest.bundle_id
 
     def has(self, part: str) -> bool:

@@ -155,10 +155,12 @@ class Dataset:
 
     @property
     def num_users(self) -> int:
+        """Rows of ``users``."""
         return self.info.num_users
 
     @property
     def num_items(self) -> int:
+        """Rows of ``items``, those nobody has touched included."""
         return self.info.num_items
 
     @cached_property

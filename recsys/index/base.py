@@ -91,10 +91,12 @@ class VectorIndex:
 
     @property
     def num_items(self) -> int:
+        """N, the vectors that are indexed."""
         return self._index.ntotal
 
     @property
     def dim(self) -> int:
+        """D, the dimensions of a vector."""
         return self._index.d
 
     def search(self, queries: FloatArray, k: int, allowed: BoolArray | None = None) -> tuple[FloatArray, Int32Array]:

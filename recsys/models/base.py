@@ -67,6 +67,7 @@ class FitData:
 
     @property
     def num_items(self) -> int:
+        """N, the rows of ``items``."""
         return len(self.items)
 
     @classmethod
