@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -34,6 +35,15 @@ def library(module: str, what: str, *, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise NotInstalledError(f"{what} needs {module}: {error}; {install(extra)}", package=module) from error
+
+
+def need(module: str, what: str, *, extra: str) -> None:
+    """As :func:`library`, but without an import: for modules that read their settings when they are imported.
+
+    :raises NotInstalledError: when it is not installed; it says what to install.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise NotInstalledError(f"{what} needs {module}; {install(extra)}", package=module)
 
 
 def installed(module: str) -> bool:

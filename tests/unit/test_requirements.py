@@ -33,7 +33,7 @@ OTHER_NAMES = {
     "sklearn": {"scikit-learn"},
     "yaml": {"pyyaml"},
 }
-BY_NAME = {"import_module", "library", "installed", "find_spec"}
+BY_NAME = {"import_module", "library", "need", "installed", "find_spec"}
 """functions whose first argument names a module"""
 
 
