@@ -9,14 +9,14 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test coverage lint audit hooks fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house bench-front peers wheel clean same-behaviour schemas
+.PHONY: help demo test coverage lint audit hooks fuzz format bench-spine bench-serve bench-faults bench-realtime bench-online bench-cold-start bench-quality bench-training bench-families bench-house bench-front peers constraints wheel clean same-behaviour schemas
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 # The environment is installed once and again only when what it is made from changes.
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "recsys needs Python 3.11 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "recsys-ray needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 
 .venv/.installed-demo: pyproject.toml constraints.txt | .venv/bin/python
@@ -127,7 +127,13 @@ schemas: .venv/.installed-dev  ## write the JSON schemas of configuration files,
 	  recsys config schema "$$(grep -rl --include='*.yaml' "schema/$$name.json" configs | head -n 1)" > configs/schema/$$name.json; \
 	done
 
-wheel: .venv/.installed-dev  ## build dist/recsys-*.whl
+# Pins that stand in the file are kept: delete a line to have the newest of that package, or write another version.
+constraints: .venv/.installed-dev  ## write constraints.txt anew from pyproject.toml
+	uv pip compile --quiet pyproject.toml --extra all --extra dev --extra cpu --extra gpu --python-version 3.11 \
+	  --no-emit-package pip --no-emit-package setuptools --no-annotate \
+	  --custom-compile-command 'make constraints' --output-file constraints.txt
+
+wheel: .venv/.installed-dev  ## build dist/recsys_ray-*.whl
 	python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove the environment, artefacts and caches

@@ -24,6 +24,7 @@ from jobs.tracking import Tracker, TrackingConfig
 from recsys.config import StrictConfig
 from recsys.errors import RecsysError
 from recsys.files import link_or_copy, read_json, write_json
+from recsys.libraries import need
 from recsys.training.runtime import ModuleT, Precision, Runtime
 
 PayloadT = TypeVar("PayloadT")
@@ -83,12 +84,15 @@ class ComputeConfig(StrictConfig):
 def ray_session() -> Generator[None]:
     """Ray is usable inside: the caller's own, the cluster of ``RAY_ADDRESS`` (set inside a submitted job), or a local
     one that is started here and stopped at the end.
+
+    :raises NotInstalledError: where Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         # Said aloud and before Ray is imported: ray.init() and `ray start` choose differently where it is unset.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    need("ray", "work on Ray", extra="ray")
     import ray
 
     if ray.is_initialized():

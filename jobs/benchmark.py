@@ -27,6 +27,7 @@ import typer
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.text import Text
 from safetensors.torch import load_file
 
 from jobs import cli
@@ -45,7 +46,7 @@ from recsys.data.dataset import Dataset, Split, Targets
 from recsys.data.features import ItemFeatures
 from recsys.data.splits.leave_one_out import LeaveOneOutSplit
 from recsys.errors import ConfigError
-from recsys.evaluation.page import suite_page
+from recsys.evaluation.page import check_plots, suite_page
 from recsys.evaluation.protocol import EvaluationConfig, RankFn, retriever_ranker, sample_queries
 from recsys.evaluation.suite import Anchor, Cost, Run, SuiteReport, build_suite_report, judge
 from recsys.files import atomic_path, link_or_copy, read_json, write_json
@@ -72,7 +73,7 @@ _TABLE_WIDTH = 180
 _CLEAR_PEAK, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _MAX_HISTORY, _MAX_RANKER_QUERIES, _HOLDOUT_SHARE = 500, 2000, 0.2
 """of systems with a ranker: interactions that it may read, queries of VALID it learns from, share of users held out"""
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 logger = logging.getLogger(__name__)
 
 
@@ -247,7 +248,11 @@ class Judged:
 
 
 def run(config: BenchmarkConfig, command: str, only: tuple[str, ...] = ()) -> Judged:
-    """Train and judge what is missing."""
+    """Train and judge what is missing.
+
+    :raises NotInstalledError: where the report could not be written in the end.
+    """
+    check_plots()
     with ray_session() if config.compute.num_workers else nullcontext():
         return _run(config, command, only)
 
@@ -267,7 +272,7 @@ def _run(config: BenchmarkConfig, command: str, only: tuple[str, ...]) -> Judged
                 artifact = train_and_judge(config, system, seeds[seed_number], dataset, prepared, embedded)
                 runs.append(Run.load(artifact.path / "run"))
                 state = "reused" if artifact.reused else f"done in {artifact.seconds:.0f} s"
-                console.print(f"[bold]{system.name}[/bold] seed {seeds[seed_number]} {state}", highlight=False)
+                console.print(Text.assemble((system.name, "bold"), f" seed {seeds[seed_number]} {state}"))
                 report = write_report(config, runs, dataset, folder, command)
     assert report is not None, "a suite has a system and a seed"
     return Judged(folder, report, runs)
@@ -460,9 +465,9 @@ def main(
         changed = "".join(f" --set {override}" for override in set_ or ())
         changed += "".join(f" --only {name}" for name in only or ())
         folder = run(config, f"recsys benchmark --suite {suite}{changed}", tuple(only or ())).folder
-    text, output = (folder / "suite.md").read_text(), Console()
+    text, output = (folder / "suite.md").read_text(), Console(markup=False)
     # The tables are wide: where they do not fit, their source is easier to read than what would be left of them.
-    output.print(Markdown(text)) if output.width >= _TABLE_WIDTH else output.print(text, soft_wrap=True, markup=False)
+    output.print(Markdown(text)) if output.width >= _TABLE_WIDTH else output.print(text, soft_wrap=True)
     console.print(f"report: {folder}/suite.html", highlight=False)
 
 

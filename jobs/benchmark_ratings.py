@@ -17,6 +17,7 @@ import typer
 from pydantic import Field
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.text import Text
 
 from jobs import cli
 from jobs.benchmark import hardware
@@ -33,7 +34,7 @@ from recsys.models.ratings.base import Rated, RatingQuestions
 from recsys.types import FloatArray
 
 SUITES = Path("configs/ratings")
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 class RatingSuite(StrictConfig):
@@ -84,7 +85,7 @@ def run(config: RatingSuite, command: str) -> tuple[Path, list[RatingResult]]:
         seconds = time.perf_counter() - started
         rmse, mae = errors(fitted.predict(questions.rated, questions.item_idx), questions, config)
         results.append(RatingResult(name, rmse, mae, seconds))
-        console.print(f"[bold]{name}[/bold] RMSE {rmse.mean:.4f}, MAE {mae.mean:.4f}", highlight=False)
+        console.print(Text.assemble((name, "bold"), f" RMSE {rmse.mean:.4f}, MAE {mae.mean:.4f}"))
     folder = Path(config.workdir) / config.name / "report"
     conditions = (
         f"{dataset.info.name}, {len(questions.item_idx)} ratings of the test split, each given all that its user had "
@@ -118,7 +119,7 @@ def main(
         config = cli.read_suite(RatingSuite, SUITES, suite, set_)
         changed = "".join(f" --set {override}" for override in set_ or ())
         folder, _ = run(config, f"recsys ratings --suite {suite}{changed}")
-    Console().print(Markdown((folder / "ratings.md").read_text()))
+    Console(markup=False).print(Markdown((folder / "ratings.md").read_text()))
 
 
 app = command(main)

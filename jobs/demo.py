@@ -14,6 +14,7 @@ import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jobs.cli import show_progress
 from jobs.config import JobConfig
@@ -23,7 +24,7 @@ from recsys.bundle.reader import Bundle
 from recsys.cli import command, readable_errors
 from recsys.config import load_config
 
-console = Console()
+console = Console(markup=False)
 NUM_SHOWN = 10
 
 
@@ -60,7 +61,9 @@ def demo(
             show(url, typical_user(published.bundle()))
             console.print(f"first answer {time.perf_counter() - started:.1f} s after the start", highlight=False)
             if not once:
-                console.print(f"\nThe graph stays up at [bold]{url}[/bold] (try {url}/docs). Ctrl-C ends it.")
+                console.print(
+                    Text.assemble("\nThe graph stays up at ", (url, "bold"), f" (try {url}/docs). Ctrl-C ends it.")
+                )
                 server.wait()
         except KeyboardInterrupt:
             console.print("\nstopping")
@@ -82,7 +85,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log_path: Path, 
             continue
         time.sleep(0.2)
     tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-30:])
-    console.print(f"[red]the graph did not become ready[/red]; the end of {log_path}:\n{tail}", highlight=False)
+    console.print(Text.assemble(("the graph did not become ready", "red"), f"; the end of {log_path}:\n{tail}"))
     raise typer.Exit(1)
 
 

@@ -24,7 +24,7 @@ from recsys.evaluation.significance import Interval, bootstrap
 from recsys.files import write_json
 from recsys.models.rankers.attention import AttentionRankerConfig
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 def run(config: JobConfig) -> Artifact:

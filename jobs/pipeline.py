@@ -15,6 +15,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jobs import cli
 from jobs._ray import ray_session
@@ -23,7 +24,7 @@ from jobs.steps import publish
 from jobs.steps.base import Results, Step, plan
 from recsys.cli import readable_errors
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 def run(config: JobConfig, until: Step[Any] = publish.STEP) -> Results:
@@ -33,13 +34,14 @@ def run(config: JobConfig, until: Step[Any] = publish.STEP) -> Results:
         advice = (
             "is inside Ray's copy of the submitted folder, which Ray deletes: give one that stays, --set workdir=FOLDER"
         )
-        console.print(f"[yellow]{home} {advice}[/yellow]", soft_wrap=True)
+        console.print(f"{home} {advice}", style="yellow", soft_wrap=True)
     started = time.perf_counter()
     with ray_session() if config.compute.num_workers else nullcontext():
         for step in steps:
             left = done.run(config, step)
             state = "reused" if left.reused else f"done in {left.seconds:.1f} s"
-            console.print(f"[bold]{step.name}[/bold] {state}  [dim]{left.path}[/dim]", highlight=False, soft_wrap=True)
+            told = Text.assemble((step.name, "bold"), f" {state}  ", (str(left.path), "dim"))
+            console.print(told, soft_wrap=True)
     if (published := done.get(publish.STEP)) is not None:
         where = Path(published.store).absolute()
         console.print(f"Bundle {published.bundle_id} in {where}", highlight=False, soft_wrap=True)

@@ -50,7 +50,7 @@ def show(store: Store) -> None:
             )
         why = "" if pointer is None or pointer.reason is None else f"\nlast move: {pointer.reason}"
     # Ids must stay whole where the output is no terminal: they are copied from here.
-    Console(width=None if Console().is_terminal else 200).print(table, why)
+    Console(width=None if Console(markup=False).is_terminal else 200, markup=False).print(table, why)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Learning curves as they are made, in TensorBoard or MLflow: ``--set compute.tracking.kind=tensorboard``.
 
-Both are optional (``pip install 'recsys[tracking]'``); what the jobs themselves write does not depend on them.
+Both are optional (the extra ``tracking``); what the jobs themselves write does not depend on them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from recsys.config import StrictConfig
-from recsys.errors import ConfigError
+from recsys.libraries import library
 
 _EXPERIMENT = "recsys"
 
@@ -34,16 +34,13 @@ class TrackingConfig(StrictConfig):
     def open(self, name: str) -> Tracker:
         """The tracker of the training ``name``; one that was begun before goes on.
 
-        :raises ConfigError: when its package is not installed.
+        :raises NotInstalledError: when its package is not installed.
         """
         if self.kind == "none":
             return Tracker()
-        try:
-            if self.kind == "tensorboard":
-                return _TensorBoard(self.location or "runs/tensorboard", name)
-            return _MLflow(self.location or "", name)
-        except ImportError as error:
-            raise ConfigError(f"tracking by {self.kind}: {error.msg}; pip install 'recsys[tracking]'") from error
+        if self.kind == "tensorboard":
+            return _TensorBoard(self.location or "runs/tensorboard", name)
+        return _MLflow(self.location or "", name)
 
 
 class Tracker:
@@ -58,10 +55,9 @@ class Tracker:
 
 class _TensorBoard(Tracker):
     def __init__(self, location: str, name: str) -> None:
-        from tensorboardX import SummaryWriter
-
+        tensorboard = library("tensorboardX", "tracking by tensorboard", extra="tracking")
         # One folder per training: several of them, or one that was resumed, are told apart by the viewer.
-        self._writer: Any = SummaryWriter(f"{location}/{name}")
+        self._writer: Any = tensorboard.SummaryWriter(f"{location}/{name}")
 
     def log(self, metrics: Mapping[str, float]) -> None:
         for metric, value in metrics.items():
@@ -75,9 +71,8 @@ class _TensorBoard(Tracker):
 
 class _MLflow(Tracker):
     def __init__(self, location: str, name: str) -> None:
-        from mlflow.tracking import MlflowClient
-
-        self._client: Any = MlflowClient(location)
+        mlflow = library("mlflow.tracking", "tracking by mlflow", extra="tracking")
+        self._client: Any = mlflow.MlflowClient(location)
         experiment = self._client.get_experiment_by_name(_EXPERIMENT)
         number = self._client.create_experiment(_EXPERIMENT) if experiment is None else experiment.experiment_id
         known = self._client.search_runs([number], f"attributes.run_name = '{name}'", max_results=1)

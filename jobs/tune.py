@@ -34,7 +34,7 @@ from recsys.models.base import FitData, RetrieverConfig
 from recsys.models.retrievers import AnyRetriever
 from recsys.training.runtime import Runtime
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 METRIC = "ndcg@10"
 
 

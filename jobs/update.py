@@ -69,7 +69,7 @@ from recsys.pipeline.stage import RANKING, RETRIEVAL
 from recsys.training.runtime import Runtime
 from recsys.types import FloatArray
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 _SCRATCH = "updating"
 _REASON = "updated from the event log"
 _PATIENCE_S = 60.0

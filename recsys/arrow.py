@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,19 @@ from numpy.typing import NDArray
 
 from recsys.types import Int32Array
 
-pc: Any = importlib.import_module("pyarrow.compute")
+
+class _Compute:
+    """``pyarrow.compute``, imported on first use: it makes some 300 functions, and many programs call none."""
+
+    def __getattr__(self, name: str) -> Any:
+        import pyarrow.compute
+
+        function = getattr(pyarrow.compute, name)
+        setattr(self, name, function)
+        return function
+
+
+pc: Any = _Compute()
 
 
 def one_chunk(column: pa.ChunkedArray) -> Any:

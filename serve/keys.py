@@ -73,7 +73,7 @@ def _say(work: Any) -> None:
     if isinstance(said, str):
         typer.echo(said)
     else:
-        Console().print(said)
+        Console(markup=False).print(said)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import typer
 from recsys.bundle.manifest import MANIFEST
 from recsys.cli import command, readable_errors
 from recsys.errors import ConfigError
+from recsys.libraries import need
 from serve import fastpath
 from serve.access.keys import SCOPES, KeyFile, add_key
 from serve.config import ServeConfig
@@ -51,6 +52,8 @@ def serving(
     down. Otherwise Ray must not have been imported before. ``proxy_location`` HeadOnly is for nodes that share an IP
     address, and with it the port.
     """
+    need("ray", "serving", extra="serve")
+    need("fastapi", "serving over HTTP", extra="serve")
     _refuse_taken(port)
     folder = Path(tempfile.mkdtemp(prefix="recsys-", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108 a socket's path is short
     session = uuid.uuid4().hex

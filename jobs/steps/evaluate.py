@@ -54,12 +54,12 @@ def run(config: JobConfig, prepared: Prepared, retriever: TrainedRetriever, rank
             systems[label(baseline)] = retriever_ranker(fitted, dataset, config.evaluation)
         results: list[SystemResult] = []
         for name, rank in systems.items():
-            Console(stderr=True).print(f"evaluating {name} on {len(targets)} queries", highlight=False)
+            Console(stderr=True, markup=False).print(f"evaluating {name} on {len(targets)} queries", highlight=False)
             results.append(evaluate_ranker(name, rank, targets, dataset, config.evaluation))
         report = build_report(results, dataset, Split.TEST, config.evaluation, baselines=baselines)
         report.save(folder)
-        report.print(Console(stderr=True))
-        Console(stderr=True).print(f"report: {folder}/report.md", highlight=False, soft_wrap=True)
+        report.print(Console(stderr=True, markup=False))
+        Console(stderr=True, markup=False).print(f"report: {folder}/report.md", highlight=False, soft_wrap=True)
         return report.to_json()
 
     settings = {

@@ -8,9 +8,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
 _create_lock = threading.Lock()
 
 
@@ -24,6 +21,8 @@ class Location:
     @classmethod
     def of(cls, uri: str | Path) -> Location:
         """``uri`` is a path or a URI such as ``s3://bucket/prefix``."""
+        from fsspec.core import url_to_fs
+
         filesystem, path = url_to_fs(str(uri))
         return cls(filesystem, path)
 
@@ -36,6 +35,8 @@ class Location:
     @property
     def local(self) -> Path | None:
         """The local path, or None where the files are elsewhere."""
+        from fsspec.implementations.local import LocalFileSystem
+
         return Path(self._path) if isinstance(self._fs, LocalFileSystem) else None
 
     def exists(self) -> bool:

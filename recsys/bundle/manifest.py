@@ -20,12 +20,10 @@ Layout of a Bundle's folder::
 from __future__ import annotations
 
 import json
-import pickletools
 import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -34,6 +32,7 @@ from pydantic import Field, field_validator
 from recsys.config import StrictConfig, parse
 from recsys.errors import BundleCorruptError, BundleError, BundleMismatchError, ConfigError
 from recsys.files import file_sha256, fingerprint
+from recsys.libraries import installed_version
 
 SCHEMA_VERSION = 3
 """Raised when the layout or its meaning changes; a reader refuses all versions but its own."""
@@ -53,7 +52,7 @@ METRICS = "metrics.json"
 GOLDEN = "golden.json"
 PARTS = (CONFIG, ITEMS, HISTORIES, SLATES, POPULAR, RETRIEVER, INDEX, RANKER, ENCODER, TEXT_INDEX, METRICS, GOLDEN)
 
-_LIBRARIES = ("recsys", "torch", "transformers", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu", "openvino")
+_LIBRARIES = ("torch", "transformers", "numpy", "pyarrow", "faiss-cpu", "faiss-gpu", "openvino")
 _PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".npz"}
 
 
@@ -217,6 +216,8 @@ def _pickle_reason(path: Path) -> str | None:
         if head[:6] == b"\x93NUMPY" and b"|O" in head:
             return "the array holds pickled objects"
         if head[:1] == b"\x80" and head[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}:
+            import pickletools
+
             file.seek(0)
             try:
                 # Reads opcodes up to STOP without executing any; weights that start with 0x80 by chance fail here.
@@ -230,13 +231,8 @@ def _pickle_reason(path: Path) -> str | None:
 
 def library_versions() -> dict[str, str]:
     """Installed versions of the libraries that a Bundle's answers depend on."""
-    found: dict[str, str] = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {"recsys": installed_version(), **{name: installed_version(name) for name in _LIBRARIES}}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def git_revision() -> str | None:

@@ -248,7 +248,7 @@ def _read(source: Source, latest_ms: int, quarantine: Quarantine, console: Conso
         TimeRemainingColumn(),
     )
     started = time.perf_counter()
-    with Progress(*columns, console=console or Console(stderr=True)) as progress:
+    with Progress(*columns, console=console or Console(stderr=True, markup=False)) as progress:
         task = progress.add_task(source.kind, total=source.num_rows(), rate="")
         for raw in source.read():
             accepted, rejected = validate(raw, source, num_read, latest_ms)

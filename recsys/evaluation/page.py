@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from recsys.errors import ConfigError
 from recsys.evaluation.suite import SuiteReport, SystemSummary
+from recsys.libraries import library
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; }
@@ -20,11 +20,20 @@ svg { width: 100%; height: auto; } .conditions { color: #555; font-size: 13px; }
 """
 
 
-def suite_page(report: SuiteReport) -> str:
-    """The page. Needs matplotlib (``pip install 'recsys[report]'``).
+def check_plots() -> None:
+    """Ask this before hours of work whose end is a page.
 
-    :raises ConfigError: where matplotlib is not installed.
+    :raises NotInstalledError: where matplotlib, which draws the plots, is not installed.
     """
+    library("matplotlib", "a report with plots", extra="report")
+
+
+def suite_page(report: SuiteReport) -> str:
+    """The page.
+
+    :raises NotInstalledError: see :func:`check_plots`.
+    """
+    check_plots()
     parts = [f"<h1>Benchmark {html.escape(report.suite)}</h1>"]
     parts.append(f"<p class=conditions>{_code(report.conditions())}</p>")
     for view in report.views:
@@ -46,7 +55,11 @@ def suite_page(report: SuiteReport) -> str:
 
 
 def latency_plot(report: SuiteReport) -> str:
-    """SVG: accuracy against the time of one recommendation, of the systems whose time is known."""
+    """SVG: accuracy against the time of one recommendation, of the systems whose time is known.
+
+    :raises NotInstalledError: see :func:`check_plots`.
+    """
+    check_plots()
     systems = [one for one in next(iter(report.views.values())) if one.recommend_ms is not None]
 
     def draw(axes: Any) -> None:
@@ -126,11 +139,9 @@ _LEGEND_ROWS = 20
 
 
 def _plot(title: str, x_label: str, y_label: str, draw: Callable[[Any], None]) -> str:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'recsys[report]'") from None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes: Any = figure.subplots()
     draw(axes)

@@ -93,7 +93,7 @@ class EvaluationReport:
 
     def print(self, console: Console | None = None) -> None:
         """Print the main figures, narrow enough for a terminal; ``report.md`` holds all of them."""
-        console = console or Console()
+        console = console or Console(markup=False)
         for position, first in enumerate(self.systems[0].views):
             title, header, rows = self._summary_table(position)
             table = Table(title=title, show_edge=False)
@@ -102,9 +102,8 @@ class EvaluationReport:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-            console.print(
-                f"[dim]{self._conditions() if first is self.systems[0].views[-1] else ''}[/dim]", highlight=False
-            )
+            conditions = self._conditions() if first is self.systems[0].views[-1] else ""
+            console.print(conditions, style="dim", highlight=False)
 
     def _summary_table(self, position: int) -> tuple[str, list[str], list[list[str]]]:
         main = self.config["main_metric"]

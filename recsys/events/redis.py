@@ -172,7 +172,7 @@ class RedisEventStore(EventStore):
     is_remote = True
 
     def __init__(self, config: RedisEventStoreConfig) -> None:
-        redis = library("redis", config.kind, extra="redis")
+        redis = library("redis", f"the kind {config.kind}", extra="redis")
         self.config = config
         self._p = config.prefix
         self.log_only = config.log_only
@@ -187,9 +187,7 @@ class RedisEventStore(EventStore):
                 socket_timeout=config.timeout_s,
                 socket_connect_timeout=config.timeout_s,
                 # A command that was sent and not answered may have been carried out. Sending it again is harmless.
-                retry=library("redis.retry", config.kind, extra="redis").Retry(
-                    library("redis.backoff", config.kind, extra="redis").NoBackoff(), 1
-                ),
+                retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1),
             )
         self._scripts = {name: self._redis.register_script(text) for name, text in _SCRIPTS.items()}
         with self._errors("cannot be opened"):

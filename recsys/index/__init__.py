@@ -1,4 +1,4 @@
-"""FAISS indexes over item vectors, one file per kind."""
+"""Indexes over item vectors, one file per kind. All are FAISS's; ``flat`` does without it where it is not installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from recsys.errors import ModelError
 from recsys.files import read_json
-from recsys.index.base import INDEX_FILE, INFO_FILE, IndexConfig, VectorIndex, faiss
+from recsys.index.base import INDEX_FILE, INFO_FILE, IndexConfig, VectorIndex
 from recsys.kinds import Kinds
 
 KINDS: Kinds[IndexConfig] = Kinds(
@@ -26,6 +26,7 @@ __all__ = ["KINDS", "AnyIndex", "IndexConfig", "VectorIndex", "load_index"]
 def load_index(folder: str | Path) -> VectorIndex:
     """Memory-map what :meth:`VectorIndex.save` wrote: pages are shared between processes and read on demand.
 
+    :raises NotInstalledError: when it needs FAISS, and that is not installed.
     :raises ModelError: when the folder holds no complete index or its parts disagree.
     """
     folder = Path(folder)
@@ -34,14 +35,11 @@ def load_index(folder: str | Path) -> VectorIndex:
             raise ModelError(f"{folder}: no index here ({name} is missing)", path=str(folder))
     info = read_json(folder / INFO_FILE)
     config = KINDS.parse(info["config"], where=str(folder / INFO_FILE))
-    try:
-        index = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ModelError(f"{folder / INDEX_FILE}: not a readable FAISS index: {error}", path=str(folder)) from error
-    if (index.ntotal, index.d) != (info["num_items"], info["dim"]):
+    index = config.read(folder / INDEX_FILE)
+    if (index.num_items, index.dim) != (info["num_items"], info["dim"]):
         raise ModelError(
-            f"{folder}: {INDEX_FILE} holds {index.ntotal} x {index.d}, "
+            f"{folder}: {INDEX_FILE} holds {index.num_items} x {index.dim}, "
             f"{INFO_FILE} says {info['num_items']} x {info['dim']}",
             path=str(folder),
         )
-    return VectorIndex(config, index)
+    return index

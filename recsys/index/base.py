@@ -5,24 +5,29 @@ Shape legend: N items, D dimensions, B queries, k results.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from abc import ABC, abstractmethod
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from recsys.errors import ModelError
+from recsys.errors import ModelError, NotInstalledError
 from recsys.files import atomic_path, write_json
 from recsys.kinds import Kind
+from recsys.libraries import library
 from recsys.types import BoolArray, FloatArray, Int32Array, Int64Array
-
-faiss: Any = import_module("faiss")
-"""FAISS untyped: its own stubs lack most of what is used here"""
 
 MAX_TIE = 4096
 INDEX_FILE, INFO_FILE = "index.faiss", "index.json"
+
+
+@functools.cache
+def faiss() -> Any:
+    """FAISS untyped: its own stubs lack most of what is used here. Ask :meth:`IndexConfig.check_installed` first."""
+    return importlib.import_module("faiss")
 
 
 class IndexConfig(Kind, ABC):
@@ -30,6 +35,7 @@ class IndexConfig(Kind, ABC):
     exhaustively.
     """
 
+    kind: str
     min_recall: ClassVar[float] = 0.8
     """what the sample finds at least of the 20 nearest of 2,000 random vectors, share"""
     score_tolerance: ClassVar[float] = 1e-4
@@ -50,6 +56,7 @@ class IndexConfig(Kind, ABC):
     def build(self, vectors: FloatArray) -> VectorIndex:
         """Index ``vectors`` (float32 [N, D], finite, N > 0), in order of ``item_idx``.
 
+        :raises NotInstalledError: see :meth:`check_installed`.
         :raises ModelError: when the vectors are not usable.
         """
         vectors_ND = np.ascontiguousarray(vectors, np.float32)
@@ -59,7 +66,31 @@ class IndexConfig(Kind, ABC):
         if not finite.all():
             row = int(np.argmin(finite))
             raise ModelError(f"the vector of item_idx {row} is not finite", item_idx=row)
+        return self.over(vectors_ND)
+
+    def over(self, vectors_ND: FloatArray) -> VectorIndex:
+        """See :meth:`build`; the vectors are usable."""
+        self.check_installed()
         return VectorIndex(self, self.build_faiss(vectors_ND))
+
+    def check_installed(self) -> None:
+        """:raises NotInstalledError: where FAISS is not installed; it says what to do."""
+        try:
+            library("faiss", f"an index of kind {self.kind}", extra="gpu" if self.device == "gpu" else "cpu")
+        except NotInstalledError as error:
+            raise NotInstalledError(f"{error}, or use kind flat on cpu", **error.details) from error
+
+    def read(self, path: Path) -> VectorIndex:
+        """What :meth:`VectorIndex.write` wrote, memory-mapped.
+
+        :raises NotInstalledError: see :meth:`check_installed`.
+        :raises ModelError: when it cannot be read.
+        """
+        self.check_installed()
+        try:
+            return VectorIndex(self, faiss().read_index(str(path), faiss().IO_FLAG_MMAP_IFC))
+        except RuntimeError as error:
+            raise ModelError(f"{path}: not a readable FAISS index: {error}", path=str(path)) from error
 
 
 class ApproximateIndexConfig(IndexConfig, ABC):
@@ -85,9 +116,9 @@ class VectorIndex:
         self._index = index
         self._gpu: Any = None
         if config.device == "gpu":
-            if getattr(faiss, "get_num_gpus", int)() == 0:
+            if getattr(faiss(), "get_num_gpus", int)() == 0:
                 raise ModelError("index.device is gpu, but FAISS sees no GPU: install faiss-gpu or set it to cpu")
-            self._gpu = faiss.index_cpu_to_all_gpus(index)
+            self._gpu = faiss().index_cpu_to_all_gpus(index)
 
     @property
     def num_items(self) -> int:
@@ -123,25 +154,30 @@ class VectorIndex:
         wanted = min(k, num_allowed)
         if wanted == 0 or num_queries == 0:
             return scores_Bk, items_Bk
-        bits = None if allowed is None else np.packbits(allowed, bitorder="little")
-        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
-        config = self.config
-        if not isinstance(config, ApproximateIndexConfig) or num_allowed < config.exhaustive_below * num_items:
-            found_scores, found_items = self._exhaustive(queries_BD, wanted, num_allowed, selector)
-        else:
-            if selector is None and self._gpu is not None:
-                found_scores, found_items = self._gpu.search(queries_BD, wanted)
-            else:
-                parameters = config.search_parameters(wanted, selector)
-                found_scores, found_items = self._index.search(queries_BD, wanted, params=parameters)
-            short = np.flatnonzero((found_items < 0).any(axis=1))
-            if len(short):
-                again = self._exhaustive(queries_BD[short], wanted, num_allowed, selector)
-                found_scores[short], found_items[short] = (found[:, :wanted] for found in again)
+        found_scores, found_items = self._find(queries_BD, wanted, allowed, num_allowed)
         order = np.lexsort((found_items, -found_scores))
         scores_Bk[:, :wanted] = np.take_along_axis(found_scores, order, axis=1)[:, :wanted]
         items_Bk[:, :wanted] = np.take_along_axis(found_items, order, axis=1)[:, :wanted]
         return scores_Bk, items_Bk
+
+    def _find(
+        self, queries_BD: FloatArray, k: int, allowed: BoolArray | None, num_allowed: int
+    ) -> tuple[FloatArray, Int64Array]:
+        """At least ``k`` items per query with their scores, in any order; ``k`` is at most ``num_allowed``."""
+        bits = None if allowed is None else np.packbits(allowed, bitorder="little")
+        selector = None if bits is None else faiss().IDSelectorBitmap(bits)
+        config = self.config
+        if not isinstance(config, ApproximateIndexConfig) or num_allowed < config.exhaustive_below * self.num_items:
+            return self._exhaustive(queries_BD, k, num_allowed, selector)
+        if selector is None and self._gpu is not None:
+            scores, items = self._gpu.search(queries_BD, k)
+        else:
+            scores, items = self._index.search(queries_BD, k, params=config.search_parameters(k, selector))
+        short = np.flatnonzero((items < 0).any(axis=1))
+        if len(short):
+            again = self._exhaustive(queries_BD[short], k, num_allowed, selector)
+            scores[short], items[short] = (found[:, :k] for found in again)
+        return scores, items
 
     def _exhaustive(
         self, queries_BD: FloatArray, k: int, num_allowed: int, selector: Any
@@ -160,15 +196,19 @@ class VectorIndex:
 
     def vectors(self) -> FloatArray | None:
         """float32 [N, D] as they were indexed; None where the index holds them less exactly, or not in order."""
-        if not isinstance(self._index, faiss.IndexFlat):
+        if not isinstance(self._index, faiss().IndexFlat):
             return None
         return self._index.reconstruct_n(0, self.num_items)
+
+    def write(self, path: Path) -> None:
+        """Write the file that :meth:`IndexConfig.read` reads."""
+        faiss().write_index(self._index, str(path))
 
     def save(self, folder: str | Path) -> None:
         """Write ``index.faiss`` and, last, ``index.json``."""
         folder = Path(folder)
         with atomic_path(folder / INDEX_FILE) as temporary:
-            faiss.write_index(self._index, str(temporary))
+            self.write(temporary)
         info = {
             "config": self.config.model_dump(mode="json"),
             "dim": self.dim,

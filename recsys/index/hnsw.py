@@ -31,13 +31,13 @@ class HnswIndex(ApproximateIndexConfig):
         return cls()
 
     def build_faiss(self, vectors_ND: FloatArray) -> Any:
-        index = faiss.IndexHNSWFlat(vectors_ND.shape[1], self.num_neighbours, faiss.METRIC_INNER_PRODUCT)
+        index = faiss().IndexHNSWFlat(vectors_ND.shape[1], self.num_neighbours, faiss().METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = self.build_effort
         index.add(vectors_ND)
         return index
 
     def search_parameters(self, k: int, selector: Any) -> Any:
-        return faiss.SearchParametersHNSW(sel=selector, efSearch=max(self.search_effort, k))
+        return faiss().SearchParametersHNSW(sel=selector, efSearch=max(self.search_effort, k))
 
     def exhaustive(self, index: Any, selector: Any) -> tuple[Any, Any]:
-        return faiss.downcast_index(index.storage), faiss.SearchParameters(sel=selector)
+        return faiss().downcast_index(index.storage), faiss().SearchParameters(sel=selector)

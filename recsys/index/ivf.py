@@ -45,7 +45,7 @@ class IvfIndex(ApproximateIndexConfig):
         most = max(1, num_items // VECTORS_PER_LIST)
         num_lists = min(self.num_lists or round(4 * math.sqrt(num_items)), most)
         storage = "Flat" if self.codec == "flat" else "SQ8"
-        index = faiss.index_factory(dim, f"IVF{num_lists},{storage}", faiss.METRIC_INNER_PRODUCT)
+        index = faiss().index_factory(dim, f"IVF{num_lists},{storage}", faiss().METRIC_INNER_PRODUCT)
         index.cp.seed = self.seed
         sample = vectors_ND
         if num_items > self.train_sample:
@@ -57,7 +57,7 @@ class IvfIndex(ApproximateIndexConfig):
         return index
 
     def search_parameters(self, k: int, selector: Any) -> Any:
-        return faiss.SearchParametersIVF(sel=selector, nprobe=self.num_probes)
+        return faiss().SearchParametersIVF(sel=selector, nprobe=self.num_probes)
 
     def exhaustive(self, index: Any, selector: Any) -> tuple[Any, Any]:
-        return index, faiss.SearchParametersIVF(sel=selector, nprobe=index.nlist)
+        return index, faiss().SearchParametersIVF(sel=selector, nprobe=index.nlist)

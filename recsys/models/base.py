@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,10 @@ from recsys.errors import ModelError
 from recsys.files import write_json
 from recsys.kinds import Kind
 from recsys.models.stand_in import StandIns
-from recsys.training.runtime import Runtime
 from recsys.types import BoolArray, FloatArray, Int32Array, Int64Array
+
+if TYPE_CHECKING:
+    from recsys.training.runtime import Runtime
 
 SampleReads = Literal["ids", "text_vectors", "words"]
 """What tells the items of planted data apart: interactions alone, their text vectors, or the words of their titles."""

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from recsys.bundle import Bundle
 from recsys.errors import ConfigError, StageError, StageOverloadedError
+from recsys.libraries import installed
 from recsys.pipeline.build import Parts, build_stage
 from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.stage import Stage, StageOutput
@@ -196,11 +197,13 @@ _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 def limit_threads(threads: int) -> None:
     """Threads of torch, FAISS and whatever else reads ``OMP_NUM_THREADS`` in this process."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    import faiss
     import torch
 
     torch.set_num_threads(threads)
-    faiss.omp_set_num_threads(threads)
+    if installed("faiss"):
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
 
 
 def settle_memory() -> None:

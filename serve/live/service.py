@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +21,7 @@ from recsys.bundle.rule_log import RuleLog
 from recsys.data.catalogue import Catalogue
 from recsys.errors import BundleError, RequestError
 from recsys.events import EventStore
+from recsys.libraries import installed_version
 from recsys.pipeline.build import Parts, build_stages, local, warm_up
 from recsys.pipeline.config import pipeline_config
 from recsys.pipeline.recommender import STATE, Recommender, golden_request
@@ -196,11 +196,8 @@ class Service:
 
     @property
     def version(self) -> str:
-        """Of this package."""
-        try:
-            return version("recsys")
-        except PackageNotFoundError:  # run from a checkout
-            return "0"
+        """Of this package; 0 in a checkout that is not installed."""
+        return installed_version() or "0"
 
     @property
     def generations(self) -> list[Generation]:

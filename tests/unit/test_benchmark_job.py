@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
 import yaml
 
 from jobs import benchmark, benchmark_ratings
@@ -76,6 +77,21 @@ def test_a_suite_is_trained_once_and_reported(tmp_path: Path, monkeypatch: pytes
     again = benchmark.run(config, "the command", only=("popularity",)).folder
     (systems,) = read_json(again / "suite.json")["views"].values()
     assert [one["name"] for one in systems] == ["popularity"]
+
+
+def test_what_the_report_needs_is_asked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not after hours of training; and the brackets of what to install reach the terminal."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(SUITE | {"workdir": str(tmp_path / "work")}))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(typer.Exit) as ended:
+        benchmark.main(str(path))
+    assert ended.value.exit_code == 2
+    assert "a report with plots needs matplotlib" in (told := capsys.readouterr().err)
+    assert "pip install 'recsys-ray[report]'" in told
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_ranker_takes_part_with_its_retriever(tmp_path: Path) -> None:

@@ -71,6 +71,18 @@ def test_nothing_saved_can_run_code() -> None:
     assert {str(path): found for path in sources(*ROOMS) if (found := list(unsafe(path.read_text())))} == {}
 
 
+def test_no_text_is_taken_for_markup() -> None:
+    """What is printed holds titles, paths and ``pip install 'name[extra]'``, whose brackets must stay."""
+    calls = [
+        ast.unparse(node)
+        for path in sources(*ROOMS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "Console"
+    ]
+    assert len(calls) > 5
+    assert [call for call in calls if "markup=False" not in call] == []
+
+
 def test_no_file_is_two_files() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(*ROOMS, "tests")}
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}

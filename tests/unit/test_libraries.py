@@ -16,5 +16,5 @@ from recsys.training.runtime import Runtime
 
 def test_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
-    with pytest.raises(ConfigError, match=r"the kind als needs implicit.*pip install 'recsys\[classical\]'"):
+    with pytest.raises(ConfigError, match=r"the kind als needs implicit.*pip install 'recsys-ray\[classical\]'"):
         ALS().fit(FitData.of(planted_clusters(), Split.TRAIN), Runtime("cpu"))

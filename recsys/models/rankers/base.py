@@ -11,16 +11,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field
 
 from recsys.kinds import Kind
 from recsys.models.base import UpdateConfig
-from recsys.models.rankers.examples import RankingExamples
 from recsys.models.rankers.queries import RankingBatch, RankingCatalogue, RankingItems, RankingQuery, ranking_batch
-from recsys.training.runtime import Runtime
 from recsys.types import FloatArray
+
+if TYPE_CHECKING:
+    from recsys.models.rankers.examples import RankingExamples
+    from recsys.training.runtime import Runtime
 
 SAMPLE_WORDS = ("red", "blue", "green", "white", "black", "thing")
 """of which the titles of planted items are made"""

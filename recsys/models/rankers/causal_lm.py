@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recsys.config import StrictConfig
 from recsys.errors import ModelError
+from recsys.libraries import library
 from recsys.models.rankers.loop import listwise_loss
 from recsys.models.rankers.queries import PADDING, RankingBatch
 from recsys.models.rankers.text_ranker import TextInputs, TextRankerConfig, TextRankerNetwork
@@ -171,15 +172,16 @@ class _DecoderNetwork(TextRankerNetwork):
 
 def _read(folder: Path) -> tuple[Any, Any]:
     """A folder with safetensors, or with one file of quantized weights (``.gguf``), which are read into float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    transformers = library("transformers", "a causal_lm ranker", extra="text")
     quantized = [path.name for path in sorted(folder.glob("*.gguf"))]
     source: dict[str, Any] = {"gguf_file": quantized[0]} if quantized else {"use_safetensors": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({"gguf_file": quantized[0]} if quantized else {})
         )
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, **source
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{folder}: not a usable causal language model: {error}", path=str(folder)) from error
     return tokenizer, model
@@ -187,26 +189,25 @@ def _read(folder: Path) -> tuple[Any, Any]:
 
 def _make(config: SmallDecoder, texts: Sequence[str]) -> tuple[Any, Any]:
     """Byte pairs of ``texts``, and a decoder with weights drawn from torch's generator."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
+    transformers = library("transformers", "a causal_lm ranker", extra="text")
+    tokenizers = library("tokenizers", "a causal_lm ranker", extra="text")
     if config.dim % config.num_heads:
         raise ModelError(f"causal_lm.small.dim {config.dim} must be a multiple of num_heads {config.num_heads}")
-    pairs = Tokenizer(models.BPE(unk_token=_UNKNOWN))
-    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pairs.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=_UNKNOWN))
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=config.vocabulary,
         special_tokens=[_BEGIN, _UNKNOWN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     pairs.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=pairs, bos_token=_BEGIN, eos_token=_BEGIN, unk_token=_UNKNOWN, pad_token=_BEGIN
     )
     begin = pairs.token_to_id(_BEGIN)
-    settings = GPT2Config(
+    settings = transformers.GPT2Config(
         vocab_size=pairs.get_vocab_size(),
         n_positions=config.max_tokens,
         n_embd=config.dim,
@@ -215,4 +216,4 @@ def _make(config: SmallDecoder, texts: Sequence[str]) -> tuple[Any, Any]:
         bos_token_id=begin,
         eos_token_id=begin,
     )
-    return tokenizer, GPT2LMHeadModel(settings)
+    return tokenizer, transformers.GPT2LMHeadModel(settings)

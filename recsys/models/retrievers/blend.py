@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, SerializeAsAny, StringConstraints, WithJsonSchema, field_validator
@@ -21,9 +21,10 @@ from recsys.config import StrictConfig
 from recsys.data.histories import Histories
 from recsys.models.base import FitData, Retriever, RetrieverConfig, UpdateConfig
 from recsys.models.retrievers import KINDS, load_retriever
-from recsys.models.retrievers.phases import Phase
-from recsys.training.runtime import Runtime
 from recsys.types import FloatArray, Int64Array
+
+if TYPE_CHECKING:
+    from recsys.training.runtime import Runtime
 
 RANK_OFFSET = 60
 """from the paper: the larger, the less the first places count over those after them"""
@@ -82,6 +83,8 @@ class Blend(RetrieverConfig):
 
     def fit(self, data: FitData, runtime: Runtime) -> BlendRetriever:
         """Fit one source after the other."""
+        from recsys.models.retrievers.phases import Phase
+
         done: dict[str, Retriever] = {}
         for name, source in self.sources.items():
             phase = Phase(runtime, name, done)
@@ -91,6 +94,8 @@ class Blend(RetrieverConfig):
     def update(self, fitted: Retriever, data: FitData, runtime: Runtime, how: UpdateConfig) -> BlendRetriever:
         """Each source goes on as its kind does."""
         assert isinstance(fitted, BlendRetriever)
+        from recsys.models.retrievers.phases import Phase
+
         done: dict[str, Retriever] = {}
         for name, source in self.sources.items():
             phase = Phase(runtime, name, done)

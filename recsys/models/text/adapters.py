@@ -48,9 +48,9 @@ Adapter = Annotated[LoRA | Prefix, Field(discriminator="kind")]
 def adapt(transformer: Any, adapter: LoRA | Prefix, task: Task) -> nn.Module:
     """``transformer`` (of Hugging Face) with new weights, which alone can learn.
 
-    :raises ConfigError: where peft is not installed.
+    :raises NotInstalledError: where peft is not installed.
     """
-    peft = library("peft", adapter.kind, extra="adapters")
+    peft = library("peft", f"the adapter {adapter.kind}", extra="adapters")
     if isinstance(adapter, LoRA):
         settings = peft.LoraConfig(
             r=adapter.rank,
@@ -81,7 +81,7 @@ def with_saved_adapter(transformer: Any, folder: Path) -> Any:
     """``transformer``, which was read from ``folder``, with the adapter beside it if there is one."""
     if not (folder / _FOLDER).exists():
         return transformer
-    peft = library("peft", "prefix", extra="adapters")
+    peft = library("peft", "the adapter prefix", extra="adapters")
     return peft.PeftModel.from_pretrained(transformer, folder / _FOLDER)
 
 

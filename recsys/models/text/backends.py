@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from recsys.errors import ConfigError
-from recsys.libraries import installed
+from recsys.libraries import installed, library
 from recsys.types import FloatArray, Int64Array
 
 BackendName = Literal["auto", "torch", "openvino"]
@@ -66,8 +66,7 @@ class OpenVinoBackend(Backend):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        import openvino as ov
-
+        ov = library("openvino", "encoder.backend: openvino", extra="export")
         self.threads = torch.get_num_threads()
         free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
         program = torch.export.export(module, (torch.ones((2, 7), dtype=torch.long),), dynamic_shapes=(free,))

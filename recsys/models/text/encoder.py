@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recsys.config import StrictConfig
 from recsys.errors import ConfigError, ModelError
+from recsys.libraries import install, library
 from recsys.models.text.adapters import Adapter, is_adapted, places_taken, save_transformer, with_saved_adapter
 from recsys.models.text.backends import Backend, BackendName, choose_backend
 from recsys.types import FloatArray, Int64Array
@@ -58,7 +59,7 @@ class TextTrainConfig(StrictConfig):
         description="topmost layers that learn; 0 is the whole encoder, embeddings included; not read with an adapter",
     )
     adapter: Adapter | None = Field(
-        default=None, description="learn a few new weights instead of the encoder's (pip install 'recsys[adapters]')"
+        default=None, description=f"learn a few new weights instead of the encoder's ({install('adapters')})"
     )
 
 
@@ -144,13 +145,13 @@ def model_folder(model: str, field: str) -> Path:
 def read_encoder(folder: Path) -> tuple[Any, Any]:
     """Tokenizer and transformer (float32) of a Hugging Face folder. Safetensors only.
 
+    :raises NotInstalledError: where transformers is not installed.
     :raises ModelError: when the folder cannot be read as an encoder.
     """
-    from transformers import AutoModel, AutoTokenizer
-
+    transformers = library("transformers", "a text encoder", extra="text")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        transformer = AutoModel.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        transformer = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
@@ -203,6 +204,7 @@ class TextEncoder:
     def load(cls, config: EncodingConfig, folder: str | Path | None = None, *, device: str = "cpu") -> TextEncoder:
         """Read the encoder in ``folder``, by default the one that a :class:`TextEncoderConfig` names. Safetensors only.
 
+            :raises NotInstalledError: where transformers is not installed.
         :raises ModelError: when the folder cannot be read as an encoder.
         """
         if folder is None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from recsys.libraries import library
+
 
 def tiny_encoder(folder: Path, words: Sequence[str], *, dim: int = 16, max_tokens: int = 16) -> Path:
-    """Write a two-layer BERT that knows ``words`` into ``folder``."""
-    import transformers
-    from transformers import BertConfig, BertModel
+    """Write a two-layer BERT that knows ``words`` into ``folder``.
 
-    library: Any = transformers  # it names some of its classes at run time only
+    :raises NotInstalledError: where transformers is not installed.
+    """
+    transformers = library("transformers", "a text encoder", extra="text")
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=dim,
         num_hidden_layers=2,
@@ -28,7 +29,7 @@ def tiny_encoder(folder: Path, words: Sequence[str], *, dim: int = 16, max_token
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
+        transformers.BertModel(config).save_pretrained(folder)
     numbers = {word: row for row, word in enumerate(vocabulary)}
-    library.BertTokenizerFast(vocab=numbers, model_max_length=max_tokens).save_pretrained(folder)
+    transformers.BertTokenizerFast(vocab=numbers, model_max_length=max_tokens).save_pretrained(folder)
     return folder

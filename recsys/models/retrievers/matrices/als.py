@@ -34,7 +34,7 @@ class ALS(RetrieverConfig):
     def fit(self, data: FitData, runtime: Runtime) -> FactorRetriever:
         """Alternate; the same seed gives the same factors."""
         matrix_UN = interaction_matrix(data)
-        model = library("implicit.cpu.als", self.kind).AlternatingLeastSquares(
+        model = library("implicit.cpu.als", f"the kind {self.kind}", extra="classical").AlternatingLeastSquares(
             factors=self.dim,
             regularization=self.regularization,
             iterations=self.iterations,

@@ -36,7 +36,7 @@ class BPR(RetrieverConfig):
     def fit(self, data: FitData, runtime: Runtime) -> FactorRetriever:
         """Stochastic gradient on one thread, so that the same seed gives the same factors."""
         matrix_UN = interaction_matrix(data)
-        model = library("implicit.cpu.bpr", self.kind).BayesianPersonalizedRanking(
+        model = library("implicit.cpu.bpr", f"the kind {self.kind}", extra="classical").BayesianPersonalizedRanking(
             factors=self.dim,
             learning_rate=self.learning_rate,
             regularization=self.regularization,

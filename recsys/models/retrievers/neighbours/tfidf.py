@@ -64,7 +64,7 @@ class TfIdf(RetrieverConfig):
         """
         popularity = popularity_of(interaction_matrix(data))
         texts = item_texts(data.items, TextEncoderConfig(fields=self.fields))
-        text = library("sklearn.feature_extraction.text", self.kind)
+        text = library("sklearn.feature_extraction.text", f"the kind {self.kind}", extra="classical")
         vectorizer = text.TfidfVectorizer(ngram_range=(1, self.max_ngram), min_df=self.min_items, max_df=self.max_share)
         try:
             words_NW = vectorizer.fit_transform(texts)
