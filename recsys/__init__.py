@@ -122,7 +122,7 @@ __all__ = [
     "prepare",
 ]
 
-_DISTRIBUTION = "recsys"
+_DISTRIBUTION = "recsys-ray"
 """under which this package is installed: the name in ``pyproject.toml``"""
 
 # Where each name is at home; those that are not listed are errors.

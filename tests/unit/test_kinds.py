@@ -91,7 +91,7 @@ def test_a_field_takes_any_kind_and_survives_json_and_yaml() -> None:
     assert holder.one == IvfIndex(num_lists=3)
     assert Holder.model_validate_json(holder.model_dump_json()) == holder
     assert Holder.parse(yaml.safe_load(yaml.safe_dump(holder.model_dump(mode="json"))), where="test") == holder
-    with pytest.raises(ConfigError, match="'flat', 'ivf', 'hnsw'"):
+    with pytest.raises(ConfigError, match="there is no kind 'annoy'; there are flat, ivf, hnsw"):
         Holder.parse({"one": {"kind": "annoy"}}, where="test")
 
 
