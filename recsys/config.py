@@ -52,7 +52,9 @@ def _message(error: Any, schema: Any) -> str:
         return f"there is no such key; {nearest(str(error['loc'][-1]), known)}"
     if error["type"] == "union_tag_invalid":
         known = [name.strip("' ") for name in error["ctx"]["expected_tags"].split(",")]
-        return f"there is no kind {error['ctx']['tag']!r}; {nearest(error['ctx']['tag'], known)}"
+        hint = nearest(error["ctx"]["tag"], known)
+        kinds = "" if hint.startswith("there are") else f" There are {', '.join(known)}"
+        return f"there is no kind {error['ctx']['tag']!r}; {hint}{kinds}"
     return error["msg"]
 
 

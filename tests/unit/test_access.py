@@ -231,7 +231,7 @@ async def test_a_file_that_breaks_locks_nobody_out(service, path, caplog):
 
 
 def test_a_gateway_without_a_file_of_keys_does_not_start(path, tmp_path):
-    with pytest.raises(ConfigError, match=r"serve\.keys add"):
+    with pytest.raises(ConfigError, match=r"recsys keys add"):
         Keys(path)
     path.write_text("[]")
     with pytest.raises(ConfigError, match=r"keys\.json"):
