@@ -233,7 +233,14 @@ def test_a_submitted_job_gives_the_same_kind_of_bundle(
     address, environment = cluster
     command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
     command += ["python", "-m", "jobs.pipeline", "--config", CONFIG, *overrides(f"workdir={tmp_path / 'runs'}")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420, check=False)
+    deadline = time.monotonic() + 60
+    while True:  # the agent that starts jobs comes up a moment after the dashboard answers
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(2)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     submitted = Bundle.open(tmp_path / "runs" / "synthetic" / "bundles")
     in_process = Bundle.open(local[0] / "synthetic" / "bundles")

@@ -173,7 +173,7 @@ def test_commands_of_the_core(core: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     (tmp_path / "tiny").mkdir()
     done = run(core, tmp_path, "-m", "serve.run", "--bundle", str(tmp_path / "tiny"), "--open")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "pip install 'recsys-ray[serve]'" in done.stderr, done.stderr
 
 
