@@ -98,12 +98,13 @@ def ray_session() -> Generator[None]:
     if ray.is_initialized():
         yield
         return
+    before: str | None = None
     if address:
         ray.init()
     else:
         # The dashboard holds the state API, without which Ray Train's own watchers complain every second. They look for
         # it on the one Ray of the machine, and print a traceback where there are two, unless they are told where it is.
-        port = _free_port()
+        port, before = _free_port(), os.environ.get("RAY_API_SERVER_ADDRESS")
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{_LOOPBACK}:{port}"
         ray.init(
             address="local",  # not one that somebody else has left running on this machine
@@ -117,8 +118,10 @@ def ray_session() -> Generator[None]:
         yield
     finally:
         ray.shutdown()
-        if not address:
-            del os.environ["RAY_API_SERVER_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+        elif not address:
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 def _free_port() -> int:

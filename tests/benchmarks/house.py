@@ -17,11 +17,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rows import RESULTS, write_row
-
-from recsys.files import read_json
+from rows import print_rows, write_row
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("recsys", "jobs", "serve")
@@ -264,10 +260,7 @@ def main(
     for name in only or FIGURES:
         print(f"== {name}", flush=True)
         FIGURES[name](before)
-    table = Table("figure", "value", "bar", "outcome", show_edge=False)
-    for row in read_json(RESULTS / f"{FILE}.json"):
-        table.add_row(row["name"], f"{row['value']:g} {row['unit']}", row["bar"], "met" if row["passes"] else "MISSED")
-    Console().print(table)
+    print_rows(FILE)
 
 
 if __name__ == "__main__":

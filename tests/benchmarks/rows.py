@@ -9,6 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from recsys.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,6 +55,14 @@ def write_row(
         rows.append(row)
     write_json(path, rows)
     print(f"{name} = {row['value']} {unit} (bar {bar}): {'passes' if passes else 'MISSED'}", flush=True)
+
+
+def print_rows(file: str) -> None:
+    """All rows of ``results/<file>.json``, as a table."""
+    table = Table("figure", "value", "bar", "outcome", show_edge=False)
+    for row in read_json(RESULTS / f"{file}.json"):
+        table.add_row(row["name"], f"{row['value']:g} {row['unit']}", row["bar"], "met" if row["passes"] else "MISSED")
+    Console(markup=False).print(table)
 
 
 def hardware() -> str:
